@@ -1,0 +1,326 @@
+"""The microbenchmark of one frozen linear layer with LoRA: every candidate of `baselines.py`, interleaved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from loge_kernels.factors import resolve_rank
+
+from . import output
+from .baselines import BASELINES, DIRECTIONS, Candidate, candidates
+from .environment import describe
+from .gate import Gate, Verdict
+from .memory import with_peak_memory
+from .operands import Operands, make_operands
+from .roofline import Ceilings, measure_ceilings, speedup_ceiling
+from .shapes import Shape, parse_shapes
+from .timing import Timing, TimingOptions, clock_for, interleave
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+
+
+@dataclass(frozen=True, slots=True)
+class MicroOptions:
+    """What to measure; every field has a default.
+
+    shapes: model names, "model:projections" or "M,N,K" (`bench.shapes`); () for SmolLM2-135M on a CPU and LLaMA-2-7B
+        on a GPU.
+    rows: the values of M, for shapes that do not carry their own.
+    ranks: R, ints or shares in (0, 1] of min(N, K).
+    lora_ranks: P.
+    dtypes: float32, bfloat16, float16, float64 (or fp32, bf16, fp16, fp64).
+    device: "auto", "cpu", "cuda", "cuda:1", …
+    direction: "forward+backward", or "backward" (the forward then runs outside the timing).
+    adapter_dtype: "same" as the layer, the stricter comparison, or "float32", PEFT's default for 16-bit models.
+    backends: names to measure; None for all that are available.
+    baselines: any of "dense", "peft", "exact", "unfused".
+    budget: seconds of measured rounds per case, a case being one shape, M, P and dtype with every R; at least three
+        rounds are run, and what takes longer than a quarter of this runs a single time.
+    slow_limit: a baseline of plain products predicted to take longer than this many seconds a call is not run; the
+        table then shows the prediction and this limit.
+    seed: of the operands.
+    json, csv, png: files to write.
+    """
+
+    shapes: tuple[str, ...] = ()
+    rows: tuple[int, ...] = (2048,)
+    ranks: tuple[int | float, ...] = (1 / 16, 1 / 8, 1 / 4)
+    lora_ranks: tuple[int, ...] = (16,)
+    dtypes: tuple[str, ...] = ("bfloat16",)
+    device: str = "auto"
+    direction: str = "forward+backward"
+    adapter_dtype: str = "same"
+    backends: tuple[str, ...] | None = None
+    baselines: tuple[str, ...] = BASELINES
+    budget: float = 20.0
+    slow_limit: float = 180.0
+    seed: int = 0
+    json: Path | None = None
+    csv: Path | None = None
+    png: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One shape, M, P and dtype, with the ranks to measure on it."""
+
+    shape: Shape
+    M: int
+    P: int
+    dtype: str
+    ranks: tuple[int, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.shape.name}: M={self.M} N={self.shape.N} K={self.shape.K} P={self.P} {self.dtype}"
+
+
+@dataclass(slots=True)
+class Row:
+    """The measurement of one candidate of one case; `status` is "ok", "wrong result" or "not run"."""
+
+    case: Case
+    candidate: str
+    kind: str
+    rank: int | None
+    status: str
+    note: str
+    runs: int = 0
+    seconds: float | None = None  # median
+    p10: float | None = None
+    p90: float | None = None
+    tflops: float | None = None
+    gbytes_per_second: float | None = None
+    roofline: float | None = None  # share of the roofline of this formula
+    ceiling: float | None = None  # what the flops allow over the dense products
+    speedup: dict[str, float] = field(default_factory=dict)  # over each baseline, by its kind
+    verdicts: list[Verdict] = field(default_factory=list)
+    peak_bytes: int | None = None
+    factor_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, the case's fields first."""
+        case, row = self.case, asdict(self)
+        del row["case"]
+        shape = {"shape": case.shape.name, "M": case.M, "N": case.shape.N, "K": case.shape.K, "P": case.P}
+        return {**shape, "dtype": case.dtype, **row}
+
+
+def run(options: MicroOptions, console: Console | None = None) -> dict[str, Any]:
+    """Measure every case, print a table for each, write the files asked for; the JSON-able report is returned.
+
+    Its "rows" are `Row.to_dict()`; "passed" is False when a candidate gave a wrong result. Raises ValueError, with the
+    argument named, before anything is measured.
+    """
+    console = console or Console()
+    device = pick_device(options.device)
+    cases = plan(options, device)
+    output.check_writable(options.json, options.csv, options.png)
+    report: dict[str, Any] = {
+        "benchmark": "linear",
+        "environment": describe(device),
+        "options": {**asdict(options), **{name: _text(getattr(options, name)) for name in ("json", "csv", "png")}},
+        "ceilings": {},
+        "rows": [],
+    }
+    rows: list[Row] = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("measuring the ceilings of this device", total=None)
+        ceilings = {name: measure_ceilings(device, DTYPES[name]) for name in dict.fromkeys(c.dtype for c in cases)}
+        report["ceilings"] = {name: ceiling.to_dict() for name, ceiling in ceilings.items()}
+        output.print_heading(console, report)
+        for number, case in enumerate(cases, 1):
+            label = f"case {number} of {len(cases)}, {case.title}"
+            rows_of_case = measure(
+                case,
+                options,
+                device,
+                ceilings[case.dtype],
+                lambda message, label=label: progress.update(task, description=f"{label}: {message}"),
+            )
+            output.print_case(console, case.title, options.direction, rows_of_case)
+            rows += rows_of_case
+            report["rows"] = [row.to_dict() for row in rows]
+            report["passed"] = all(row.status != "wrong result" for row in rows)
+            output.write(report, options.json, options.csv)
+    if options.png:
+        output.plot(report, options.png)
+    return report
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for a name, "auto" for a GPU where there is one; ValueError for one that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name!r} is not a device; give auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r} is not supported; give auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def resolve_dtype(name: str) -> str:
+    """The full name of a dtype; ValueError with the known ones."""
+    full = _ALIASES.get(name, name)
+    if full not in DTYPES:
+        raise ValueError(f"dtype={name!r} is unknown; choose one of {', '.join(DTYPES)} (or {', '.join(_ALIASES)})")
+    return full
+
+
+def plan(options: MicroOptions, device: torch.device) -> list[Case]:
+    """The cases of `options`, checked: ValueError names the argument that cannot be."""
+    if options.direction not in DIRECTIONS:
+        raise ValueError(f"direction={options.direction!r} is unknown; choose one of {', '.join(DIRECTIONS)}")
+    for name in ("rows", "ranks", "lora_ranks", "dtypes"):
+        if not getattr(options, name):
+            raise ValueError(f"{name} is empty; give at least one value")
+    for name in ("rows", "lora_ranks"):
+        for value in getattr(options, name):
+            if value < 1:
+                raise ValueError(f"{name}: {value} must be at least 1")
+    for name in ("budget", "slow_limit"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"{name}={getattr(options, name)!r} must be positive (seconds)")
+    if options.adapter_dtype not in ("same", "float32"):
+        raise ValueError(f"adapter_dtype={options.adapter_dtype!r} is unknown; choose 'same' or 'float32'")
+    dtypes = [resolve_dtype(name) for name in options.dtypes]
+    default = "LLaMA-2-7B" if device.type == "cuda" else "SmolLM2-135M"
+    cases = []
+    for shape in parse_shapes(options.shapes or (default,)):
+        ranks = tuple(dict.fromkeys(resolve_rank(R, shape.N, shape.K, "ranks") for R in options.ranks))
+        for M in (shape.rows,) if shape.rows else options.rows:
+            cases += [Case(shape, M, P, dtype, ranks) for P in options.lora_ranks for dtype in dtypes]
+    return cases
+
+
+def measure(
+    case: Case,
+    options: MicroOptions,
+    device: torch.device,
+    ceilings: Ceilings,
+    progress: Callable[[str], None] | None = None,
+) -> list[Row]:
+    """The rows of one case, baselines first. Everything is timed in turn in one loop and checked by the gate."""
+    operands = make_operands(
+        case.M,
+        case.shape.N,
+        case.shape.K,
+        case.ranks,
+        case.P,
+        DTYPES[case.dtype],
+        device,
+        torch.float32 if options.adapter_dtype == "float32" else None,
+        options.seed,
+    )
+    found = candidates(operands, options.direction, options.backends, options.baselines)
+    return measure_candidates(case, options, operands, found, ceilings, progress)
+
+
+def measure_candidates(
+    case: Case,
+    options: MicroOptions,
+    operands: Operands,
+    found: Sequence[Candidate],
+    ceilings: Ceilings,
+    progress: Callable[[str], None] | None = None,
+) -> list[Row]:
+    """`measure` for a given list of candidates."""
+    device = operands.dy.device
+    tell = progress or (lambda message: None)
+    gate = Gate(operands)
+    by_name = {candidate.name: candidate for candidate in found}
+    calls: dict[str, Callable[[], Any]] = {}
+    refused: dict[str, str] = {}
+    for candidate in found:
+        predicted = candidate.predicted_seconds(ceilings, options.direction, operands)
+        if predicted > options.slow_limit:
+            refused[candidate.name] = (
+                f"about {predicted:.0f} s a call with torch's own {case.dtype} products, "
+                f"over the limit of {options.slow_limit:.0f} s"
+            )
+            continue
+        tell(f"{candidate.name}: preparing" + (f", then about {predicted:.0f} s a call" if predicted > 5 else ""))
+        try:
+            calls[candidate.name] = candidate.prepare()
+        except (RuntimeError, ValueError, TypeError) as error:
+            refused[candidate.name] = str(error).splitlines()[0]
+    peaks: dict[str, int] = {}
+    verdicts: dict[str, list[Verdict]] = {}
+
+    def around_first(name: str, call: Callable[[], Any]) -> Any:
+        result, peaks[name] = with_peak_memory(call, device)
+        return result
+
+    def inspect(name: str, results: Any) -> None:
+        verdicts[name] = gate.check(results, by_name[name].rank, by_name[name].adapter)
+
+    timings = interleave(
+        calls,
+        clock_for(device),
+        TimingOptions(budget_seconds=options.budget, slow_seconds=max(1.0, options.budget / 4)),
+        around_first=around_first,
+        inspect=inspect,
+        progress=tell,
+    )
+    rows = []
+    for candidate in found:
+        name = candidate.name
+        row = Row(case, name, candidate.kind, candidate.rank, "not run", refused.get(name, ""))
+        row.factor_bytes = candidate.factor_bytes
+        if name in timings:
+            _fill(row, candidate, timings[name], verdicts.get(name, []), ceilings, options.direction)
+            row.peak_bytes = peaks.get(name)
+        rows.append(row)
+    _compare(rows, timings)
+    return rows
+
+
+def _fill(
+    row: Row, candidate: Candidate, timing: Timing, verdicts: list[Verdict], ceilings: Ceilings, direction: str
+) -> None:
+    if timing.failure:
+        row.note = timing.failure
+        return
+    row.verdicts = verdicts
+    row.runs = timing.runs
+    row.seconds, row.p10, row.p90 = timing.median, timing.quantile(0.1), timing.quantile(0.9)
+    if timing.cold:
+        row.note = "1 run, no warm-up"
+    wrong = [verdict for verdict in verdicts if not verdict.passed]
+    if wrong:
+        row.status = "wrong result"
+        row.note = "; ".join(f"{v.result}: error {v.error:.1e}, allowed {v.allowed:.1e}" for v in wrong)
+        return
+    row.status = "ok"
+    row.tflops = candidate.work.flops / timing.median / 1e12
+    row.gbytes_per_second = candidate.work.moved_bytes / timing.median / 1e9
+    row.roofline = ceilings.seconds(candidate.work) / timing.median
+    if candidate.rank is not None:
+        row.ceiling = speedup_ceiling(direction, row.case.shape.N, row.case.shape.K, candidate.rank)
+
+
+def _compare(rows: list[Row], timings: dict[str, Timing]) -> None:
+    """Fill in the speed-ups: between results that passed the gate, never for a baseline over itself."""
+    sound = [row for row in rows if row.status == "ok"]
+    for row in sound:
+        for baseline in sound:
+            # A low-rank baseline is compared with its own rank.
+            if baseline.kind in BASELINES and baseline is not row and baseline.rank in (None, row.rank):
+                row.speedup[baseline.kind] = timings[row.candidate].faster_than(timings[baseline.candidate])

@@ -1,0 +1,248 @@
+"""`python -m loge_kernels`: info, check, bench and finetune. Each command parses, calls, prints, and sets the exit
+status: 0 only on success, 1 on a failed check or bad input (one line on standard error), 130 after Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from typer.core import TyperGroup
+
+from . import __version__
+
+_PANICS = (ValueError, TypeError, OSError)
+
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file, as JSON.")]
+
+
+class _DefaultCommand(TyperGroup):
+    """`bench` without a subcommand's name is `bench linear`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ("--help", "-h")):
+            args = ["linear", *args]
+        return super().parse_args(ctx, args)
+
+
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, context_settings=_SETTINGS, pretty_exceptions_enable=False
+)
+bench_app = typer.Typer(cls=_DefaultCommand, context_settings=_SETTINGS, help="Measure speed against the baselines.")
+app.add_typer(bench_app, name="bench")
+
+
+@app.callback()
+def main() -> None:
+    """Linear layers whose backward pass is cheap: full weight forward, low-rank activation gradient, exact LoRA."""
+
+
+@app.command()
+def info(json_file: JsonOption = None) -> None:
+    """Versions, devices, backends and where the cache lies."""
+    from .backends import backends
+    from .cache import cache_dir
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts: dict[str, Any] = {
+        "loge_kernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: _version(name) for name in ("triton", "transformers", "peft")},
+        "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "gpu": ", ".join(devices) or "none",
+        "cache": str(cache_dir() or "off"),
+        "backends": [{"name": row.name, "available": row.available, "reason": row.reason} for row in backends()],
+    }
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        if name != "backends":
+            table.add_row(name, str(value))
+    for row in facts["backends"]:
+        table.add_row(f"backend {row['name']}", ("available: " if row["available"] else "not here: ") + row["reason"])
+    Console().print(table)
+    _write_json(json_file, facts)
+
+
+@app.command()
+def check(
+    backend: Annotated[str | None, typer.Option(help="Check this backend only; default: every available one.")] = None,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, …")] = "cpu",
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, float16, bfloat16; repeat or separate by commas.")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Hold every backend against float64 dense autograd, over awkward shapes and every combination of features."""
+    from . import check as harness
+
+    def work() -> bool:
+        dtypes = tuple(_split(dtype)) or None
+        with Progress(transient=True, console=Console(stderr=True)) as progress:
+            task = progress.add_task("checking", total=None)
+            report = harness.run(
+                backend, device, dtypes, lambda what: progress.update(task, description=what, advance=1)
+            )
+        report.print(Console())
+        _write_json(json_file, report.to_dict())
+        return report.passed
+
+    _exit(work)
+
+
+@bench_app.command("linear")
+def bench_linear(
+    shapes: Annotated[
+        list[str] | None,
+        typer.Argument(help="Model names (SmolLM2-135M, LLaMA-2-7B, LLaMA-3-8B, Qwen2.5-7B) or M,N,K."),
+    ] = None,
+    rows: Annotated[list[str] | None, typer.Option("--rows", "-M", help="M, tokens: a list.")] = None,
+    rank: Annotated[list[str] | None, typer.Option("--rank", "-R", help="R: ints, or shares of min(N, K).")] = None,
+    lora_rank: Annotated[list[str] | None, typer.Option("--lora-rank", "-P", help="P: a list.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16: a list.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    direction: Annotated[str, typer.Option(help="forward+backward or backward.")] = "forward+backward",
+    budget: Annotated[float, typer.Option(help="Seconds of measured rounds for each case.")] = 20.0,
+    json_file: JsonOption = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write the rows to this file, as CSV.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw speed-up against R into this file.")] = None,
+) -> None:
+    """One frozen linear layer with LoRA: every backend against the dense product, PEFT and the unfused composition.
+
+    Lists are given by repeating an option or separating values by commas. No speed-up is printed for a wrong result.
+    """
+
+    def work() -> bool:
+        from .bench import micro
+
+        given = {
+            "rows": tuple(_numbers("rows", rows)),
+            "ranks": tuple(_numbers("rank", rank)),
+            "lora_ranks": tuple(_numbers("lora-rank", lora_rank)),
+            "dtypes": tuple(_split(dtype)),
+        }
+        options = micro.MicroOptions(
+            shapes=tuple(shapes or ()),
+            device=device,
+            direction=direction,
+            budget=budget,
+            json=json_file,
+            csv=csv,
+            png=png,
+            **{name: value for name, value in given.items() if value},
+        )
+        return bool(micro.run(options)["passed"])
+
+    _exit(work)
+
+
+@app.command()
+def finetune(
+    model: Annotated[
+        str | None, typer.Option(help="A directory, a .gguf file or a hub id; default: SmolLM2-135M-Instruct.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Files to train on; default: Python's standard library.")
+    ] = None,
+    rank: Annotated[str, typer.Option(help="Rank of the factors: an int, or a share of min(N, K).")] = "0.25",
+    subspace: Annotated[str, typer.Option(help="svd or random.")] = "svd",
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
+    targets: Annotated[
+        list[str] | None, typer.Option(help="Layers with adapters, by name; default: every linear of the blocks.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.")] = 40,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 2,
+    seq: Annotated[int, typer.Option(help="Tokens a sequence.")] = 128,
+    lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 5e-4,
+    seed: Annotated[int, typer.Option(help="Of the adapters' start and of the batches.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    out: Annotated[Path, typer.Option(help="Where metrics, curves and adapters go.")] = Path("out"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Fine-tune a real model twice from the same start on the same batches: exact LoRA, and LoGE."""
+    from .finetune import FinetuneOptions, Interrupted, run
+
+    def work() -> bool:
+        options = FinetuneOptions(
+            model=model,
+            text=tuple(text or ()),
+            rank=_number("rank", rank),
+            subspace=subspace,
+            lora_rank=lora_rank,
+            targets=_split(targets) or None,
+            dtype=dtype,
+            steps=steps,
+            batch=batch,
+            seq=seq,
+            lr=lr,
+            seed=seed,
+            device=device,
+            out=out,
+            resume=resume,
+            json=json_file,
+        )
+        try:
+            run(options)
+        except Interrupted as interrupted:
+            print(interrupted, file=sys.stderr)
+            raise SystemExit(Interrupted.exit_status) from None
+        return True
+
+    _exit(work)
+
+
+def _exit(work: Callable[[], bool]) -> None:
+    """Run a command's work; leave with its status. What the user can put right is one line on standard error."""
+    try:
+        passed = work()
+    except _PANICS as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(0 if passed else 1)
+
+
+def _split(values: Sequence[str] | None) -> list[str]:
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def _numbers(option: str, values: Sequence[str] | None) -> list[int | float]:
+    return [_number(option, value) for value in _split(values)]
+
+
+def _number(option: str, text: str) -> int | float:
+    try:
+        return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise ValueError(f"--{option} {text!r} is not a number") from None
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _write_json(path: Path | None, value: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,128 @@
+"""The one place that chooses what computes a backward pass.
+
+A backend is two functions: `why_not(problem)`, the reason it cannot run this problem or None, and
+`backward(problem)`. "auto" takes the first entry of `_PREFERENCE` that can run and says once, on the `loge_kernels`
+logger, what it took and why the others were passed over; a backend named by the user (argument, `use_backend` or
+`LOGE_BACKEND`) runs or raises.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from . import reference
+from .problem import BackwardProblem, Gradients
+
+logger = logging.getLogger("loge_kernels")
+
+
+@dataclass(frozen=True, slots=True)
+class _Implementation:
+    unavailable: Callable[[], str | None]  # the reason why this machine cannot run it at all
+    why_not: Callable[[BackwardProblem], str | None]  # the reason why it cannot run this problem
+    backward: Callable[[BackwardProblem], Gradients]
+    about: str
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One row of `backends()`: a name for `backend=`, whether it can run here, and why or why not."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+_REGISTRY: dict[str, _Implementation] = {
+    "reference": _Implementation(
+        unavailable=lambda: None,
+        why_not=lambda problem: None,
+        backward=reference.backward,
+        about="plain PyTorch, any device; the specification",
+    ),
+}
+_PREFERENCE = ("reference",)
+
+_override: str | None = None  # a plain global: torch.compile guards on it, and cannot read a ContextVar
+_announced: set[str] = set()
+
+
+def backends() -> list[Backend]:
+    """Every backend of this package, in the order in which "auto" considers them."""
+    rows = []
+    for name, implementation in _REGISTRY.items():
+        reason = implementation.unavailable()
+        rows.append(Backend(name, reason is None, implementation.about if reason is None else reason))
+    return rows
+
+
+def check_name(name: str, argument: str) -> str:
+    """`name` itself; ValueError naming `argument` when it is neither "auto" nor a backend that can run here."""
+    if name == "auto":
+        return name
+    if name not in _REGISTRY:
+        known = ", ".join(repr(known) for known in ("auto", *_REGISTRY))
+        raise ValueError(f"{argument}={name!r} is not a backend; choose one of {known}")
+    reason = _REGISTRY[name].unavailable()
+    if reason is not None:
+        raise ValueError(f"{argument}={name!r} cannot run here: {reason}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every call in the block with backend `name` ("auto" restores the choice by preference).
+
+    The name holds for the backward passes of the forwards made inside the block, whenever they run. Raises ValueError
+    for a name that is unknown or cannot run here. An explicit `backend=` argument wins over the block, the block over
+    the `LOGE_BACKEND` environment variable. The block holds for the whole process, other threads included.
+    """
+    global _override
+    before, _override = _override, check_name(name, "use_backend(name)")
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def requested(backend: str | None) -> str:
+    """The name in force for a call that was given `backend`: the argument, `use_backend`, `LOGE_BACKEND`, "auto"."""
+    if backend is not None:
+        return check_name(backend, "backend")
+    if _override is not None:
+        return _override
+    from_environment = os.environ.get("LOGE_BACKEND")
+    return "auto" if not from_environment else check_name(from_environment, "LOGE_BACKEND")
+
+
+def run_backward(problem: BackwardProblem, name: str) -> Gradients:
+    """The gradients of `problem` by backend `name`, or by the preferred one that can run it when `name` is "auto".
+
+    Raises ValueError with the backend's reason when a named backend cannot run this problem.
+    """
+    if name != "auto":
+        implementation = _REGISTRY[name]
+        reason = implementation.why_not(problem)
+        if reason is not None:
+            raise ValueError(f"backend={name!r} cannot run this backward pass: {reason}; use backend='auto'")
+        return implementation.backward(problem)
+    passed_over: list[str] = []
+    for candidate in _PREFERENCE:
+        implementation = _REGISTRY[candidate]
+        reason = implementation.unavailable() or implementation.why_not(problem)
+        if reason is None:
+            _announce(candidate, passed_over)
+            return implementation.backward(problem)
+        passed_over.append(f"{candidate}: {reason}")
+    raise RuntimeError("no backend can run this backward pass: " + "; ".join(passed_over))
+
+
+def _announce(name: str, passed_over: list[str]) -> None:
+    message = f"backend 'auto' uses {name!r}" + (f" ({'; '.join(passed_over)})" if passed_over else "")
+    if message not in _announced:
+        _announced.add(message)
+        logger.info(message)

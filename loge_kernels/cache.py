@@ -1,0 +1,98 @@
+"""Factors on disk: a safetensors file per weight, keyed by the weight's content.
+
+The decomposition of a model takes minutes and depends on nothing but the weights, so it is kept under the user's cache
+directory: `$LOGE_CACHE`, or `loge_kernels` under `$XDG_CACHE_HOME` or `~/.cache`; `LOGE_CACHE=off` keeps nothing.
+Files are written whole or not at all, readable by their owner alone; a damaged one is ignored with a warning and
+written anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .factors import Factors, factorize, resolve_rank
+
+logger = logging.getLogger("loge_kernels")
+
+_FORMAT = "loge_kernels factors 1"
+
+
+def cache_dir() -> Path | None:
+    """Where this package keeps what is expensive to compute again; None when `LOGE_CACHE=off`."""
+    chosen = os.environ.get("LOGE_CACHE")
+    if chosen == "off":
+        return None
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loge_kernels"
+
+
+def cached_factors(weight: Tensor, rank: int | float, method: str = "svd") -> Factors:
+    """`factorize(weight, rank, method)`, from the cache where this content was factorised before.
+
+    Only "svd" is kept: "random" must differ from call to call.
+    """
+    directory = cache_dir()
+    if directory is None or method != "svd" or not torch.isfinite(weight).all():
+        return factorize(weight, rank, method)
+    R = resolve_rank(rank, *weight.shape)
+    path = directory / "factors" / f"{fingerprint(weight)}-{method}-{R}.safetensors"
+    factors = _load(path, weight, R)
+    if factors is None:
+        factors = factorize(weight, R, method)
+        _store(path, factors)
+    return factors
+
+
+def fingerprint(weight: Tensor) -> str:
+    """SHA-256, in hexadecimal, of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)} ".encode())
+    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _load(path: Path, weight: Tensor, R: int) -> Factors | None:
+    if not path.exists():
+        return None
+    N, K = weight.shape
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = json.loads((file.metadata() or {})["loge"])
+            left, right = file.get_tensor("left"), file.get_tensor("right")
+        if header["format"] != _FORMAT or left.shape != (N, R) or right.shape != (R, K) or left.dtype != weight.dtype:
+            raise ValueError(f"holds {header.get('format')!r}, {tuple(left.shape)} and {tuple(right.shape)}")
+        energy = float(header["energy"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        logger.warning("ignoring the damaged cache file %s (%s); computing its factors again", path, error)
+        return None
+    return Factors(left.to(weight.device), right.to(weight.device), "svd", energy).bind(weight)
+
+
+def _store(path: Path, factors: Factors) -> None:
+    """Write under a temporary name, then rename: a reader sees the old file or the new one. A cache that cannot be
+    written costs time, not results, so the reason is logged and the work goes on."""
+    temporary = None
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        os.close(handle)
+        header = json.dumps({"format": _FORMAT, "energy": factors.energy})
+        tensors = {"left": factors.left.detach().cpu(), "right": factors.right.detach().cpu()}
+        save_file(tensors, temporary, metadata={"loge": header})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        logger.warning("could not keep factors in %s: %s", path.parent, error)
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)

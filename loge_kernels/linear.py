@@ -1,0 +1,170 @@
+"""`LoGELinear`: `torch.nn.Linear` with a low-rank activation gradient and, on request, a LoRA adapter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backends import check_name
+from .cache import cached_factors
+from .factors import Factors
+from .ops import linear
+
+_ADDED = ("factors", "lora_A", "lora_B", "scaling", "lora_dropout", "exact_fraction", "backend")
+
+
+class LoGELinear(nn.Linear):
+    """A drop-in `torch.nn.Linear`: the same forward and state dict, a cheaper backward.
+
+    `factors` stands for the weight in the activation gradient (None: the exact dense product). They follow a frozen
+    weight: when it has changed under them (a loaded state dict, a merged adapter), the next training forward computes
+    them anew. For a trainable weight, which changes at every step, the layer warns once; call `refresh()` when they
+    should follow.
+
+    `LoGELinear(in_features, out_features)` alone is an exact layer without adapter; `from_linear` makes one from a
+    pre-trained layer.
+    """
+
+    factors: Factors | None
+    _converted: bool
+    lora_A: nn.Parameter | None  # [P, K]
+    lora_B: nn.Parameter | None  # [N, P]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._adopt(None)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int | float | None = 256,
+        lora_rank: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        exact_fraction: float = 0.0,
+        backend: str | None = None,
+    ) -> LoGELinear:
+        """A layer that shares the storage of `linear`'s weight and bias, both frozen, with factors and an adapter.
+
+        Args:
+            linear: the pre-trained layer [N, K]; left as it is.
+            rank: the factors' rank (an int up to min(N, K), or a share in (0, 1]); None for the exact gradient.
+            lora_rank: the adapter's rank P; 0 for no adapter.
+            lora_alpha: the adapter is scaled by lora_alpha / lora_rank.
+            lora_dropout, exact_fraction, backend: as in `loge_kernels.linear`.
+
+        Raises:
+            ValueError, TypeError: with the argument, its value and what would work.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear is a {type(linear).__name__}; expected a torch.nn.Linear")
+        if isinstance(lora_rank, bool) or not isinstance(lora_rank, int) or lora_rank < 0:
+            raise ValueError(f"lora_rank={lora_rank!r}; give an int, 0 for no adapter")
+        factors = None if rank is None else cached_factors(linear.weight, rank)
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, "meta", linear.weight.dtype)
+        layer.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        layer._adopt(None if factors is None else factors.bind(layer.weight), exact_fraction, backend)
+        layer.lora_dropout = _probability("lora_dropout", lora_dropout)
+        if lora_rank > 0:
+            layer._add_adapter(lora_rank, lora_alpha)
+        layer.train(linear.training)
+        return layer
+
+    def _adopt(self, factors: Factors | None, exact_fraction: float = 0.0, backend: str | None = None) -> None:
+        """The attributes that this class has beyond `nn.Linear`, without an adapter."""
+        self.factors = factors
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+        self.scaling = 1.0
+        self.lora_dropout = 0.0
+        self.exact_fraction = _share("exact_fraction", exact_fraction)
+        self.backend = None if backend is None else check_name(backend, "backend")
+
+    def _add_adapter(self, lora_rank: int, lora_alpha: float) -> None:
+        # As PEFT does: float32 adapters over a 16-bit base, A uniform (Kaiming), B zero.
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        options: dict[str, Any] = {"dtype": dtype, "device": self.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(lora_rank, self.in_features, **options))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, lora_rank, **options))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.scaling = lora_alpha / lora_rank
+
+    @classmethod
+    def convert_(
+        cls, linear: nn.Linear, factors: Factors | None, exact_fraction: float = 0.0, backend: str | None = None
+    ) -> None:
+        """Make a plain `nn.Linear` one of these, in place: same object, same parameters, hooks and names."""
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        linear._adopt(factors, exact_fraction, backend)
+        linear._converted = True
+
+    def revert_(self) -> None:
+        """Undo `convert_`."""
+        for name in (*_ADDED, "_converted"):
+            delattr(self, name)
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+
+    @property
+    def converted(self) -> bool:
+        """Whether this layer was an `nn.Linear` before `convert_`."""
+        return getattr(self, "_converted", False)
+
+    def refresh(self) -> None:
+        """Recompute the factors, if any, from the weight as it is now."""
+        if self.factors is not None:
+            self.factors.refresh(self.weight)
+
+    def current_factors(self) -> Factors | None:
+        """The factors, made anew first when a frozen weight has changed under them."""
+        factors = self.factors
+        if factors is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return factors
+        if not factors.bound:
+            factors.bind(self.weight)  # this layer is a copy, its factors were copied with its weight
+        elif not self.weight.requires_grad and factors.stale(self.weight):
+            factors.refresh(self.weight)
+        return factors
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(
+            input,
+            self.weight,
+            self.current_factors(),
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            self.lora_dropout if self.training else 0.0,
+            self.exact_fraction,
+            self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        adapter = "" if self.lora_A is None else f", lora_rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"
+        return super().extra_repr() + adapter
+
+
+def _probability(name: str, value: float) -> float:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}={value!r} is not a probability in [0, 1)")
+    return float(value)
+
+
+def _share(name: str, value: float) -> float:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}={value!r} is not a share of the rows in [0, 1]")
+    return float(value)

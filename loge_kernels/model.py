@@ -1,0 +1,248 @@
+"""`apply` and `remove`: the low-rank backward for every frozen linear layer of a model, in place.
+
+Layers keep their identity: `apply` changes the class of each `nn.Linear` (and of PEFT's LoRA layer around it) and adds
+factors, `remove` changes it back. Names, parameters, hooks and the state dict stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import nn
+
+from .backends import check_name
+from .cache import cached_factors
+from .factors import METHODS, Factors, resolve_rank
+from .linear import LoGELinear
+from .report import LayerPath, LayerReport, Report
+
+Targets = str | Iterable[str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """A linear layer that may be converted: its name, itself, PEFT's layer around it, why it is left alone."""
+
+    name: str
+    linear: nn.Linear
+    adapter: Any  # peft.tuners.lora.Linear, a LoGELoraLinear once converted
+    obstacle: str | None
+
+
+def apply(
+    model: nn.Module,
+    rank: int | float = 1 / 8,
+    subspace: str = "svd",
+    targets: Targets = None,
+    exact_fraction: float = 0.0,
+    backend: str | None = None,
+) -> Report:
+    """Give the frozen linear layers of `model` a low-rank activation gradient, in place.
+
+    On a PEFT model (`peft.get_peft_model`) a layer with one active LoRA adapter runs frozen weight and adapter in one
+    op; elsewhere the adapter stays PEFT's and only the frozen weight's backward changes. The forward is unchanged.
+
+    Args:
+        model: any module; its layers are changed in place, its parameters are not.
+        rank: an int (at most min(N, K) of each layer is taken), or a float in (0, 1], a share of min(N, K) rounded to
+            a multiple of 16. Where rank · (N + K) > N · K the layer stays exact: dense is cheaper.
+        subspace: "svd" (closest to the weight) or "random" (a control).
+        targets: as PEFT's `target_modules`: a list of names (a layer's own or the end of its path), or a string, a
+            regular expression that the whole path must match; "all-linear" or None: every frozen linear layer but the
+            output head.
+        exact_fraction: share of the rows in [0, 1], heaviest ‖dY‖ first, whose dX is dense.
+        backend: a name of `backends()`, or None for the one in force at each call.
+
+    Returns:
+        A `Report`: name, shape, rank, captured energy, path, reason and flops saved of every linear layer.
+
+    Raises:
+        ValueError, TypeError: a bad argument, a model with nothing to convert or already converted, a weight that is
+            not finite. The model is then as it was.
+
+    Source: Zhang et al., Applied Sciences 2025, 15(1), 82 (LoGE).
+    """
+    _check(model, rank, subspace, exact_fraction, backend)
+    sites = list(_sites(model, targets))
+    chosen = [site for site in sites if site.obstacle is None]
+    if not chosen:
+        raise ValueError(_nothing_to_convert(model, sites, targets))
+    # Everything that can fail happens before the first layer is touched.
+    factors: dict[str, Factors | None] = {}
+    for site in _with_progress(chosen):
+        factors[site.name] = _factors(site, rank, subspace)
+    for site in chosen:
+        LoGELinear.convert_(site.linear, factors[site.name], exact_fraction, backend)
+        if site.adapter is not None:
+            from .peft_layers import LoGELoraLinear
+
+            LoGELoraLinear.convert_(site.adapter)
+    return Report(tuple(_row(site, factors.get(site.name)) for site in sites))
+
+
+def remove(model: nn.Module) -> None:
+    """Undo `apply`: every converted layer is what it was, adapters and weights untouched. A model without converted
+    layers is left alone."""
+    modules = list(model.modules())
+    if "peft" in sys.modules:
+        from .peft_layers import LoGELoraLinear
+
+        for module in modules:
+            if isinstance(module, LoGELoraLinear):
+                module.revert_()
+    for module in modules:
+        if isinstance(module, LoGELinear) and module.converted:
+            module.revert_()
+
+
+def _check(model: nn.Module, rank: Any, subspace: str, exact_fraction: float, backend: str | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    if isinstance(rank, int) and rank < 1:
+        raise ValueError(f"rank={rank!r}; give an int from 1 up, or a float in (0, 1]")
+    resolve_rank(min(rank, 1) if isinstance(rank, int) else rank, 1, 1)
+    if subspace == "gradient":
+        raise ValueError("subspace='gradient' needs gradient statistics: use factorize(method='gradient', covariance=)")
+    if subspace not in METHODS:
+        raise ValueError(f"subspace={subspace!r} is unknown; choose 'svd' or 'random'")
+    if not 0.0 <= exact_fraction <= 1.0:
+        raise ValueError(f"exact_fraction={exact_fraction!r} is not a share of the rows in [0, 1]")
+    if backend is not None:
+        check_name(backend, "backend")
+    for name, module in model.named_modules():
+        if isinstance(module, LoGELinear) and module.converted:
+            raise ValueError(f"model is converted already (layer {name!r}); call loge_kernels.remove(model) first")
+
+
+def _sites(model: nn.Module, targets: Targets) -> Iterator[_Site]:
+    """Every linear layer of the model that is not part of an adapter, with the reason where it is left alone."""
+    wanted = _matcher(targets)
+    explicit = targets is not None and targets != "all-linear"
+    head = _output_head(model)
+    tuner_layer, lora_linear, saved_module = _peft_classes()
+    inside_adapters: set[int] = set()
+    around: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        if tuner_layer is not None and isinstance(module, tuner_layer):
+            base = module.get_base_layer()
+            around[id(base)] = name, module
+            inside_adapters.update(id(child) for child in module.modules())
+        elif saved_module is not None and isinstance(module, saved_module):
+            inside_adapters.update(id(child) for child in module.original_module.modules())
+    for name, module in model.named_modules():
+        wrapped = around.get(id(module))
+        if not isinstance(module, nn.Linear) or (wrapped is None and id(module) in inside_adapters):
+            continue
+        path, wrapper = wrapped or (name, None)
+        if not wanted(path):
+            continue
+        adapter = wrapper if lora_linear is not None and type(wrapper) is lora_linear else None
+        yield _Site(path, module, adapter, _obstacle(module, head, explicit))
+
+
+def _obstacle(module: nn.Linear, head: nn.Module | None, explicit: bool) -> str | None:
+    if type(module) is LoGELinear:
+        return "is a LoGELinear of its own"
+    if type(module) is not nn.Linear:
+        return f"is a {type(module).__module__}.{type(module).__name__}, not a plain torch.nn.Linear"
+    if module.weight.is_meta:
+        return "its weight is on the meta device: load the model first"
+    if not module.weight.dtype.is_floating_point:
+        return f"its weight is {module.weight.dtype}"
+    if explicit:
+        return None
+    if module is head:
+        return "output head: its error would reach every layer below (name it in targets to convert it)"
+    if module.weight.requires_grad:
+        return "its weight is trainable, and factors follow a frozen one (name it in targets to convert it)"
+    return None
+
+
+def _factors(site: _Site, rank: int | float, subspace: str) -> Factors | None:
+    """The site's factors, or None where the dense product costs less."""
+    N, K = site.linear.weight.shape
+    R = resolve_rank(min(rank, N, K) if isinstance(rank, int) else rank, N, K)
+    if not torch.isfinite(site.linear.weight).all():
+        raise ValueError(f"the weight of layer {site.name!r} contains NaN or inf; the model is unchanged")
+    return None if R * (N + K) > N * K else cached_factors(site.linear.weight, R, subspace)
+
+
+def _row(site: _Site, factors: Factors | None) -> LayerReport:
+    N, K = site.linear.weight.shape
+    if site.obstacle is not None:
+        return LayerReport(site.name, (N, K), None, None, "skipped", site.obstacle, 0.0)
+    if factors is None:
+        reason = f"dense is cheaper at this rank (break-even at {N * K // (N + K)})"
+        return LayerReport(site.name, (N, K), None, None, "exact", reason, 0.0)
+    path, reason = _path(site)
+    saved = 1.0 - factors.rank * (N + K) / (N * K)
+    return LayerReport(site.name, (N, K), factors.rank, factors.energy, path, reason, saved)
+
+
+def _path(site: _Site) -> tuple[LayerPath, str]:
+    if site.adapter is None:
+        return "plain", ""
+    obstacle = site.adapter.obstacle()  # a LoGELoraLinear by now
+    return ("fused", "") if obstacle is None else ("base", obstacle)
+
+
+def _matcher(targets: Targets) -> Any:
+    """PEFT's rule for `target_modules`."""
+    if targets is None or targets == "all-linear":
+        return lambda path: True
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"targets={targets!r} is not a regular expression: {error}") from None
+        return lambda path: pattern.fullmatch(path) is not None
+    names = list(targets)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"targets={names!r}; give module names, or one string, a regular expression")
+    return lambda path: any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    # PEFT wraps a targeted head and one in modules_to_save.
+    for attribute in ("base_layer", "original_module"):
+        head = getattr(head, attribute, head)
+    return head
+
+
+def _peft_classes() -> tuple[Any, Any, Any]:
+    """PEFT's layer classes where PEFT is loaded: a PEFT model cannot exist without it."""
+    if "peft" not in sys.modules:
+        return None, None, None
+    from peft.tuners.lora.layer import Linear as LoraLinear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return BaseTunerLayer, LoraLinear, ModulesToSaveWrapper
+
+
+def _nothing_to_convert(model: nn.Module, sites: list[_Site], targets: Targets) -> str:
+    if sites:
+        shown = "; ".join(f"{site.name} {site.obstacle}" for site in sites[:3])
+        rest = f"; and {len(sites) - 3} more" if len(sites) > 3 else ""
+        return f"nothing to convert in this {type(model).__name__}: {shown}{rest}"
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        return f"nothing to convert: this {type(model).__name__} has no torch.nn.Linear layer"
+    return f"targets={targets!r} matches no linear layer of this {type(model).__name__}, which has {names[:5]}"
+
+
+def _with_progress(sites: list[_Site]) -> Iterable[_Site]:
+    """A progress bar on a terminal's standard error; silent elsewhere."""
+    if not sys.stderr.isatty() or len(sites) < 8:
+        return sites
+    from rich.console import Console
+
+    return track(sites, description="factorising", console=Console(stderr=True), transient=True)

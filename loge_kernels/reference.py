@@ -1,0 +1,117 @@
+"""The specification: forward and backward of the low-rank-gradient linear layer, in plain PyTorch.
+
+Convention of `torch.nn.Linear`, with a LoRA adapter as in PEFT:
+
+    xa = drop(x) Aᵀ                                                         x  [M, K], A [P, K] -> xa [M, P]
+    y  = x Wᵀ + b + s · xa Bᵀ                                               W  [N, K], B [N, P] -> y  [M, N]
+
+The forward is exact. The backward sends the activation gradient of the frozen weight through `W ≈ left · right`
+(left [N, R], right [R, K]); the adapter's own path and every parameter gradient stay exact:
+
+    T  = dY [left | s·B]                                                    [M, R + P]: dY is read once for both
+    dX = T [right ; A]                                                      = dY·left·right + s·(dY B) A
+    dA = (s · dY B)ᵀ drop(x)
+    dB = s · dYᵀ xa
+    dW = dYᵀ x,   db = Σ_m dY
+
+With dropout the adapter's part of dX passes through the mask, `dX = T_R right + drop(T_P A)`. Without factors the
+frozen part is the dense `dY W`; with `exact_fraction` it is dense for the rows of largest ‖dY‖ and low-rank for the
+others.
+
+Source: LoGE, Zhang et al., Applied Sciences 2025, 15(1), 82, section 4; LoRA, arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .dropout import drop
+from .problem import BackwardProblem, Gradients
+from .products import matmul
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """y [M, N] and xa [M, P] (None without an adapter), both in x's dtype; shapes as in the module's docstring."""
+    y = matmul(x, weight.t())
+    if bias is not None:
+        y += bias
+    if lora_A is None or lora_B is None:
+        return y, None
+    adapter_input = drop(x, seed, dropout) if dropout > 0.0 and seed is not None else x
+    xa = matmul(adapter_input, lora_A.to(x.dtype).t())
+    y += matmul(xa, (scaling * lora_B).to(x.dtype).t())
+    return y, xa
+
+
+def backward(problem: BackwardProblem) -> Gradients:
+    """The gradients that `problem` asks for; the formulae are in the module's docstring."""
+    p = problem
+    gradients = Gradients()
+    scaled_B = None if p.lora_B is None else (p.scaling * p.lora_B).to(p.dy.dtype)
+    lora_A = None if p.lora_A is None else p.lora_A.to(p.dy.dtype)
+
+    projections = [] if p.left is None or not p.need_dx else [p.left]
+    if scaled_B is not None and (p.need_dx or p.need_dA):
+        projections.append(scaled_B)
+    T = matmul(p.dy, torch.cat(projections, dim=1)) if projections else None  # [M, R + P]
+    rank = p.left.shape[1] if p.left is not None and p.need_dx else 0
+
+    if p.need_dx:
+        gradients.dx = _input_gradient(p, T, rank, lora_A)
+    if p.need_dA:
+        assert T is not None
+        assert p.x is not None
+        assert p.lora_A is not None
+        adapter_input = drop(p.x, p.seed, p.dropout) if p.dropout > 0.0 and p.seed is not None else p.x
+        gradients.dA = matmul(T[:, rank:].t(), adapter_input, p.lora_A.dtype)
+    if p.need_dB:
+        assert p.xa is not None
+        assert p.lora_B is not None
+        gradients.dB = matmul(p.dy.t(), p.xa, p.lora_B.dtype).mul_(p.scaling)
+    if p.need_dweight:
+        assert p.x is not None
+        gradients.dweight = matmul(p.dy.t(), p.x)
+    if p.need_dbias:
+        gradients.dbias = p.dy.sum(0)
+    return gradients
+
+
+def _input_gradient(p: BackwardProblem, T: Tensor | None, rank: int, lora_A: Tensor | None) -> Tensor:
+    """dX [M, K]; T is dY [left | s·B] [M, rank + P], or None where there is neither factor nor adapter."""
+    if p.left is not None and p.right is not None:
+        assert T is not None
+        masked = p.dropout > 0.0 and lora_A is not None
+        if lora_A is not None and not masked and p.exact_fraction == 0.0:
+            return matmul(T, torch.cat([p.right, lora_A]))
+        dx = matmul(T[:, :rank], p.right)
+        if p.exact_fraction > 0.0:
+            assert p.weight is not None
+            heaviest = heaviest_rows(p.dy, p.exact_fraction)
+            dx[heaviest] = matmul(p.dy[heaviest], p.weight)
+    else:
+        assert p.weight is not None
+        dx = matmul(p.dy, p.weight)
+    if lora_A is not None:
+        assert T is not None
+        adapter = matmul(T[:, rank:], lora_A)
+        dx += drop(adapter, p.seed, p.dropout) if p.dropout > 0.0 and p.seed is not None else adapter
+    return dx
+
+
+def heaviest_rows(dy: Tensor, fraction: float) -> Tensor:
+    """Indices [ceil(fraction · M)] of the rows of `dy` [M, N] with the largest norm, unsorted."""
+    count = min(dy.shape[0], math.ceil(fraction * dy.shape[0]))
+    norms = torch.linalg.vector_norm(dy, dim=1, dtype=torch.promote_types(dy.dtype, torch.float32))
+    return torch.topk(norms, count, sorted=False).indices

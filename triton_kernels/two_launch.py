@@ -1,0 +1,236 @@
+"""Two launches, for a factor rank that no tile holds or too few rows to fill the card with slabs.
+
+`project`: T = dY [left | s B] in fp32, with dB and db, over (rows × tiles of R × splits of N).
+`expand`: dX = T [right ; A] and dA, over (rows × tiles of K).
+With ATOMIC the splits of N add up in one [M, R + P] buffer; without, each has its own layer and `expand` adds the
+layers in order, so that the result has the same bits from run to run.
+"""
+
+import triton
+import triton.language as tl
+
+from .device_code import dropout_keep, dropout_key, reduce_store, walk_n
+
+PROJECT_RUNTIME = ("M", "N", "n_chunk", "stride_dy_m", "stride_dy_n", "scaling")
+EXPAND_RUNTIME = ("M", "K", "layers", "stride_x_m", "stride_x_k", "threshold", "inv_keep")
+
+
+@triton.jit(do_not_specialize=PROJECT_RUNTIME)
+def project(
+    dy_ptr,
+    xa_ptr,
+    left_ptr,
+    lora_B_ptr,
+    t_ptr,
+    dB_ptr,
+    db_ptr,
+    M: tl.int32,
+    N: tl.int32,
+    n_chunk: tl.int32,
+    stride_dy_m: tl.int64,
+    stride_dy_n: tl.int64,
+    scaling: tl.float32,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+    NEED_T_R: tl.constexpr,
+    NEED_T_P: tl.constexpr,
+    NEED_DB: tl.constexpr,
+    NEED_DBIAS: tl.constexpr,
+    ALIGNED_N: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (cdiv(M, BM), tiles of R (at least 1), cdiv(N, n_chunk)); n_chunk is a multiple of BN.
+
+    t [layers, M, R + P] fp32; dB [N, P], db [N] fp32, with a leading dimension of row blocks unless ATOMIC.
+    """
+    pid_m = tl.program_id(0)
+    pid_r = tl.program_id(1)
+    pid_s = tl.program_id(2)
+    n_begin = pid_s * n_chunk
+    n_end = tl.minimum(n_begin + n_chunk, N)
+    offs_m = pid_m * BM + tl.arange(0, BM)
+    if ATOMIC:
+        block = 0
+        layer = 0
+    else:
+        block = pid_m.to(tl.int64)
+        layer = pid_s.to(tl.int64)
+    p_t_row = t_ptr + (layer * M + offs_m.to(tl.int64)[:, None]) * (R + P)  # [BM, 1]
+    p_dB = dB_ptr + block * N * P
+    p_db = db_ptr + block * N
+    mask_m = offs_m < M
+    offs_r = pid_r * BR + tl.arange(0, BR)
+    mask_t_r = mask_m[:, None] & (offs_r < R)[None, :]
+    if pid_r == 0:  # the adapter's columns travel with the first tile of the factor's
+        t_r, t_p = walk_n(
+            dy_ptr,
+            xa_ptr,
+            left_ptr,
+            lora_B_ptr,
+            p_dB,
+            p_db,
+            offs_m,
+            n_begin,
+            n_end,
+            0,
+            M,
+            N,
+            scaling,
+            stride_dy_m,
+            stride_dy_n,
+            R=R,
+            P=P,
+            BM=BM,
+            BN=BN,
+            BR=BR,
+            BP=BP,
+            NEED_T_R=NEED_T_R,
+            NEED_T_P=NEED_T_P,
+            NEED_DB=NEED_DB,
+            NEED_DBIAS=NEED_DBIAS,
+            ALIGNED_N=ALIGNED_N,
+            ATOMIC=ATOMIC,
+            PRECISION=PRECISION,
+        )
+        if NEED_T_P:
+            offs_p = tl.arange(0, BP)
+            mask_t_p = mask_m[:, None] & (offs_p < P)[None, :]
+            reduce_store(p_t_row + R + offs_p[None, :], t_p, mask_t_p, ATOMIC=ATOMIC)
+        if NEED_T_R:
+            reduce_store(p_t_row + offs_r[None, :], t_r, mask_t_r, ATOMIC=ATOMIC)
+    elif NEED_T_R and R > BR:
+        t_r, _ = walk_n(
+            dy_ptr,
+            xa_ptr,
+            left_ptr,
+            lora_B_ptr,
+            p_dB,
+            p_db,
+            offs_m,
+            n_begin,
+            n_end,
+            pid_r * BR,
+            M,
+            N,
+            scaling,
+            stride_dy_m,
+            stride_dy_n,
+            R=R,
+            P=P,
+            BM=BM,
+            BN=BN,
+            BR=BR,
+            BP=BP,
+            NEED_T_R=True,
+            NEED_T_P=False,
+            NEED_DB=False,
+            NEED_DBIAS=False,
+            ALIGNED_N=ALIGNED_N,
+            ATOMIC=ATOMIC,
+            PRECISION=PRECISION,
+        )
+        reduce_store(p_t_row + offs_r[None, :], t_r, mask_t_r, ATOMIC=ATOMIC)
+
+
+@triton.jit
+def load_t(p_t, mask, layers, layer_stride, ATOMIC: tl.constexpr):
+    """A tile of T: as it lies, or the sum of its layers in order."""
+    b_t = tl.load(p_t, mask=mask, other=0.0)
+    if not ATOMIC:
+        for layer in range(1, layers):
+            b_t += tl.load(p_t + layer * layer_stride, mask=mask, other=0.0)
+    return b_t
+
+
+@triton.jit(do_not_specialize=EXPAND_RUNTIME)
+def expand(
+    t_ptr,
+    x_ptr,
+    right_ptr,
+    lora_A_ptr,
+    dx_ptr,
+    dA_ptr,
+    seed_ptr,
+    M: tl.int32,
+    K: tl.int32,
+    layers: tl.int32,
+    stride_x_m: tl.int64,
+    stride_x_k: tl.int64,
+    threshold: tl.int32,
+    inv_keep: tl.float32,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+    NEED_DX: tl.constexpr,
+    NEED_DA: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ALIGNED_K: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (cdiv(K, BK), cdiv(M, BM)); dx [M, K] contiguous, dA [P, K] fp32 (a leading row-block dimension unless
+    ATOMIC). BR is the step of the sum over R, not the whole of it."""
+    dtype = dx_ptr.dtype.element_ty
+    pid_m = tl.program_id(1)
+    offs_m = pid_m * BM + tl.arange(0, BM)
+    offs_k = tl.program_id(0) * BK + tl.arange(0, BK)
+    offs_p = tl.arange(0, BP)
+    if ALIGNED_K:
+        K = K // 8 * 8
+        stride_x_m = stride_x_m // 8 * 8
+    mask_m = offs_m < M
+    mask_k = offs_k < K
+    mask_p = offs_p < P
+    mask_mk = mask_m[:, None] & mask_k[None, :]
+    row_m = offs_m.to(tl.int64)[:, None]  # [BM, 1]
+    p_t_row = t_ptr + row_m * (R + P)  # [BM, 1]
+    layer_stride = M.to(tl.int64) * (R + P)
+    if DROPOUT:
+        keep = dropout_keep(dropout_key(seed_ptr), offs_m, offs_k, threshold)  # [BM, BK]
+    if P > 0:
+        t_p = load_t(
+            p_t_row + R + offs_p[None, :], mask_m[:, None] & mask_p[None, :], layers, layer_stride, ATOMIC=ATOMIC
+        ).to(dtype)  # [BM, BP]
+    if NEED_DX:
+        b_dx = tl.zeros((BM, BK), dtype=tl.float32)
+        if P > 0:
+            p_lora_A = lora_A_ptr + offs_p.to(tl.int64)[:, None] * K + offs_k[None, :]
+            b_lora_A = tl.load(p_lora_A, mask=mask_p[:, None] & mask_k[None, :], other=0.0).to(dtype)  # [BP, BK]
+            b_dx = tl.dot(t_p, b_lora_A, input_precision=PRECISION)
+            if DROPOUT:
+                b_dx = tl.where(keep, b_dx * inv_keep, 0.0)
+        for r0 in range(0, R, BR):
+            offs_r = r0 + tl.arange(0, BR)
+            mask_r = offs_r < R
+            b_t = load_t(
+                p_t_row + offs_r[None, :], mask_m[:, None] & mask_r[None, :], layers, layer_stride, ATOMIC=ATOMIC
+            )  # [BM, BR]
+            p_right = right_ptr + offs_r.to(tl.int64)[:, None] * K + offs_k[None, :]
+            b_right = tl.load(p_right, mask=mask_r[:, None] & mask_k[None, :], other=0.0)  # [BR, BK]
+            b_dx = tl.dot(b_t.to(dtype), b_right, b_dx, input_precision=PRECISION)
+        tl.store(dx_ptr + row_m * K + offs_k[None, :], b_dx.to(dtype), mask=mask_mk)
+    if NEED_DA:
+        if ALIGNED_K:
+            p_x = x_ptr + row_m * stride_x_m + offs_k[None, :]
+        else:
+            p_x = x_ptr + row_m * stride_x_m + offs_k.to(tl.int64)[None, :] * stride_x_k
+        b_x = tl.load(p_x, mask=mask_mk, other=0.0)  # [BM, BK]
+        if DROPOUT:
+            b_x = tl.where(keep, b_x, 0.0)
+        b_dA = tl.dot(tl.trans(b_x), t_p, input_precision=PRECISION)  # [BK, BP]
+        if DROPOUT:
+            b_dA *= inv_keep
+        if ATOMIC:
+            p_dA = dA_ptr
+        else:
+            p_dA = dA_ptr + pid_m.to(tl.int64) * K * P
+        p_dA += offs_p.to(tl.int64)[None, :] * K + offs_k[:, None]
+        reduce_store(p_dA, b_dA, mask_k[:, None] & mask_p[None, :], ATOMIC=ATOMIC)
