@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 import loge_kernels as loge
 
 from .operands import Operands
-from .roofline import Ceilings, Sequence_, Work, backward_work, forward_work
+from .roofline import Ceilings, Formula, Sequence_, Work, backward_work, forward_work
 
 DIRECTIONS = ("backward", "forward+backward")
 BASELINES = ("dense", "peft", "exact", "unfused")
@@ -58,10 +59,17 @@ class Candidate:
             return 0.0
         M, N, K, P = operands.sizes
         itemsize = operands.dy.element_size()
-        formula = "product" if self.kind == "dense" else "exact"
+        formula: Formula = "exact" if self.adapter else "product"
         forward = forward_work(formula, M, N, K, P, itemsize).flops if direction != "backward" else 0
         both = self.work.flops
         return forward / ceilings.plain_nt + (both - forward) / ceilings.plain_nn
+
+
+def check_baselines(names: Sequence[str]) -> None:
+    """Raise ValueError for a name that is not in `BASELINES`."""
+    for name in names:
+        if name not in BASELINES:
+            raise ValueError(f"baseline {name!r} is unknown; choose from {', '.join(BASELINES)}")
 
 
 def candidates(
@@ -76,38 +84,36 @@ def candidates(
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"direction={direction!r} is unknown; choose one of {', '.join(DIRECTIONS)}")
-    for name in baselines:
-        if name not in BASELINES:
-            raise ValueError(f"baseline {name!r} is unknown; choose from {', '.join(BASELINES)}")
+    check_baselines(baselines)
     if backends is None:
         backends = [backend.name for backend in loge.backends() if backend.available]
     forward = direction != "backward"
     M, N, K, P = operands.sizes
     itemsize = operands.dy.element_size()
 
-    def work(formula: Any, R: int = 0, sequence: Sequence_ = "separate") -> Work:
+    def work(formula: Formula, R: int = 0, sequence: Sequence_ = "separate") -> Work:
         total = backward_work(formula, M, N, K, R, P, itemsize, sequence)
         return total + forward_work(formula, M, N, K, P, itemsize) if forward else total
 
     found = []
     if "dense" in baselines:
-        found.append(Candidate("dense", "dense", None, lambda: _dense(operands, forward), work("product"), True))
+        found.append(Candidate("dense", "dense", None, partial(_dense, operands, forward), work("product"), True))
     if "peft" in baselines:
-        found.append(Candidate("peft", "peft", None, lambda: _peft(operands, forward), work("exact"), True))
+        found.append(Candidate("peft", "peft", None, partial(_peft, operands, forward), work("exact"), True))
     if "exact" in baselines:
-        # The exact products are the same in every backend: the specification's.
-        call = lambda: _op(operands, forward, None, "reference")  # noqa: E731
-        found.append(Candidate("exact", "exact", None, call, work("exact"), False))
+        # Without factors every backend leaves the products to the specification.
+        prepare = partial(_op, operands, forward, None, "reference")
+        found.append(Candidate("exact", "exact", None, prepare, work("exact"), False))
     for R in operands.factors:
         held = R * (N + K) * itemsize
         if "unfused" in baselines:
-            call = lambda R=R: _unfused(operands, forward, R)  # noqa: E731
-            found.append(Candidate(f"unfused R={R}", "unfused", R, call, work("low-rank", R), True, held))
+            prepare = partial(_unfused, operands, forward, R)
+            found.append(Candidate(f"unfused R={R}", "unfused", R, prepare, work("low-rank", R), True, held))
         for name in backends:
             sequence: Sequence_ = "concatenated" if name == "reference" else "fused"
-            call = lambda R=R, name=name: _op(operands, forward, R, name)  # noqa: E731
+            prepare = partial(_op, operands, forward, R, name)
             label = f"loge {name} R={R}"
-            found.append(Candidate(label, "loge", R, call, work("low-rank", R, sequence), False, held))
+            found.append(Candidate(label, "loge", R, prepare, work("low-rank", R, sequence), False, held))
     return found
 
 
@@ -189,7 +195,7 @@ def _peft(o: Operands, forward: bool) -> Callable[[], Results]:
         raise RuntimeError(f"needs PEFT (pip install 'loge_kernels[peft]'): {error}") from error
     P = o.lora_A.shape[0]
     holder = _Holder(o.weight)
-    config = LoraConfig(r=P, lora_alpha=o.scaling * P, target_modules=["linear"], lora_dropout=0.0)
+    config = LoraConfig(r=P, lora_alpha=round(o.scaling * P), target_modules=["linear"], lora_dropout=0.0)
     get_peft_model(holder, config, autocast_adapter_dtype=False)  # replaces holder.linear in place
     layer: Any = holder.linear
     for part, value in ((layer.lora_A["default"], o.lora_A), (layer.lora_B["default"], o.lora_B)):

@@ -24,7 +24,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "platform": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "commit": commit(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from loge_kernels.backends import check_name
 from loge_kernels.factors import resolve_rank
 
 from . import output
-from .baselines import BASELINES, DIRECTIONS, Candidate, candidates
+from .baselines import BASELINES, DIRECTIONS, Candidate, candidates, check_baselines
 from .environment import describe
 from .gate import Gate, Verdict
 from .memory import with_peak_memory
@@ -127,7 +129,7 @@ def run(options: MicroOptions, console: Console | None = None) -> dict[str, Any]
     report: dict[str, Any] = {
         "benchmark": "linear",
         "environment": describe(device),
-        "options": {**asdict(options), **{name: _text(getattr(options, name)) for name in ("json", "csv", "png")}},
+        "options": output.without_files(asdict(options)),
         "ceilings": {},
         "rows": [],
     }
@@ -139,14 +141,9 @@ def run(options: MicroOptions, console: Console | None = None) -> dict[str, Any]
         report["ceilings"] = {name: ceiling.to_dict() for name, ceiling in ceilings.items()}
         output.print_heading(console, report)
         for number, case in enumerate(cases, 1):
-            label = f"case {number} of {len(cases)}, {case.title}"
-            rows_of_case = measure(
-                case,
-                options,
-                device,
-                ceilings[case.dtype],
-                lambda message, label=label: progress.update(task, description=f"{label}: {message}"),
-            )
+            label = f"case {number} of {len(cases)}, {case.title}: "
+            tell = partial(_describe, progress, task, label)
+            rows_of_case = measure(case, options, device, ceilings[case.dtype], tell)
             output.print_case(console, case.title, options.direction, rows_of_case)
             rows += rows_of_case
             report["rows"] = [row.to_dict() for row in rows]
@@ -157,8 +154,8 @@ def run(options: MicroOptions, console: Console | None = None) -> dict[str, Any]
     return report
 
 
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+def _describe(progress: Progress, task: TaskID, label: str, message: str) -> None:
+    progress.update(task, description=label + message)
 
 
 def pick_device(name: str) -> torch.device:
@@ -198,6 +195,9 @@ def plan(options: MicroOptions, device: torch.device) -> list[Case]:
     for name in ("budget", "slow_limit"):
         if not getattr(options, name) > 0:
             raise ValueError(f"{name}={getattr(options, name)!r} must be positive (seconds)")
+    check_baselines(options.baselines)
+    for name in options.backends or ():
+        check_name(name, "backends")
     if options.adapter_dtype not in ("same", "float32"):
         raise ValueError(f"adapter_dtype={options.adapter_dtype!r} is unknown; choose 'same' or 'float32'")
     dtypes = [resolve_dtype(name) for name in options.dtypes]

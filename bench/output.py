@@ -33,6 +33,11 @@ def check_writable(*paths: Path | None) -> None:
             raise ValueError(f"cannot write {path}: not a file that can be written there")
 
 
+def without_files(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that say what was measured: where the results went is not among them."""
+    return {name: value for name, value in options.items() if name not in ("json", "csv", "png")}
+
+
 def duration(seconds: float | None) -> str:
     """Seconds in the unit that suits them."""
     if seconds is None:
@@ -94,14 +99,24 @@ def print_case(console: Console, title: str, direction: str, rows: Sequence[Row]
         memory = size(row.peak_bytes)
         table.add_row(*start, rate(row.tflops), rate(row.gbytes_per_second), share, *speedups, memory)
     console.print(f"\n[bold]{title}, {direction}[/bold]", highlight=False, soft_wrap=True)
-    width = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
-    console.print(table, width=width, crop=False, no_wrap=True, overflow="ignore", highlight=False)
+    print_wide(console, table)
     for row in rows:
         if row.status == "not run":
             console.print(f"  {row.candidate} not run: {row.note}", style="yellow", highlight=False, soft_wrap=True)
         elif row.status == "wrong result":
             message = f"  {row.candidate} gives a wrong result: {row.note}"
             console.print(message, style="red", highlight=False, soft_wrap=True)
+
+
+def print_wide(console: Console, table: Table) -> None:
+    """Print a table at its full width: a wrapped line can be read, a cut column cannot."""
+    width = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+    own = console.width
+    console.width = max(own, width)
+    try:
+        console.print(table, crop=False, highlight=False)
+    finally:
+        console.width = own
 
 
 def write(report: dict[str, Any], json_file: Path | None, csv_file: Path | None = None) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -160,7 +161,7 @@ def interleave(
     with _no_collector():
         for name, call in calls.items():
             tell(f"{name}: first call")
-            timed = (lambda name=name, call=call: around_first(name, call)) if around_first else call
+            timed = partial(around_first, name, call) if around_first else call
             try:
                 ticket, result = clock.record(timed)
                 [seconds] = clock.settle([ticket])

@@ -124,7 +124,7 @@ def bench_linear(
     def work() -> bool:
         from .bench import micro
 
-        given = {
+        given: dict[str, Any] = {
             "rows": tuple(_numbers("rows", rows)),
             "ranks": tuple(_numbers("rank", rank)),
             "lora_ranks": tuple(_numbers("lora-rank", lora_rank)),

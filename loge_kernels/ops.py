@@ -225,8 +225,9 @@ def _backward(
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     g = run_backward(problem, backend)
-    nothing = dy.new_empty(0)
-    return tuple(nothing if t is None else t for t in (g.dx, g.dweight, g.dbias, g.dA, g.dB))  # type: ignore[return-value]
+    # An op's outputs may not share storage, so each absent gradient is an empty tensor of its own.
+    dx, dweight, dbias, dA, dB = (dy.new_empty(0) if t is None else t for t in (g.dx, g.dweight, g.dbias, g.dA, g.dB))
+    return dx, dweight, dbias, dA, dB
 
 
 def _backward_fake(
@@ -251,13 +252,12 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, N = dy.shape
     width = next(t for t in (right, weight, x, lora_A, dy) if t is not None).shape[1]
-    nothing = dy.new_empty(0)
     return (
-        dy.new_empty(rows, width) if need_dx else nothing,
-        dy.new_empty(N, width) if need_dweight else nothing,
-        dy.new_empty(N) if need_dbias else nothing,
-        lora_A.new_empty(lora_A.shape) if need_dA and lora_A is not None else nothing,
-        lora_B.new_empty(lora_B.shape) if need_dB and lora_B is not None else nothing,
+        dy.new_empty((rows, width) if need_dx else 0),
+        dy.new_empty((N, width) if need_dweight else 0),
+        dy.new_empty(N if need_dbias else 0),
+        lora_A.new_empty(lora_A.shape) if need_dA and lora_A is not None else dy.new_empty(0),
+        lora_B.new_empty(lora_B.shape) if need_dB and lora_B is not None else dy.new_empty(0),
     )
 
 

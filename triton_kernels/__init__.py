@@ -1,0 +1,35 @@
+"""Triton kernels of the low-rank backward pass and of the fused forward.
+
+Takes tensors and numbers and imports nothing from `loge_kernels`; importable without Triton, `why_not` then says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .availability import unavailable, why_not
+from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig
+from .dispatch import explain
+from .model import Flags
+
+__all__ = [
+    "Flags",
+    "ForwardConfig",
+    "OneLaunchConfig",
+    "TwoLaunchConfig",
+    "backward",
+    "explain",
+    "forward",
+    "unavailable",
+    "why_not",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`backward` and `forward`, imported with Triton on their first use."""
+    if name not in ("backward", "forward"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import launch
+
+    globals().update(backward=launch.backward, forward=launch.forward)
+    return globals()[name]

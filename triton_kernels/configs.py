@@ -31,14 +31,15 @@ class OneLaunchConfig:
 
 @dataclass(frozen=True, slots=True)
 class TwoLaunchConfig:
-    """`project`: tiles [block_m, project_r] of T in steps of block_n; `expand`: tiles [block_m, block_k] of dX in
-    steps of expand_r."""
+    """`project`: tiles [block_m, project_r] of T in steps of block_n. Then `expand_slab`, in steps of block_k, where
+    project_r holds all of R, else `expand_tiles`: tiles [block_m, tile_k] of dX in steps of tile_r."""
 
     block_m: int
     block_n: int
     project_r: int
     block_k: int
-    expand_r: int
+    tile_k: int
+    tile_r: int
     num_warps: int
     num_stages: int
 
@@ -85,7 +86,7 @@ INTERPRETER_TABLE = tuple(
     Entry(kernel, bits, 1 << 16, 256, aligned, config)
     for kernel, config in (
         ("one_launch", OneLaunchConfig(32, 32, 32, 4, 2)),
-        ("two_launch", TwoLaunchConfig(32, 32, 64, 32, 32, 4, 2)),
+        ("two_launch", TwoLaunchConfig(32, 32, 64, 32, 32, 32, 4, 2)),
         ("forward", ForwardConfig(32, 32, 32, 2, 4, 2)),
     )
     for bits in (16, 32)
@@ -139,7 +140,7 @@ def _parse_entry(row: Any) -> Entry:
         power_of_two = value & (value - 1) == 0
         if not power_of_two and name not in ("num_stages", "group"):
             raise ValueError(f"{name}={value} is not a power of two")
-        if name.startswith(("block_", "project_", "expand_")) and not 16 <= value <= 256:
+        if name.startswith(("block_", "project_", "tile_")) and not 16 <= value <= 256:
             raise ValueError(f"{name}={value} is not between 16 and 256")
         if (name == "num_warps" and value > 16) or (name == "num_stages" and value > 8):
             raise ValueError(f"{name}={value} is more than any device runs")
@@ -151,6 +152,11 @@ def shipped(name: str) -> tuple[Entry, ...]:
     """The shipped table of an architecture or a device; empty where none ships."""
     path = TABLES / f"{name}.json"
     return parse_table(path.read_text(), name) if path.exists() else ()
+
+
+def uses_wgmma(capability: tuple[int, int], bits: int) -> bool:
+    """Whether products of `bits`-bit elements run on instructions that want 64 accumulator rows."""
+    return capability[0] >= 9 and capability[0] != 12 and bits == 16
 
 
 def architecture(capability: tuple[int, int]) -> str:

@@ -2,6 +2,10 @@
 
 Shapes in comments: BM tokens, BN / BK a tile of the out / in features, BR / BP the ranks R / P padded to a power of
 two. Padding is done with masks: nothing is ever copied or concatenated in memory.
+
+WGMMA says how the two skinny products, dB and dA, lie in the accumulator: with their long side (N, K) as its rows, of
+which wgmma wants 64, or, for mma.sync, with the adapter's P as its rows, which lets the tiles of dY and x stay in the
+one shared-memory layout that asynchronous copies fill.
 """
 
 import triton
@@ -74,6 +78,7 @@ def walk_n(
     NEED_DB: tl.constexpr,
     NEED_DBIAS: tl.constexpr,
     ALIGNED_N: tl.constexpr,
+    WGMMA: tl.constexpr,
     ATOMIC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -113,13 +118,48 @@ def walk_n(
             b_lora_B = tl.load(p_lora_B, mask=mask_n[:, None] & (offs_p < P)[None, :], other=0.0)  # [BN, BP]
             t_p = tl.dot(b_dy, b_lora_B.to(dtype), t_p, input_precision=PRECISION)
         if NEED_DB:
-            b_dB = tl.dot(tl.trans(b_dy), b_xa, input_precision=PRECISION) * scaling  # [BN, BP]
-            reduce_store(
-                dB_ptr + row_n * P + offs_p[None, :], b_dB, mask_n[:, None] & (offs_p < P)[None, :], ATOMIC=ATOMIC
-            )
+            if WGMMA:
+                b_dB = tl.dot(tl.trans(b_dy), b_xa, input_precision=PRECISION) * scaling  # [BN, BP]
+                p_dB = dB_ptr + row_n * P + offs_p[None, :]
+                reduce_store(p_dB, b_dB, mask_n[:, None] & (offs_p < P)[None, :], ATOMIC=ATOMIC)
+            else:
+                b_dB = tl.dot(tl.trans(b_xa), b_dy, input_precision=PRECISION) * scaling  # [BP, BN]
+                p_dB = dB_ptr + offs_n.to(tl.int64)[None, :] * P + offs_p[:, None]
+                reduce_store(p_dB, b_dB, (offs_p < P)[:, None] & mask_n[None, :], ATOMIC=ATOMIC)
         if NEED_DBIAS:
             reduce_store(db_ptr + offs_n, tl.sum(b_dy.to(tl.float32), axis=0), mask_n, ATOMIC=ATOMIC)  # [BN]
     return t_r, t_p * scaling
+
+
+@triton.jit
+def store_dA(
+    dA_ptr,
+    t_p,  # [BM, BP]
+    b_x,  # [BM, BK]
+    offs_k,
+    mask_k,
+    K,
+    inv_keep,
+    P: tl.constexpr,
+    BP: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    WGMMA: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One slab's share of dA[:, offs_k] = T_Bᵀ x, from the masked tile of x."""
+    offs_p = tl.arange(0, BP)
+    if WGMMA:
+        b_dA = tl.dot(tl.trans(b_x), t_p, input_precision=PRECISION)  # [BK, BP]
+        p_dA = dA_ptr + offs_p.to(tl.int64)[None, :] * K + offs_k[:, None]
+        mask = mask_k[:, None] & (offs_p < P)[None, :]
+    else:
+        b_dA = tl.dot(tl.trans(t_p), b_x, input_precision=PRECISION)  # [BP, BK]
+        p_dA = dA_ptr + offs_p.to(tl.int64)[:, None] * K + offs_k[None, :]
+        mask = (offs_p < P)[:, None] & mask_k[None, :]
+    if DROPOUT:
+        b_dA *= inv_keep
+    reduce_store(p_dA, b_dA, mask, ATOMIC=ATOMIC)
 
 
 @triton.jit
@@ -153,6 +193,7 @@ def walk_k(
     NEED_DA: tl.constexpr,
     DROPOUT: tl.constexpr,
     ALIGNED_K: tl.constexpr,
+    WGMMA: tl.constexpr,
     ATOMIC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -198,9 +239,6 @@ def walk_k(
             b_x = tl.load(p_x, mask=mask_mk, other=0.0)  # [BM, BK]
             if DROPOUT:
                 b_x = tl.where(keep, b_x, 0.0)
-            # K is the long side of this product: as the rows of the accumulator it fills wgmma's 64, P would not.
-            b_dA = tl.dot(tl.trans(b_x), t_p, input_precision=PRECISION)  # [BK, BP]
-            if DROPOUT:
-                b_dA *= inv_keep
-            p_dA = dA_ptr + offs_p.to(tl.int64)[None, :] * K + offs_k[:, None]
-            reduce_store(p_dA, b_dA, mask_k[:, None] & (offs_p < P)[None, :], ATOMIC=ATOMIC)
+            store_dA(
+                dA_ptr, t_p, b_x, offs_k, mask_k, K, inv_keep, P, BP, DROPOUT, WGMMA, ATOMIC, PRECISION
+            )

@@ -64,6 +64,7 @@ def one_launch_backward(
     DROPOUT: tl.constexpr,
     ALIGNED_N: tl.constexpr,
     ALIGNED_K: tl.constexpr,
+    WGMMA: tl.constexpr,
     ATOMIC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -105,6 +106,7 @@ def one_launch_backward(
         NEED_DB=NEED_DB,
         NEED_DBIAS=NEED_DBIAS,
         ALIGNED_N=ALIGNED_N,
+        WGMMA=WGMMA,
         ATOMIC=ATOMIC,
         PRECISION=PRECISION,
     )
@@ -143,6 +145,7 @@ def one_launch_backward(
             NEED_DA=NEED_DA,
             DROPOUT=DROPOUT,
             ALIGNED_K=ALIGNED_K,
+            WGMMA=WGMMA,
             ATOMIC=ATOMIC,
             PRECISION=PRECISION,
         )

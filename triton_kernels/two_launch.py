@@ -1,18 +1,19 @@
 """Two launches, for a factor rank that no tile holds or too few rows to fill the card with slabs.
 
 `project`: T = dY [left | s B] in fp32, with dB and db, over (rows × tiles of R × splits of N).
-`expand`: dX = T [right ; A] and dA, over (rows × tiles of K).
-With ATOMIC the splits of N add up in one [M, R + P] buffer; without, each has its own layer and `expand` adds the
-layers in order, so that the result has the same bits from run to run.
+`expand_slab` or `expand_tiles`: dX = T [right ; A] and dA, over (rows × chunks or tiles of K).
+With ATOMIC the splits of N add up in one buffer of T; without, each has its own layer and the second kernel adds the
+layers in order, so that the result has the same bits from run to run. T lies between the launches as
+[layers, rows · BM, WIDTH], WIDTH = the padded R and then the padded P: whole tiles, so that neither kernel masks them.
 """
 
 import triton
 import triton.language as tl
 
-from .device_code import dropout_keep, dropout_key, reduce_store, walk_n
+from .device_code import dropout_keep, dropout_key, reduce_store, store_dA, walk_k, walk_n
 
 PROJECT_RUNTIME = ("M", "N", "n_chunk", "stride_dy_m", "stride_dy_n", "scaling")
-EXPAND_RUNTIME = ("M", "K", "layers", "stride_x_m", "stride_x_k", "threshold", "inv_keep")
+EXPAND_RUNTIME = ("M", "K", "k_chunk", "layers", "stride_x_m", "stride_x_k", "threshold", "inv_keep")
 
 
 @triton.jit(do_not_specialize=PROJECT_RUNTIME)
@@ -36,17 +37,19 @@ def project(
     BN: tl.constexpr,
     BR: tl.constexpr,
     BP: tl.constexpr,
+    WIDTH: tl.constexpr,
     NEED_T_R: tl.constexpr,
     NEED_T_P: tl.constexpr,
     NEED_DB: tl.constexpr,
     NEED_DBIAS: tl.constexpr,
     ALIGNED_N: tl.constexpr,
+    WGMMA: tl.constexpr,
     ATOMIC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid (cdiv(M, BM), tiles of R (at least 1), cdiv(N, n_chunk)); n_chunk is a multiple of BN.
 
-    t [layers, M, R + P] fp32; dB [N, P], db [N] fp32, with a leading dimension of row blocks unless ATOMIC.
+    t [layers, rows, WIDTH] fp32; dB [N, P], db [N] fp32, with a leading dimension of row blocks unless ATOMIC.
     """
     pid_m = tl.program_id(0)
     pid_r = tl.program_id(1)
@@ -56,16 +59,16 @@ def project(
     offs_m = pid_m * BM + tl.arange(0, BM)
     if ATOMIC:
         block = 0
-        layer = 0
+        layer = tl.full((), 0, tl.int64)
     else:
         block = pid_m.to(tl.int64)
         layer = pid_s.to(tl.int64)
-    p_t_row = t_ptr + (layer * M + offs_m.to(tl.int64)[:, None]) * (R + P)  # [BM, 1]
+    # A 64-bit base and 32-bit offsets in the tile: 64-bit addresses of a whole tile of T would spill.
+    row_t = tl.arange(0, BM)[:, None] * WIDTH  # [BM, 1]
+    p_t = t_ptr + (layer * tl.num_programs(0) + pid_m) * BM * WIDTH
     p_dB = dB_ptr + block * N * P
     p_db = db_ptr + block * N
-    mask_m = offs_m < M
     offs_r = pid_r * BR + tl.arange(0, BR)
-    mask_t_r = mask_m[:, None] & (offs_r < R)[None, :]
     if pid_r == 0:  # the adapter's columns travel with the first tile of the factor's
         t_r, t_p = walk_n(
             dy_ptr,
@@ -94,15 +97,15 @@ def project(
             NEED_DB=NEED_DB,
             NEED_DBIAS=NEED_DBIAS,
             ALIGNED_N=ALIGNED_N,
+            WGMMA=WGMMA,
             ATOMIC=ATOMIC,
             PRECISION=PRECISION,
         )
         if NEED_T_P:
-            offs_p = tl.arange(0, BP)
-            mask_t_p = mask_m[:, None] & (offs_p < P)[None, :]
-            reduce_store(p_t_row + R + offs_p[None, :], t_p, mask_t_p, ATOMIC=ATOMIC)
+            offs_p = WIDTH - BP + tl.arange(0, BP)
+            reduce_store(p_t + (row_t + offs_p[None, :]), t_p, None, ATOMIC=ATOMIC)
         if NEED_T_R:
-            reduce_store(p_t_row + offs_r[None, :], t_r, mask_t_r, ATOMIC=ATOMIC)
+            reduce_store(p_t + (row_t + offs_r[None, :]), t_r, None, ATOMIC=ATOMIC)
     elif NEED_T_R and R > BR:
         t_r, _ = walk_n(
             dy_ptr,
@@ -131,24 +134,25 @@ def project(
             NEED_DB=False,
             NEED_DBIAS=False,
             ALIGNED_N=ALIGNED_N,
+            WGMMA=WGMMA,
             ATOMIC=ATOMIC,
             PRECISION=PRECISION,
         )
-        reduce_store(p_t_row + offs_r[None, :], t_r, mask_t_r, ATOMIC=ATOMIC)
+        reduce_store(p_t + (row_t + offs_r[None, :]), t_r, None, ATOMIC=ATOMIC)
 
 
 @triton.jit
-def load_t(p_t, mask, layers, layer_stride, ATOMIC: tl.constexpr):
+def load_t(p_t, layers, layer_stride, ATOMIC: tl.constexpr):
     """A tile of T: as it lies, or the sum of its layers in order."""
-    b_t = tl.load(p_t, mask=mask, other=0.0)
+    b_t = tl.load(p_t)
     if not ATOMIC:
         for layer in range(1, layers):
-            b_t += tl.load(p_t + layer * layer_stride, mask=mask, other=0.0)
+            b_t += tl.load(p_t + layer * layer_stride)
     return b_t
 
 
 @triton.jit(do_not_specialize=EXPAND_RUNTIME)
-def expand(
+def expand_slab(
     t_ptr,
     x_ptr,
     right_ptr,
@@ -158,6 +162,7 @@ def expand(
     seed_ptr,
     M: tl.int32,
     K: tl.int32,
+    k_chunk: tl.int32,
     layers: tl.int32,
     stride_x_m: tl.int64,
     stride_x_k: tl.int64,
@@ -169,19 +174,120 @@ def expand(
     BK: tl.constexpr,
     BR: tl.constexpr,
     BP: tl.constexpr,
+    WIDTH: tl.constexpr,
     NEED_DX: tl.constexpr,
     NEED_DA: tl.constexpr,
     DROPOUT: tl.constexpr,
     ALIGNED_K: tl.constexpr,
+    WGMMA: tl.constexpr,
     ATOMIC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (cdiv(K, BK), cdiv(M, BM)); dx [M, K] contiguous, dA [P, K] fp32 (a leading row-block dimension unless
-    ATOMIC). BR is the step of the sum over R, not the whole of it."""
+    """`expand` for a rank that one tile holds: T of a slab stays on chip while the block walks its chunk of K.
+
+    Grid (cdiv(K, k_chunk), cdiv(M, BM)); k_chunk is a multiple of BK; outputs as in `expand_tiles`.
+    """
+    dtype = right_ptr.dtype.element_ty
+    pid_m = tl.program_id(1)
+    k_begin = tl.program_id(0) * k_chunk
+    k_end = tl.minimum(k_begin + k_chunk, K)
+    offs_m = pid_m * BM + tl.arange(0, BM)
+    offs_r = tl.arange(0, BR)
+    offs_p = tl.arange(0, BP)
+    row_t = tl.arange(0, BM)[:, None] * WIDTH  # [BM, 1]
+    p_t = t_ptr + pid_m.to(tl.int64) * BM * WIDTH
+    layer_stride = tl.num_programs(1).to(tl.int64) * BM * WIDTH
+    t_r = tl.zeros((BM, BR), dtype=tl.float32)
+    t_p = tl.zeros((BM, BP), dtype=tl.float32)
+    if NEED_DX:
+        t_r = load_t(p_t + (row_t + offs_r[None, :]), layers, layer_stride, ATOMIC=ATOMIC)
+    if P > 0:
+        t_p = load_t(p_t + (row_t + WIDTH - BP + offs_p[None, :]), layers, layer_stride, ATOMIC=ATOMIC)
+    if DROPOUT:
+        key = dropout_key(seed_ptr)
+    else:
+        key = 0
+    if ATOMIC:
+        block = 0
+    else:
+        block = pid_m.to(tl.int64)
+    walk_k(
+        t_r.to(dtype),
+        t_p.to(dtype),
+        x_ptr,
+        right_ptr,
+        lora_A_ptr,
+        dx_ptr,
+        dA_ptr + block * K * P,
+        key,
+        offs_m,
+        k_begin,
+        k_end,
+        M,
+        K,
+        threshold,
+        inv_keep,
+        stride_x_m,
+        stride_x_k,
+        R=R,
+        P=P,
+        BM=BM,
+        BK=BK,
+        BR=BR,
+        BP=BP,
+        HAS_LORA=P > 0,
+        HAS_FACTORS=R > 0,
+        NEED_DX=NEED_DX,
+        NEED_DA=NEED_DA,
+        DROPOUT=DROPOUT,
+        ALIGNED_K=ALIGNED_K,
+        WGMMA=WGMMA,
+        ATOMIC=ATOMIC,
+        PRECISION=PRECISION,
+    )
+
+
+@triton.jit(do_not_specialize=EXPAND_RUNTIME)
+def expand_tiles(
+    t_ptr,
+    x_ptr,
+    right_ptr,
+    lora_A_ptr,
+    dx_ptr,
+    dA_ptr,
+    seed_ptr,
+    M: tl.int32,
+    K: tl.int32,
+    k_chunk: tl.int32,
+    layers: tl.int32,
+    stride_x_m: tl.int64,
+    stride_x_k: tl.int64,
+    threshold: tl.int32,
+    inv_keep: tl.float32,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NEED_DX: tl.constexpr,
+    NEED_DA: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ALIGNED_K: tl.constexpr,
+    WGMMA: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`expand` for any rank: a tile of dX sums over R in steps of BR, reading T anew for every tile of K.
+
+    Grid (cdiv(K, BK), cdiv(M, BM)), k_chunk = BK; dx [M, K] contiguous, dA [P, K] fp32 (a leading row-block
+    dimension unless ATOMIC).
+    """
     dtype = dx_ptr.dtype.element_ty
     pid_m = tl.program_id(1)
     offs_m = pid_m * BM + tl.arange(0, BM)
-    offs_k = tl.program_id(0) * BK + tl.arange(0, BK)
+    offs_k = tl.program_id(0) * k_chunk + tl.arange(0, BK)
     offs_p = tl.arange(0, BP)
     if ALIGNED_K:
         K = K // 8 * 8
@@ -191,14 +297,14 @@ def expand(
     mask_p = offs_p < P
     mask_mk = mask_m[:, None] & mask_k[None, :]
     row_m = offs_m.to(tl.int64)[:, None]  # [BM, 1]
-    p_t_row = t_ptr + row_m * (R + P)  # [BM, 1]
-    layer_stride = M.to(tl.int64) * (R + P)
+    row_t = tl.arange(0, BM)[:, None] * WIDTH  # [BM, 1]
+    p_t = t_ptr + pid_m.to(tl.int64) * BM * WIDTH
+    layer_stride = tl.num_programs(1).to(tl.int64) * BM * WIDTH
     if DROPOUT:
         keep = dropout_keep(dropout_key(seed_ptr), offs_m, offs_k, threshold)  # [BM, BK]
     if P > 0:
-        t_p = load_t(
-            p_t_row + R + offs_p[None, :], mask_m[:, None] & mask_p[None, :], layers, layer_stride, ATOMIC=ATOMIC
-        ).to(dtype)  # [BM, BP]
+        p_t_p = p_t + (row_t + WIDTH - BP + offs_p[None, :])
+        t_p = load_t(p_t_p, layers, layer_stride, ATOMIC=ATOMIC).to(dtype)  # [BM, BP]
     if NEED_DX:
         b_dx = tl.zeros((BM, BK), dtype=tl.float32)
         if P > 0:
@@ -210,9 +316,7 @@ def expand(
         for r0 in range(0, R, BR):
             offs_r = r0 + tl.arange(0, BR)
             mask_r = offs_r < R
-            b_t = load_t(
-                p_t_row + offs_r[None, :], mask_m[:, None] & mask_r[None, :], layers, layer_stride, ATOMIC=ATOMIC
-            )  # [BM, BR]
+            b_t = load_t(p_t + (row_t + offs_r[None, :]), layers, layer_stride, ATOMIC=ATOMIC)  # [BM, BR]
             p_right = right_ptr + offs_r.to(tl.int64)[:, None] * K + offs_k[None, :]
             b_right = tl.load(p_right, mask=mask_r[:, None] & mask_k[None, :], other=0.0)  # [BR, BK]
             b_dx = tl.dot(b_t.to(dtype), b_right, b_dx, input_precision=PRECISION)
@@ -225,12 +329,8 @@ def expand(
         b_x = tl.load(p_x, mask=mask_mk, other=0.0)  # [BM, BK]
         if DROPOUT:
             b_x = tl.where(keep, b_x, 0.0)
-        b_dA = tl.dot(tl.trans(b_x), t_p, input_precision=PRECISION)  # [BK, BP]
-        if DROPOUT:
-            b_dA *= inv_keep
         if ATOMIC:
             p_dA = dA_ptr
         else:
             p_dA = dA_ptr + pid_m.to(tl.int64) * K * P
-        p_dA += offs_p.to(tl.int64)[None, :] * K + offs_k[:, None]
-        reduce_store(p_dA, b_dA, mask_k[:, None] & mask_p[None, :], ATOMIC=ATOMIC)
+        store_dA(p_dA, t_p, b_x, offs_k, mask_k, K, inv_keep, P, BP, DROPOUT, WGMMA, ATOMIC, PRECISION)

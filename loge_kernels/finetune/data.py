@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -81,10 +82,12 @@ def standard_library() -> list[tuple[Path, bool]]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     keyed = []
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if _LEFT_OUT.isdisjoint(relative.parts[:-1]) and not path.name.startswith("_sysconfigdata"):
-            keyed.append((hashlib.sha256(relative.as_posix().encode()).digest(), path))
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _LEFT_OUT]
+        for name in names:
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                path = Path(folder, name)
+                keyed.append((hashlib.sha256(path.relative_to(root).as_posix().encode()).digest(), path))
     if not keyed:
         raise FinetuneError(f"no Python source under {str(root)!r} to train on; give --text FILE")
     return [(path, key[0] < 26) for key, path in sorted(keyed)]

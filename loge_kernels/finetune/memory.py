@@ -54,14 +54,10 @@ class PeakMemory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        peak: int | None
         if self._device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self._device)
             return
-        if self._sampler is not None:
-            peak = self._sampler.finish()
-        else:
-            peak = _status("VmHWM")
+        peak = _status("VmHWM") if self._sampler is None else self._sampler.finish()
         self.bytes = None if peak is None else max(0, peak - self._base)
 
 

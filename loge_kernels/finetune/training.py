@@ -1,0 +1,169 @@
+"""The training loop, timed in its three parts, and the held-out loss."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .data import Corpus
+from .options import FinetuneError, FinetuneOptions
+
+PARTS = ("forward", "backward", "optimizer")
+
+
+@dataclass
+class Record:
+    """What is known of one method's run so far: one entry a step in the lists, times in seconds."""
+
+    losses: list[float] = field(default_factory=list)
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+    optimizer: list[float] = field(default_factory=list)
+    peak_memory: int | None = None
+    heldout_after: float | None = None
+    report: dict[str, Any] | None = None
+
+    @property
+    def step_seconds(self) -> list[float]:
+        return [sum(parts) for parts in zip(self.forward, self.backward, self.optimizer, strict=True)]
+
+    def median(self, part: str) -> float:
+        """Median over the steps of `part`, one of PARTS or "step", in seconds."""
+        return statistics.median(self.step_seconds if part == "step" else getattr(self, part))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class Trainer:
+    """AdamW on the adapters of `model`: `step()` until `done`, from the step that `record` has reached."""
+
+    def __init__(self, model: nn.Module, corpus: Corpus, options: FinetuneOptions, record: Record) -> None:
+        self.record = record
+        self.first_gradient: Tensor | None = None  # of all adapter parameters, in order, on the CPU in float32
+        self._model, self._corpus, self._options = model, corpus, options
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._device = next(iter(self._parameters.values())).device
+        self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=options.lr, weight_decay=0.0)
+
+    @property
+    def done(self) -> bool:
+        return len(self.record.losses) >= self._options.steps
+
+    def step(self) -> None:
+        number = len(self.record.losses)
+        batch = self._corpus.batch(number, self._options.batch).to(self._device)
+        # A model with dropout of its own draws the same numbers in both methods, and again after a resume.
+        torch.manual_seed(self._options.seed + number)
+        self._model.train()
+        start = self._now()
+        loss = token_losses(self._model, batch).mean()
+        forward = self._now()
+        loss.backward()
+        backward = self._now()
+        if number == 0:
+            self.first_gradient = torch.cat([gradient.flatten().float().cpu() for gradient in self._gradients()])
+        updating = self._now()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        end = self._now()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FinetuneError(
+                f"--lr {self._options.lr}: the training loss became {value} at step {number + 1}; try a smaller --lr"
+            )
+        self.record.losses.append(value)
+        self.record.forward.append(forward - start)
+        self.record.backward.append(backward - forward)
+        self.record.optimizer.append(end - updating)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The adapter and the optimizer's state, by name."""
+        tensors = {f"adapter.{name}": p.detach() for name, p in self._parameters.items()}
+        for name, p in self._parameters.items():
+            tensors |= {f"{key}.{name}": value for key, value in self._optimizer.state[p].items()}
+        if self.first_gradient is not None:
+            tensors["first_gradient"] = self.first_gradient
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors()` gave."""
+        self.first_gradient = tensors.get("first_gradient")
+        with torch.no_grad():
+            for name, p in self._parameters.items():
+                p.copy_(tensors[f"adapter.{name}"])
+                kept = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                # AdamW keeps its step count on the CPU and its moments beside the parameter.
+                self._optimizer.state[p] = {
+                    key: value if key == "step" else value.to(p) for key, value in kept.items() if value is not None
+                }
+
+    def _gradients(self) -> list[Tensor]:
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        if len(gradients) < len(self._parameters):
+            raise RuntimeError(f"{len(self._parameters) - len(gradients)} adapter parameters got no gradient")
+        return gradients
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def token_losses(model: nn.Module, sequences: Tensor) -> Tensor:
+    """Cross-entropy of every predicted token of `sequences` [n, seq + 1], flat, in float32."""
+    logits = model(input_ids=sequences[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), sequences[:, 1:].flatten(), reduction="none")
+
+
+@torch.no_grad()
+def heldout_loss(
+    model: nn.Module, corpus: Corpus, batch: int, device: torch.device, advance: Callable[[int], bool]
+) -> float | None:
+    """Mean loss over the held-out tokens. `advance(n)` hears of each n sequences done; None if it answers False."""
+    model.eval()
+    total, count = 0.0, 0
+    for sequences in corpus.heldout.split(batch):
+        losses = token_losses(model, sequences.to(device))
+        total, count = total + losses.double().sum().item(), count + losses.numel()
+        if not advance(len(sequences)):
+            return None
+    return total / count
+
+
+class Stop:
+    """Whether Ctrl-C was pressed."""
+
+    requested = False
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[Stop]:
+    """Turn the first Ctrl-C into a request, so that the step under way ends; the second acts as usual."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
+    previous = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+
+    def request(number: int, frame: Any) -> None:
+        stop.requested = True
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, request)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,103 @@
+"""What the op is tested against: dense autograd of the surrogate, written apart from `loge_kernels.reference`.
+
+The value uses the full weight; the gradient of x goes through `left @ right` (through the weight for the exact rows).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Case:
+    """The tensors of one linear layer. Any of the optional ones may be None."""
+
+    x: Tensor  # [M, K]
+    weight: Tensor  # [N, K]
+    left: Tensor | None  # [N, R]
+    right: Tensor | None  # [R, K]
+    bias: Tensor | None  # [N]
+    lora_A: Tensor | None  # [P, K]
+    lora_B: Tensor | None  # [N, P]
+    dy: Tensor  # [M, N]
+    scaling: float = 0.7
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """Copies in `dtype`."""
+        fields = {name: t.to(dtype) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **fields)
+
+
+def case(
+    M: int = 7,
+    N: int = 13,
+    K: int = 11,
+    R: int | None = 5,
+    P: int | None = 3,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float64,
+) -> Case:
+    """Random operands; rows of dy have well separated norms, so that "the heaviest" is unambiguous. R or P None: no
+    factors, no adapter."""
+    g = torch.Generator().manual_seed(M + 10 * N + 100 * K)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+
+    weights = torch.linspace(0.5, 3.0, M, dtype=torch.float64)[torch.randperm(M, generator=g)]
+    return Case(
+        x=draw(M, K),
+        weight=draw(N, K),
+        left=None if R is None else draw(N, R),
+        right=None if R is None else draw(R, K),
+        bias=draw(N) if bias else None,
+        lora_A=None if P is None else draw(P, K),
+        lora_B=None if P is None else draw(N, P),
+        dy=(torch.nn.functional.normalize(draw(M, N).double(), dim=1) * weights[:, None]).to(dtype),
+    )
+
+
+def gradients(c: Case, scale: Tensor | None = None, exact_rows: Tensor | None = None) -> dict[str, Tensor]:
+    """y and the gradient of every tensor of `c` by autograd, in c's dtype.
+
+    `scale` [M, K] multiplies the adapter's input (the dropout mask over 1 - p); `exact_rows` bool [M].
+    """
+    leaves = {
+        name: t.detach().clone().requires_grad_()
+        for name in ("x", "weight", "bias", "lora_A", "lora_B")
+        if (t := getattr(c, name)) is not None
+    }
+    x, W = leaves["x"], leaves["weight"]
+    dense = x @ W.detach().t()
+    through = dense if c.left is None or c.right is None else x @ (c.left @ c.right).t()
+    if exact_rows is not None:
+        through = torch.where(exact_rows[:, None], dense, through)
+    y = x.detach() @ W.t() + (through - through.detach())
+    if c.bias is not None:
+        y = y + leaves["bias"]
+    if c.lora_A is not None:
+        adapter_input = x if scale is None else x * scale
+        y = y + c.scaling * (adapter_input @ leaves["lora_A"].t() @ leaves["lora_B"].t())
+    y.backward(c.dy)
+    return {"y": y.detach(), **{name: t.grad for name, t in leaves.items() if t.grad is not None}}
+
+
+def heaviest(dy: Tensor, count: int) -> Tensor:
+    """The `count` rows of largest norm, as bool [M]."""
+    order = dy.double().norm(dim=1).argsort(descending=True)
+    chosen = torch.zeros(dy.shape[0], dtype=torch.bool)
+    chosen[order[:count]] = True
+    return chosen
+
+
+def assert_within_twice(got: Tensor, plain: Tensor, truth: Tensor, name: str = "") -> None:
+    """The correctness rule: at most twice the error of plain PyTorch in the same precision, and a tiny term."""
+    tiny = 4 * torch.finfo(plain.dtype).eps ** 2 + 1e-15
+    size = truth.abs().max().item() if truth.numel() else 0.0
+    allowed = 2 * (plain.double() - truth).abs().max().item() + tiny * size if truth.numel() else 0.0
+    error = (got.double() - truth).abs().max().item() if truth.numel() else 0.0
+    assert got.shape == truth.shape, name
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (largest value {size:.3g})"

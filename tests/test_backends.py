@@ -1,0 +1,171 @@
+"""The choice of a backend: by argument, by block, by environment, by preference."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+
+import loge_kernels as loge
+import pytest
+import torch
+from loge_kernels import reference
+from loge_kernels.problem import BackwardProblem, Gradients
+
+registry = import_module("loge_kernels.backends")
+
+
+class Fake:
+    """A backend that records its problems and answers with the reference's gradients."""
+
+    def __init__(self, missing: str | None = None, refuses: str | None = None) -> None:
+        self.missing, self.refuses = missing, refuses
+        self.problems: list[BackwardProblem] = []
+
+    def backward(self, problem: BackwardProblem) -> Gradients:
+        self.problems.append(problem)
+        return reference.backward(problem)
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Fake], Fake]:
+    """Puts a fake first in the order of preference."""
+
+    def put(name: str, fake: Fake) -> Fake:
+        made = replace(
+            registry._REGISTRY["reference"],
+            unavailable=lambda: fake.missing,
+            why_not=lambda problem: fake.refuses,
+            backward=fake.backward,
+            about="a fake",
+        )
+        monkeypatch.setitem(registry._REGISTRY, name, made)
+        monkeypatch.setattr(registry, "_PREFERENCE", (name, *registry._PREFERENCE))
+        return fake
+
+    return put
+
+
+def step(backend: str | None = None) -> torch.Tensor:
+    """Forward and backward of one small layer; the gradient of x."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 6, requires_grad=True), torch.randn(5, 6)
+    loge.linear(x, weight, loge.Factors(torch.randn(5, 2), torch.randn(2, 6)), backend=backend).sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+def test_reference_is_always_there() -> None:
+    (row,) = [b for b in loge.backends() if b.name == "reference"]
+    assert row.available
+    assert "PyTorch" in row.reason
+    assert torch.equal(step("reference"), step())
+
+
+def test_rows_say_why_a_backend_is_missing(register: Callable[[str, Fake], Fake]) -> None:
+    register("fake", Fake(missing="no such card"))
+    rows = {b.name: b for b in loge.backends()}
+    assert rows["fake"] == loge.Backend("fake", False, "no such card")
+    assert all(isinstance(b.available, bool) and b.reason for b in rows.values())
+
+
+def test_argument_over_block_over_environment_over_auto(
+    register: Callable[[str, Fake], Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes = {name: register(name, Fake()) for name in ("environment", "block", "argument", "preferred")}
+
+    def used(backend: str | None = None) -> str:
+        for fake in fakes.values():
+            fake.problems.clear()
+        step(backend)
+        (name,) = [name for name, fake in fakes.items() if fake.problems]
+        return name
+
+    assert used() == "preferred"
+    monkeypatch.setenv("LOGE_BACKEND", "environment")
+    assert used() == "environment"
+    with loge.use_backend("block"):
+        assert used() == "block"
+        assert used("argument") == "argument"
+        assert used("auto") == "preferred"
+        with loge.use_backend("auto"):
+            assert used() == "preferred"
+        assert used() == "block"
+    assert used() == "environment"
+    with pytest.raises(KeyError), loge.use_backend("block"):
+        raise KeyError
+    assert used() == "environment"
+    monkeypatch.setenv("LOGE_BACKEND", "")
+    assert used() == "preferred"
+
+
+def test_the_name_at_the_forward_counts(register: Callable[[str, Fake], Fake]) -> None:
+    fake = register("fake", Fake())
+    register("preferred", Fake())
+    x = torch.randn(3, 6, requires_grad=True)
+    with loge.use_backend("fake"):
+        y = loge.linear(x, torch.randn(5, 6), None)
+    y.sum().backward()
+    assert len(fake.problems) == 1
+
+
+def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"backend='nope' is not a backend; choose one of 'auto'.*'reference'"):
+        step("nope")
+    with pytest.raises(ValueError, match=r"use_backend.*'nope'.*'reference'"), loge.use_backend("nope"):
+        pass
+    monkeypatch.setenv("LOGE_BACKEND", "nope")
+    with pytest.raises(ValueError, match=r"LOGE_BACKEND='nope'.*'reference'"):
+        step()
+
+
+def test_a_named_backend_runs_or_raises(register: Callable[[str, Fake], Fake], monkeypatch: pytest.MonkeyPatch) -> None:
+    register("absent", Fake(missing="no such card"))
+    register("picky", Fake(refuses="M is odd"))
+    with pytest.raises(ValueError, match=r"backend='absent' cannot run here: no such card"):
+        step("absent")
+    with pytest.raises(ValueError, match="no such card"), loge.use_backend("absent"):
+        pass
+    monkeypatch.setenv("LOGE_BACKEND", "absent")
+    with pytest.raises(ValueError, match=r"LOGE_BACKEND='absent' cannot run here: no such card"):
+        step()
+    with pytest.raises(ValueError, match=r"backend='picky'.*M is odd.*'auto'"):
+        step("picky")
+
+
+def test_auto_says_once_what_it_took_and_why(
+    register: Callable[[str, Fake], Fake], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = step("reference")
+    taken = register("taken", Fake())
+    picky = register("picky", Fake(refuses="M is odd"))
+    absent = register("absent", Fake(missing="no such card"))
+    with caplog.at_level(logging.INFO, "loge_kernels"):
+        assert torch.equal(step(), expected)
+        assert torch.equal(step(), expected)
+    (record,) = [r for r in caplog.records if r.name == "loge_kernels"]
+    for part in ("'taken'", "absent: no such card", "picky: M is odd"):
+        assert part in record.getMessage()
+    assert (len(taken.problems), picky.problems, absent.problems) == (2, [], [])
+
+
+def test_auto_without_any_backend_raises(
+    register: Callable[[str, Fake], Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register("picky", Fake(refuses="M is odd"))
+    monkeypatch.setattr(registry, "_PREFERENCE", ("picky",))
+    with pytest.raises(RuntimeError, match="picky: M is odd"):
+        step()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_problem_carries_torchs_determinism(register: Callable[[str, Fake], Fake], deterministic: bool) -> None:
+    fake = register("fake", Fake())
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        step("fake")
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert fake.problems[0].deterministic is deterministic

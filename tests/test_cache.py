@@ -1,0 +1,229 @@
+"""Factors on disk: found again, never trusted when damaged, never in the way."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import loge_kernels as loge
+import pytest
+import torch
+from loge_kernels import cache
+from loge_kernels.cache import cached_factors, fingerprint
+
+factors_module = import_module("loge_kernels.factors")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache" / "factors"
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """One entry per decomposition."""
+    calls: list[tuple[Any, ...]] = []
+
+    def spy(*arguments: Any) -> loge.Factors:
+        calls.append(arguments)
+        return factors_module.factorize(*arguments)
+
+    monkeypatch.setattr(cache, "factorize", spy)
+    return calls
+
+
+def assert_equal(first: loge.Factors, second: loge.Factors) -> None:
+    assert torch.equal(first.left, second.left)
+    assert torch.equal(first.right, second.right)
+    assert (first.energy, first.method, first.rank) == (second.energy, second.method, second.rank)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_a_second_time_nothing_is_computed(dtype: torch.dtype, computed: list[tuple[Any, ...]]) -> None:
+    weight = torch.nn.Parameter(torch.randn(20, 30).to(dtype))
+    first, second = cached_factors(weight, 8), cached_factors(weight, 8)
+    assert len(computed) == 1
+    assert_equal(first, second)
+    assert_equal(first, loge.factorize(weight, 8))
+    assert second.left.dtype == dtype
+    assert [p.requires_grad for p in second.parameters()] == [False, False]
+    for factors in (first, second):
+        assert factors.bound
+        assert not factors.stale(weight)
+
+
+def test_the_key_is_content_dtype_shape_and_rank(computed: list[tuple[Any, ...]], folder: Path) -> None:
+    weight = torch.randn(20, 30)
+    changed = weight.clone()
+    changed[19, 29] += 1e-6
+    weights = [weight, changed, weight.view(30, 20), weight.double(), torch.zeros(4, 4), torch.zeros(4, 4).int().float().half()]
+    for other in weights:
+        cached_factors(other, 4)
+    cached_factors(weight, 5)
+    assert len(computed) == len(weights) + 1
+    assert len(list(folder.iterdir())) == len(weights) + 1
+    cached_factors(weight.t().contiguous().t(), 4)  # the same content in other strides
+    cached_factors(weight.clone(), 4)
+    assert len(computed) == len(weights) + 1
+    assert fingerprint(torch.zeros(2, 4)) != fingerprint(torch.zeros(4, 2))
+    assert fingerprint(torch.zeros(2, 4)) != fingerprint(torch.zeros(2, 4, dtype=torch.int32))
+
+
+def test_a_share_and_its_rank_are_one_entry(computed: list[tuple[Any, ...]]) -> None:
+    weight = torch.randn(64, 40)
+    assert_equal(cached_factors(weight, 0.4), cached_factors(weight, 16))
+    assert len(computed) == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "shape", "dtype", "format", "header", "directory"])
+def test_a_damaged_file_is_written_anew(
+    damage: str, computed: list[tuple[Any, ...]], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from safetensors.torch import save_file
+
+    weight = torch.randn(20, 30)
+    good = cached_factors(weight, 4)
+    (path,) = folder.iterdir()
+    header = {"loge": '{"format": "loge_kernels factors 1", "energy": 0.5}'}
+    tensors = {"left": torch.zeros(20, 4), "right": torch.zeros(4, 30)}
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif damage in ("empty", "garbage"):
+        path.write_bytes(b"" if damage == "empty" else os.urandom(3000))
+    elif damage == "directory":
+        path.unlink()
+        path.mkdir()
+    else:
+        if damage == "shape":
+            tensors["right"] = torch.zeros(3, 30)
+        elif damage == "dtype":
+            tensors = {name: tensor.half() for name, tensor in tensors.items()}
+        else:
+            header = {"loge": header["loge"].replace("factors 1", "factors 0")} if damage == "format" else {}
+        save_file(tensors, path, metadata=header)
+    with caplog.at_level(logging.WARNING, "loge_kernels"):
+        again = cached_factors(weight, 4)
+    assert_equal(again, good)
+    assert len(computed) == 2
+    warned = [r.getMessage() for r in caplog.records if r.getMessage().startswith("ignoring the damaged")]
+    assert len(warned) == 1
+    assert str(path) in warned[0]
+    if damage != "directory":  # which cannot be replaced by a file
+        assert len(caplog.records) == 1
+        cached_factors(weight, 4)
+        assert len(computed) == 2
+
+
+def test_readable_by_the_owner_alone(folder: Path) -> None:
+    previous = os.umask(0)
+    try:
+        cached_factors(torch.randn(20, 30), 4)
+    finally:
+        os.umask(previous)
+    (path,) = folder.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, computed: list[tuple[Any, ...]]) -> None:
+    monkeypatch.setenv("LOGE_CACHE", "off")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.chdir(tmp_path)
+    weight = torch.randn(20, 30)
+    assert_equal(cached_factors(weight, 4), cached_factors(weight, 4))
+    assert len(computed) == 2
+    assert list(tmp_path.iterdir()) == []
+    assert cache.cache_dir() is None
+
+
+def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LOGE_CACHE", "~/mine")
+    assert cache.cache_dir() == tmp_path / "mine"
+    monkeypatch.delenv("LOGE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache.cache_dir() == tmp_path / "xdg" / "loge_kernels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache.cache_dir() == tmp_path / ".cache" / "loge_kernels"
+
+
+def under_a_file(tmp_path: Path) -> Path:
+    (tmp_path / "file").write_text("")
+    return tmp_path / "file" / "cache"
+
+
+def name_too_long(tmp_path: Path) -> Path:
+    return tmp_path / ("a" * 300)
+
+
+@pytest.mark.parametrize("place", [under_a_file, name_too_long])
+def test_an_unusable_directory_costs_time_only(
+    place: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LOGE_CACHE", str(place(tmp_path)))
+    weight = torch.randn(20, 30)
+    with caplog.at_level(logging.WARNING, "loge_kernels"):
+        assert_equal(cached_factors(weight, 4), loge.factorize(weight, 4))
+    assert caplog.records
+    assert str(place(tmp_path).name) in caplog.text
+
+
+def test_a_failed_write_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(tensors: Any, path: str, metadata: Any) -> None:
+        Path(path).write_bytes(b"half a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "save_file", full)
+    weight = torch.randn(20, 30)
+    with caplog.at_level(logging.WARNING, "loge_kernels"):
+        assert_equal(cached_factors(weight, 4), loge.factorize(weight, 4))
+    assert "No space left" in caplog.text
+    assert list(folder.iterdir()) == []
+
+
+def test_random_is_never_kept(folder: Path) -> None:
+    weight = torch.randn(20, 30)
+    assert not torch.equal(cached_factors(weight, 4, "random").right, cached_factors(weight, 4, "random").right)
+    assert not folder.exists()
+
+
+def test_a_weight_that_is_not_finite_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        cached_factors(torch.full((20, 30), float("nan")), 4)
+    assert not folder.exists()
+
+
+def test_threads_at_once(folder: Path) -> None:
+    weight = torch.randn(20, 30)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: cached_factors(weight, 4), range(32)))
+    for other in results:
+        assert_equal(other, results[0])
+    assert len(list(folder.iterdir())) == 1
+
+
+def fill(seed: int) -> None:
+    """What each of several processes does to one cache."""
+    torch.manual_seed(seed)
+    for _ in range(20):
+        weight = torch.randn(20, 30)
+        assert_equal(cached_factors(weight, 4), loge.factorize(weight, 4))
+
+
+def test_processes_at_once(folder: Path) -> None:
+    processes = [get_context("fork").Process(target=fill, args=(4,)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert [path.suffix for path in folder.iterdir()] == [".safetensors"] * 20

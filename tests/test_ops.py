@@ -1,0 +1,423 @@
+"""`loge_kernels.linear`: gradients, what is saved, compilation, errors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import loge_kernels as loge
+import pytest
+import torch
+from loge_kernels.dropout import draw_seed, keep_mask
+from surrogate import Case, assert_within_twice, case, gradients, heaviest
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
+
+
+def factors(c: Case) -> loge.Factors | None:
+    return None if c.left is None or c.right is None else loge.Factors(c.left, c.right)
+
+
+def run(c: Case, need: tuple[str, ...] = NAMES, **options: Any) -> dict[str, Tensor]:
+    """y and the gradients of `need` through the op; leaves are fresh."""
+    leaves = {n: t.detach().requires_grad_(n in need) for n in NAMES if (t := getattr(c, n)) is not None}
+    extra = [leaves.get(n) for n in NAMES[2:]]
+    y = loge.linear(leaves["x"], leaves["weight"], factors(c), *extra, c.scaling, **options)
+    if any(leaf.requires_grad for leaf in leaves.values()):
+        y.backward(c.dy)
+    return {"y": y.detach(), **{n: t.grad for n, t in leaves.items() if t.grad is not None}}
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def drawn_mask(c: Case, p: float) -> Tensor:
+    """The mask over 1 - p that the op draws when its call follows `torch.manual_seed(5)`."""
+    torch.manual_seed(5)
+    scale = keep_mask(draw_seed(torch.device("cpu")), *c.x.shape, p).double() / (1 - p)
+    torch.manual_seed(5)
+    return scale
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_gradcheck_exact(adapter: bool) -> None:
+    c = case(M=4, N=6, K=5, R=None, P=2 if adapter else None)
+    inputs = [t.requires_grad_() for n in NAMES if (t := getattr(c, n)) is not None]
+    assert torch.autograd.gradcheck(lambda x, w, *rest: loge.linear(x, w, None, *rest, scaling=0.7), inputs)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"N": 5, "K": 31}, {"M": 1}, {"M": 0}, {"R": None}, {"P": None}, {"P": None, "R": None}, {"bias": False}],
+    ids=str,
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_of_the_surrogate(shape: dict[str, Any], dropout: float) -> None:
+    c = case(**shape)
+    scale = drawn_mask(c, dropout) if dropout and c.lora_A is not None else None
+    got = run(c, dropout=dropout)
+    assert set(got) == {"y", *(n for n in NAMES if getattr(c, n) is not None)}
+    assert_same(got, gradients(c, scale))
+
+
+@pytest.mark.parametrize("R", [5, None])
+@pytest.mark.parametrize("wanted", list(product([False, True], repeat=5)))
+def test_each_subset_of_gradients(wanted: tuple[bool, ...], R: int | None) -> None:
+    c = case(R=R)
+    need = tuple(n for n, want in zip(NAMES, wanted, strict=True) if want)
+    scale = drawn_mask(c, 0.3)
+    got = run(c, need, dropout=0.3)
+    assert set(got) == {"y", *need}
+    assert_same(got, gradients(c, scale))
+
+
+@pytest.mark.parametrize(("fraction", "rows"), [(0.0, 0), (0.3, 3), (1.0, 7)])
+def test_exact_fraction(fraction: float, rows: int) -> None:
+    c = case()
+    assert_same(run(c, exact_fraction=fraction), gradients(c, exact_rows=heaviest(c.dy, rows)))
+    if rows == 7:
+        assert_same(run(c, exact_fraction=fraction), gradients(replace(c, left=None, right=None)))
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (0,), (2, 3), (2, 1, 3), (2, 0, 3)])
+def test_leading_dimensions(lead: tuple[int, ...]) -> None:
+    rows = int(torch.tensor(lead).prod()) if lead else 1
+    c = case(M=rows)
+    x = c.x.view(*lead, c.x.shape[1]).requires_grad_()
+    y = loge.linear(x, c.weight, factors(c), c.bias, c.lora_A, c.lora_B, c.scaling)
+    assert y.shape == (*lead, c.weight.shape[0])
+    y.backward(c.dy.view(y.shape))
+    expected = gradients(c)
+    assert_same({"y": y.detach().reshape(rows, 13), "x": x.grad.reshape(rows, 11)}, expected)
+
+
+def test_strides_of_x_and_dy() -> None:
+    c = case(M=12)
+    expected = gradients(c)
+    wide = torch.zeros(4, 3, 22, dtype=torch.float64)
+    wide[..., ::2] = c.x.view(4, 3, 11)
+    for x, rows in ((wide[..., ::2], (4, 3)), (c.x.t().contiguous().t(), (12,))):
+        x = x.detach().requires_grad_()
+        y = loge.linear(x, c.weight, factors(c), c.bias, c.lora_A, c.lora_B, c.scaling)
+        y.backward(c.dy.t().contiguous().t().view(*rows, 13) if rows == (12,) else c.dy.view(*rows, 13))
+        assert_same({"x": x.grad.reshape(12, 11)}, expected)
+    x = c.x.clone().requires_grad_()
+    loge.linear(x, c.weight, factors(c), c.bias, c.lora_A, c.lora_B, c.scaling).sum().backward()  # an expanded dY
+    c.dy = torch.ones_like(c.dy)
+    assert_same({"x": x.grad}, gradients(c))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_low_precision_within_twice_plain_pytorch(dtype: torch.dtype, dropout: float) -> None:
+    narrow = case(M=33, N=48, K=40, R=16, P=8).to(dtype)
+    wide = narrow.to(torch.float64)
+    scale = drawn_mask(wide, dropout) if dropout else None
+    got = run(narrow, dropout=dropout)
+    plain = gradients(narrow, None if scale is None else scale.to(dtype))
+    for name, truth in gradients(wide, scale).items():
+        assert got[name].dtype == dtype
+        assert_within_twice(got[name], plain[name], truth, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_adapter_over_a_16_bit_base(dtype: torch.dtype) -> None:
+    c = case(M=33, N=48, K=40, R=16, P=8).to(dtype)
+    truth, plain = gradients(c.to(torch.float64)), gradients(c)
+    c.lora_A, c.lora_B = c.lora_A.float(), c.lora_B.float()
+    got = run(c)
+    for name in truth:
+        assert got[name].dtype == (torch.float32 if "lora" in name else dtype)
+        assert_within_twice(got[name], plain[name], truth[name], name)
+
+
+def test_double_backward_raises() -> None:
+    c = case(R=None)
+    x = c.x.requires_grad_()
+    A = c.lora_A.requires_grad_()
+    for loss in (Tensor.sum, lambda y: y.square().sum()):  # dY that does not, and that does, depend on x
+
+        def second(loss: Callable[[Tensor], Tensor] = loss) -> None:
+            y = loge.linear(x, c.weight, None, None, A, c.lora_B)
+            (dA,) = torch.autograd.grad(loss(y), A, create_graph=True)
+            dA.sum().backward()
+
+        with pytest.raises(RuntimeError, match="create_graph"):
+            second()
+
+
+# Autocast
+
+
+def test_autocast_casts_like_torchs_own() -> None:
+    c = case(M=33, N=48, K=40, R=16, P=8, dtype=torch.float32)
+    half = c.to(torch.bfloat16)
+    half.lora_A, half.lora_B = c.lora_A, c.lora_B  # adapters stay in float32
+    expected = run(half)
+    leaves = {n: getattr(c, n).clone().requires_grad_() for n in NAMES}
+    with torch.autocast("cpu", torch.bfloat16):
+        y = loge.linear(leaves["x"], leaves["weight"], factors(c), *(leaves[n] for n in NAMES[2:]), c.scaling)
+        assert y.dtype == torch.bfloat16
+        y.backward(half.dy)  # inside the block, as many training loops do
+    assert torch.equal(y, expected["y"])
+    for name, leaf in leaves.items():
+        assert leaf.grad.dtype == torch.float32
+        assert torch.equal(leaf.grad, expected[name].float()), name
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    c = case()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.nn.functional.linear(c.x, c.weight).dtype == torch.float64
+        assert_same(run(c), gradients(c))
+
+
+# What is kept for backward
+
+
+def kept(c: Case, need: tuple[str, ...], **options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The tensors that autograd keeps for the op, and the leaves."""
+    leaves = {n: getattr(c, n).detach().requires_grad_(n in need) for n in NAMES if getattr(c, n) is not None}
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = loge.linear(leaves["x"], leaves["weight"], factors(c), *(leaves.get(n) for n in NAMES[2:]), **options)
+    y.backward(c.dy)
+    return saved, leaves
+
+
+ADAPTER = ("x", "lora_A", "lora_B")
+
+
+@pytest.mark.parametrize(
+    ("shape", "need", "options", "x_kept", "weight_kept"),
+    [
+        ({}, ADAPTER, {}, True, False),
+        ({}, ADAPTER, {"dropout": 0.5}, True, False),
+        ({}, ("x",), {}, False, False),
+        ({}, ("x", "lora_B"), {}, False, False),
+        ({"P": None}, ("x",), {}, False, False),
+        ({"P": None}, ("x", "weight"), {}, True, False),
+        ({}, ("lora_A", "lora_B"), {"exact_fraction": 0.5}, True, False),
+        ({}, ADAPTER, {"exact_fraction": 0.5}, True, True),
+        ({"R": None}, ADAPTER, {}, True, True),
+        ({"R": None}, ("lora_A", "lora_B"), {}, True, False),
+    ],
+)
+def test_kept_for_backward(
+    shape: dict[str, Any], need: tuple[str, ...], options: dict[str, Any], x_kept: bool, weight_kept: bool
+) -> None:
+    c = case(**shape)
+    saved, leaves = kept(c, need, **options)
+    kept_pointers = {t.data_ptr() for t in saved}
+    assert (leaves["x"].data_ptr() in kept_pointers) == x_kept
+    assert (leaves["weight"].data_ptr() in kept_pointers) == weight_kept
+    small = [c.left, c.right, c.lora_A, c.lora_B, c.x, c.weight]
+    known = {t.data_ptr() for t in small if t is not None}
+    rest = [t for t in saved if t.data_ptr() not in known and t.numel() > 2]  # two numbers: the seed
+    assert [tuple(t.shape) for t in rest] == ([(7, 3)] if "lora_B" in need else []), "xa and nothing else"
+    for leaf in leaves.values():
+        assert leaf.grad is None or leaf.grad.untyped_storage().data_ptr() not in {
+            t.untyped_storage().data_ptr() for t in saved
+        }
+
+
+def test_backward_does_not_read_the_weight() -> None:
+    c = case()
+    expected = gradients(c)
+    x, A = c.x.requires_grad_(), c.lora_A.requires_grad_()
+    y = loge.linear(x, c.weight, factors(c), c.bias, A, c.lora_B, c.scaling)
+    c.weight.data.fill_(float("nan"))
+    y.backward(c.dy)
+    assert_same({"x": x.grad, "lora_A": A.grad}, expected)
+
+
+def test_a_changed_input_is_noticed() -> None:
+    c = case()
+    x, A = c.x.clone(), c.lora_A.requires_grad_()
+    y = loge.linear(x, c.weight, factors(c), c.bias, A, c.lora_B)
+    x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(c.dy)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_draws_the_same_mask(reentrant: bool) -> None:
+    c = case(M=40, K=30)
+
+    def leaves() -> dict[str, Tensor]:
+        return {n: getattr(c, n).clone().requires_grad_() for n in ADAPTER}
+
+    def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return loge.linear(x, c.weight, factors(c), c.bias, A, B, c.scaling, dropout=0.5)
+
+    plain, again = leaves(), leaves()
+    torch.manual_seed(3)
+    y = layer(*plain.values())
+    y.backward(c.dy)
+    torch.manual_seed(3)
+    z = checkpoint(layer, *again.values(), use_reentrant=reentrant)
+    torch.rand(7)  # the recomputation must not depend on what was drawn since
+    z.backward(c.dy)
+    assert torch.equal(y, z)
+    for name in ADAPTER:
+        assert torch.equal(plain[name].grad, again[name].grad), name
+
+
+# Staleness
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_says_once_that_the_weight_has_changed(autocast: bool) -> None:
+    weight = torch.nn.Parameter(torch.randn(20, 18))
+    x = torch.randn(3, 18, requires_grad=True)
+    made = loge.factorize(weight, 16)
+
+    def call() -> list[str]:
+        with warnings.catch_warnings(record=True) as caught, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            warnings.simplefilter("always")
+            loge.linear(x, weight, made)
+        return [str(w.message) for w in caught]
+
+    assert call() == []
+    with torch.no_grad():
+        weight.mul_(2.0)
+    (message,) = call()
+    assert "weight has changed" in message
+    assert "refresh" in message
+    assert call() == []
+    made.refresh(weight)
+    assert call() == []
+    with torch.no_grad():
+        weight.mul_(2.0)
+    assert len(call()) == 1
+
+
+# torch.library and torch.compile
+
+LINEAR_CASES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "dropout": {"dropout": 0.5},
+    "exact": {"R": None},
+    "exact, no adapter": {"R": None, "P": None},
+    "exact rows": {"exact_fraction": 0.5},
+    "no bias, one row": {"bias": False, "M": 1},
+}
+
+
+@pytest.mark.parametrize("options", LINEAR_CASES.values(), ids=LINEAR_CASES)
+def test_opcheck_linear(options: dict[str, Any]) -> None:
+    options = dict(options)
+    dropout, fraction = options.pop("dropout", 0.0), options.pop("exact_fraction", 0.0)
+    c = case(dtype=torch.float32, **options)
+    leaves = [None if t is None else t.requires_grad_() for t in (c.bias, c.lora_A, c.lora_B)]
+    seed = torch.tensor([1, 2]) if dropout else None
+    arguments = (c.x.requires_grad_(), c.weight.requires_grad_(), c.left, c.right, *leaves)
+    torch.library.opcheck(
+        torch.ops.loge_kernels.linear.default, (*arguments, 0.5, dropout, seed, fraction, "reference")
+    )
+
+
+@pytest.mark.parametrize("needs", [(True,) * 5, (True, False, False, True, True), (False, False, True, False, True)])
+def test_opcheck_backward(needs: tuple[bool, ...]) -> None:
+    c = case(dtype=torch.bfloat16)
+    A, B = c.lora_A.float(), c.lora_B.float()
+    xa = c.x @ c.lora_A.t()
+    operands = (c.dy, c.x, xa, c.weight, c.left, c.right, A, B)
+    constants = (0.5, 0.25, torch.tensor([1, 2]), 0.0)
+    torch.library.opcheck(torch.ops.loge_kernels.linear_backward.default, (*operands, *constants, *needs, "reference"))
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords"),
+    [({}, {"dropout": 0.5}), ({"R": None}, {}), ({}, {"exact_fraction": 0.4}), ({"P": None, "bias": False}, {})],
+)
+def test_compiled_is_eager(options: dict[str, Any], keywords: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    c = case(M=8, **options)
+    made = factors(c)
+
+    def layer(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+        given = dict(zip((n for n in NAMES[2:] if getattr(c, n) is not None), rest, strict=True))
+        return loge.linear(x.relu(), weight, made, scaling=0.7, **given, **keywords).sigmoid()
+
+    results = []
+    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        leaves = [t.clone().requires_grad_() for n in NAMES if (t := getattr(c, n)) is not None]
+        torch.manual_seed(9)
+        y = function(*leaves)
+        y.backward(c.dy)
+        results.append([y.detach(), *(t.grad for t in leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
+
+
+# Errors
+
+GOOD = {
+    "x": torch.zeros(2, 6),
+    "weight": torch.zeros(5, 6),
+    "factors": loge.Factors(torch.zeros(5, 3), torch.zeros(3, 6)),
+    "bias": torch.zeros(5),
+    "lora_A": torch.zeros(2, 6),
+    "lora_B": torch.zeros(5, 2),
+}
+BAD: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
+    ({"x": torch.zeros(2, 7)}, ValueError, ["x has shape (2, 7)", "K = 6"]),
+    ({"x": torch.zeros(())}, ValueError, ["x has shape ()", "K = 6"]),
+    ({"x": torch.zeros(2, 6, dtype=torch.int64)}, TypeError, ["x has dtype torch.int64", "float32"]),
+    ({"x": torch.zeros(2, 6, dtype=torch.complex64)}, TypeError, ["x has dtype torch.complex64", "bfloat16"]),
+    ({"x": torch.zeros(2, 6, device="meta")}, ValueError, ["weight is on cpu", "meta"]),
+    ({"weight": torch.zeros(5)}, ValueError, ["weight has shape (5,)", "[N, K]"]),
+    ({"weight": torch.zeros(5, 6).half()}, TypeError, ["weight has dtype torch.float16", "expected torch.float32"]),
+    ({"bias": torch.zeros(6)}, ValueError, ["bias has shape (6,)", "(5,)"]),
+    ({"bias": torch.zeros(5).double()}, TypeError, ["bias has dtype torch.float64", "torch.float32"]),
+    (
+        {"factors": loge.Factors(torch.zeros(4, 3), torch.zeros(3, 6))},
+        ValueError,
+        ["factors.left has shape (4, 3)", "(5, 3)"],
+    ),
+    (
+        {"factors": loge.Factors(torch.zeros(5, 3), torch.zeros(3, 7))},
+        ValueError,
+        ["factors.right has shape (3, 7)", "(3, 6)"],
+    ),
+    ({"lora_A": torch.zeros(2, 7)}, ValueError, ["lora_A has shape (2, 7)", "(2, 6)"]),
+    ({"lora_A": torch.zeros(6)}, ValueError, ["lora_A has shape (6,)"]),
+    ({"lora_B": torch.zeros(5, 3)}, ValueError, ["lora_B has shape (5, 3)", "(5, 2)"]),
+    ({"lora_B": None}, ValueError, ["lora_A", "lora_B", "both or neither"]),
+    ({"lora_A": None}, ValueError, ["lora_A", "lora_B", "both or neither"]),
+    ({"lora_A": torch.zeros(2, 6).half()}, TypeError, ["lora_A has dtype torch.float16", "torch.float32"]),
+    ({"lora_B": torch.zeros(5, 2).double()}, TypeError, ["lora_B has dtype torch.float64", "torch.float32"]),
+    ({"dropout": 1.0}, ValueError, ["dropout=1.0", "[0, 1)"]),
+    ({"dropout": -0.1}, ValueError, ["dropout=-0.1", "[0, 1)"]),
+    ({"dropout": float("nan")}, ValueError, ["dropout=nan", "[0, 1)"]),
+    ({"exact_fraction": 1.5}, ValueError, ["exact_fraction=1.5", "[0, 1]"]),
+    ({"exact_fraction": float("nan")}, ValueError, ["exact_fraction=nan", "[0, 1]"]),
+    ({"backend": "cublas"}, ValueError, ["backend='cublas'", "'auto'", "'reference'"]),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "parts"), BAD, ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+def test_errors_name_argument_value_and_what_works(
+    wrong: dict[str, Any], error: type[Exception], parts: list[str]
+) -> None:
+    loge.linear(**GOOD)
+    with pytest.raises(error) as caught:
+        loge.linear(**{**GOOD, **wrong})
+    for part in parts:
+        assert part in str(caught.value)

@@ -1,0 +1,609 @@
+"""`apply` on PEFT models: PEFT's behaviour throughout, with another backward."""
+
+from __future__ import annotations
+
+import copy
+import filecmp
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import loge_kernels as loge
+import models
+import peft
+import pytest
+import torch
+from loge_kernels import LoGELinear
+from loge_kernels.peft_layers import LoGELoraLinear
+from models import LINEARS, assert_close, gradients, llama, logits, lora, modules_of, stand_ins, use_surrogate
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+RANK = 0.25
+POWER_OF_TWO = {"r": 4, "lora_alpha": 8}  # a scaling that does not round: outputs can be compared bit for bit
+
+
+def bases(model: nn.Module) -> list[str]:
+    """The names of the frozen linear layers inside PEFT's LoRA layers."""
+    return [f"{name}.base_layer" for name in modules_of(model, lambda module: isinstance(module, LoraLinear))]
+
+
+def twins(rank: int | float = RANK, **options: Any) -> tuple[Any, Any, loge.Report]:
+    """A converted PEFT model, and PEFT's own of the same numbers whose base layers have a surrogate gradient."""
+    model, other = lora(**options), lora(**options)
+    report = loge.apply(model, rank)
+    use_surrogate(other, stand_ins(other, bases(other), rank))
+    return model, other, report
+
+
+def paths(report: loge.Report) -> set[str]:
+    return {row.path for row in report.layers if row.name.rpartition(".")[2] in LINEARS}
+
+
+def input_gradient(model: Any) -> Tensor:
+    """The gradient of the embeddings: there even when no adapter is active."""
+    embeddings = model.get_input_embeddings()(models.tokens()).detach().requires_grad_()
+    model(inputs_embeds=embeddings, labels=models.tokens()).loss.backward()
+    model.zero_grad()
+    assert embeddings.grad is not None
+    return embeddings.grad
+
+
+def assert_low_rank_of_its_weights(model: Any, other: Any) -> None:
+    """`model`'s input gradient is that of `other` with fresh factors of `other`'s weights as they are."""
+    twin = copy.deepcopy(other)
+    use_surrogate(twin, stand_ins(twin, bases(twin), RANK))
+    assert_close({"x": input_gradient(model)}, {"x": input_gradient(twin)}, 1e-3)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_exact_rank_gives_pefts_gradients(options: dict[str, Any]) -> None:
+    model, other = lora(**options), lora(**options)
+    loge.apply(model, 1.0)
+    got, expected = gradients(model), gradients(other)
+    assert set(got) == set(expected) >= {n for n, p in other.named_parameters() if p.requires_grad}
+    assert_close(got, expected)
+
+
+def test_full_rank_factors_give_pefts_gradients() -> None:
+    model, other = lora(), lora()
+    loge.apply(model, 1.0)
+    for name in modules_of(model, LoGELinear):
+        layer = model.get_submodule(name)
+        if layer.converted:
+            layer.factors = loge.factorize(layer.weight, 1.0)
+    assert_close(gradients(model), gradients(other), 1e-4)
+
+
+@pytest.mark.parametrize("adapters_in_float32", [True, False])
+@pytest.mark.parametrize("factors", [None, 1.0])
+def test_bfloat16_within_twice_peft(adapters_in_float32: bool, factors: float | None) -> None:
+    def build(dtype: torch.dtype) -> Any:
+        config = LoraConfig(r=4, lora_alpha=10, target_modules=LINEARS)
+        built = get_peft_model(llama(torch.bfloat16), config, autocast_adapter_dtype=adapters_in_float32)
+        models.randomised(built)
+        for parameter in built.parameters():
+            parameter.data = parameter.data.bfloat16().to(torch.float32 if parameter.dtype == torch.float32 else dtype)
+        return built if dtype == torch.bfloat16 else built.to(dtype)
+
+    model, other, truth = build(torch.bfloat16), build(torch.bfloat16), gradients(build(torch.float64))
+    report = loge.apply(model, 1.0)
+    assert paths(report) == {"exact"}
+    if factors is not None:
+        for name in bases(model):
+            layer = model.get_submodule(name)
+            layer.factors = loge.factorize(layer.weight, factors)
+    got, plain = gradients(model), gradients(other)
+    assert set(got) == set(plain) == set(truth)
+    for name, expected in truth.items():
+        assert got[name].dtype == plain[name].dtype
+        errors = [(g[name].double() - expected).norm() / expected.norm() for g in (got, plain)]
+        assert errors[0] <= 2 * errors[1] + 2**-8, (name, errors)
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "plain": ({}, "fused", ""),
+    "rslora": ({"use_rslora": True, "r": 5}, "fused", ""),
+    "alpha": ({"lora_alpha": 1}, "fused", ""),
+    "bias lora_only": ({"bias": "lora_only"}, "fused", ""),
+    "bias all": ({"bias": "all"}, "fused", ""),
+    "modules_to_save": ({"modules_to_save": ["lm_head", "embed_tokens"]}, "fused", ""),
+    "rank pattern": ({"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"q_proj": 3}}, "fused", ""),
+    "lora_bias": ({"lora_bias": True}, "base", "bias"),
+    "dora": ({"use_dora": True}, "base", "DoraLinearVariant"),
+}
+
+
+@pytest.mark.parametrize(("options", "path", "reason"), CONFIGS.values(), ids=CONFIGS)
+def test_low_rank_gradients_are_those_of_the_surrogate(options: dict[str, Any], path: str, reason: str) -> None:
+    model, other, report = twins(**options)
+    assert paths(report) == {path}
+    assert all(reason in row.reason for row in report.layers if row.path == path)
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-5, atol=1e-5)
+    assert_close(gradients(model), gradients(other))
+    models.assert_differ(gradients(model), gradients(lora(**options)))
+
+
+def test_layers_with_a_bias() -> None:
+    def build() -> Any:
+        return lora(llama(attention_bias=True, mlp_bias=True), bias="all")
+
+    model, other = build(), build()
+    loge.apply(model, RANK)
+    use_surrogate(other, stand_ins(other, bases(other), RANK))
+    got = gradients(model)
+    assert any(name.endswith("base_layer.bias") for name in got)
+    assert_close(got, gradients(other))
+
+
+def test_layers_without_an_adapter_are_plain() -> None:
+    model, other = lora(target_modules=["q_proj"]), lora(target_modules=["q_proj"])
+    report = loge.apply(model, RANK)
+    assert {row.name.rpartition(".")[2]: row.path for row in report.layers} == {
+        "q_proj": "fused",
+        **dict.fromkeys(LINEARS[1:], "plain"),
+        "lm_head": "skipped",
+    }
+    names = modules_of(other, lambda m: type(m) is nn.Linear and "lora" not in str(m))
+    names = [n for n in names if "lora_" not in n and "lm_head" not in n]
+    use_surrogate(other, stand_ins(other, names, RANK))
+    assert_close(gradients(model), gradients(other))
+
+
+@pytest.mark.parametrize("path", ["fused", "base"])
+def test_outputs_are_pefts_to_the_bit(path: str) -> None:
+    options = {**POWER_OF_TWO, "use_dora": path == "base"}
+    model, other = lora(**options), lora(**options)
+    assert paths(loge.apply(model, RANK)) == {path}
+    assert torch.equal(logits(model), logits(other))
+
+
+def test_rows_of_the_report() -> None:
+    _, _, report = twins()
+    assert len(report.layers) == 15
+    rows = {row.name.split("layers.")[-1]: row for row in report.layers}
+    row = rows["0.mlp.gate_proj"]
+    assert (row.shape, row.rank, row.path, row.reason) == ((96, 64), 16, "fused", "")
+    assert row.flops_saved == pytest.approx(1 - 16 * 160 / (96 * 64))
+    assert 0.3 < row.energy < 1.0
+
+
+# Dropout
+
+
+def test_dropout_only_in_training() -> None:
+    options = {**POWER_OF_TWO, "lora_dropout": 0.3}
+    model, other = lora(**options), lora(**options)
+    assert paths(loge.apply(model, RANK)) == {"fused"}
+    model.eval()
+    other.eval()
+    assert torch.equal(logits(model), logits(other))
+    model.train()
+    assert not torch.equal(logits(model), logits(model))
+
+
+def test_dropout_has_pefts_mean_and_spread() -> None:
+    model, other = (lora(lora_dropout=0.3, target_modules=["q_proj"]) for _ in range(2))
+    loge.apply(model, RANK)
+    name = next(iter(modules_of(model, LoGELoraLinear)))
+    ours, pefts = model.get_submodule(name).train(), other.get_submodule(name).train()
+    x = torch.randn(1, 64).expand(4000, 64)
+    with torch.no_grad():
+        mine, theirs, mean = ours(x), pefts(x), pefts.eval()(x[:1])
+    spread = theirs.std(0)
+    assert ((mine.mean(0) - mean).abs() < 5 * spread / 4000**0.5 + 1e-6).all()
+    torch.testing.assert_close(mine.std(0), spread, rtol=0.15, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_with_dropout(reentrant: bool) -> None:
+    model = lora(lora_dropout=0.5)
+    loge.apply(model, RANK)
+    model.train()
+    model.enable_input_require_grads()
+    expected = gradients(model, seed=4)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_close(gradients(model, seed=4), expected, 0.0)
+    assert gradients(model, seed=5).keys() == expected.keys()
+    models.assert_differ(gradients(model, seed=5), expected)
+
+
+# Switching adapters
+
+
+def two(adapters: Callable[[Any], None] = lambda model: None, after: bool = False) -> tuple[Any, Any]:
+    """Converted and surrogate twins with adapters "default" and "second", made before or after `apply`."""
+    model, other = lora(), lora()
+    second = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "up_proj"])
+    if after:
+        loge.apply(model, RANK)
+    for one in (model, other):
+        torch.manual_seed(21)
+        one.add_adapter("second", second)
+        models.randomised(one)
+        adapters(one)
+    if not after:
+        loge.apply(model, RANK)
+    use_surrogate(other, stand_ins(other, bases(other), RANK))
+    return model, other
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_set_adapter(after: bool) -> None:
+    model, other = two(after=after)
+    for name in ("second", "default", "second"):
+        model.set_adapter(name)
+        other.set_adapter(name)
+        got = gradients(model)
+        assert all(name in key for key in got)
+        assert_close(got, gradients(other))
+
+
+def test_a_layer_without_the_active_adapter() -> None:
+    model, _ = two(lambda one: one.set_adapter("second"))
+    layer = model.get_submodule(next(name for name in modules_of(model, LoGELoraLinear) if "k_proj" in name))
+    assert layer.obstacle() == "0 active adapters"
+
+
+def test_two_active_adapters() -> None:
+    def both(one: Any) -> None:
+        one.base_model.set_adapter(["default", "second"])
+
+    model, other = two(both)
+    obstacles = {model.get_submodule(name).obstacle() for name in modules_of(model, LoGELoraLinear)}
+    assert obstacles == {"2 active adapters", None}
+    assert torch.equal(logits(model), logits(other)) or torch.allclose(logits(model), logits(other), atol=1e-5)
+    assert_close(gradients(model), gradients(other))
+
+
+def test_disable_adapter() -> None:
+    model, other = twins()[:2]
+    with model.disable_adapter(), other.disable_adapter():
+        assert torch.equal(logits(model), logits(llama()))
+        assert_close({"x": input_gradient(model)}, {"x": input_gradient(other)})
+    assert_close(gradients(model), gradients(other))
+
+
+def test_a_mixed_batch() -> None:
+    model, other = two()
+    model.eval()
+    other.eval()
+    names = {"adapter_names": ["default", "second"]}
+    torch.testing.assert_close(logits(model, **names), logits(other, **names), rtol=0, atol=1e-6)
+    assert not torch.allclose(logits(model, **names), logits(other), atol=1e-3)
+    base = {"adapter_names": ["__base__", "__base__"]}
+    torch.testing.assert_close(logits(model, **base), logits(llama().eval()), rtol=0, atol=1e-6)
+
+
+def test_delete_adapter() -> None:
+    model, other = two()
+    for one in (model, other):
+        one.set_adapter("second")
+        one.delete_adapter("default")
+    assert not any("default" in name for name in model.state_dict())
+    assert_close(gradients(model), gradients(other))
+
+
+@pytest.mark.parametrize("init", ["olora", "pissa"])
+def test_an_adapter_whose_start_changes_the_weight(init: str) -> None:
+    model, other = lora(), lora()
+    loge.apply(model, RANK)
+    for one in (model, other):
+        torch.manual_seed(8)
+        one.add_adapter("second", LoraConfig(r=3, target_modules=LINEARS, init_lora_weights=init))
+        one.set_adapter("second")
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-4, atol=1e-4)
+    assert_low_rank_of_its_weights(model, other)
+
+
+# Merging
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_merge_and_unmerge(safe: bool) -> None:
+    model, other = lora(), lora()
+    loge.apply(model, RANK)
+    before = gradients(model)
+    for one in (model, other):
+        one.merge_adapter(safe_merge=safe)
+    assert torch.equal(logits(model), logits(other))
+    assert_low_rank_of_its_weights(model, other)
+    layer = model.get_submodule(modules_of(model, LoGELoraLinear)[0])
+    assert layer.obstacle() == "adapter is merged"
+    for one in (model, other):
+        one.unmerge_adapter()
+    assert_close(gradients(model), before, 1e-3)
+    assert_low_rank_of_its_weights(model, other)
+
+
+def test_merged_weights_without_gradients_say_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    model = lora()
+    loge.apply(model, RANK)
+    model.merge_adapter()
+    with torch.no_grad():
+        model(input_ids=models.tokens())
+    assert [str(w.message) for w in recwarn if "loge" in str(w.filename) or "factors" in str(w.message)] == []
+
+
+def test_a_merge_that_fails_halfway() -> None:
+    model, other = two()
+    for one in (model, other):
+        for name, parameter in one.named_parameters():
+            if "second" in name and "q_proj" in name:
+                parameter.data.fill_(float("nan"))
+        layer = one.base_model.model.model.layers[0].self_attn.q_proj
+        with pytest.raises(ValueError, match="NaN"):
+            layer.merge(safe_merge=True, adapter_names=["default", "second"])
+        assert layer.merged_adapters == ["default"]
+        if one is model:
+            assert layer.base_layer.factors.stale(layer.base_layer.weight)
+
+
+def test_merge_and_unload() -> None:
+    model, other = lora(), lora()
+    loge.apply(model, RANK)
+    merged, expected = model.merge_and_unload(), other.merge_and_unload()
+    state = merged.state_dict()
+    assert list(state) == list(expected.state_dict())
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
+    assert torch.equal(logits(merged), logits(expected))
+    names = [name for name in modules_of(expected, nn.Linear) if name != "lm_head"]
+    use_surrogate(expected, stand_ins(expected, names, RANK))
+    assert_close({"x": input_gradient(merged)}, {"x": input_gradient(expected)}, 1e-3)
+    loge.remove(merged)
+    assert not modules_of(merged, LoGELinear)
+
+
+def test_unload() -> None:
+    model = lora()
+    loge.apply(model, RANK)
+    plain = model.unload()
+    assert torch.equal(logits(plain), logits(llama()))
+    loge.remove(plain)
+    assert not modules_of(plain, lambda m: isinstance(m, (LoGELinear, LoGELoraLinear)))
+
+
+# Apply first, adapters later; adapters that are not LoRA
+
+
+def test_adapters_around_a_converted_model() -> None:
+    model, other = llama().requires_grad_(False), lora()
+    loge.apply(model, RANK)
+    model = lora(model)
+    use_surrogate(other, stand_ins(other, bases(other), RANK))
+    assert_close(gradients(model), gradients(other))
+    for one in (model, other):
+        one.merge_adapter()
+    assert_low_rank_of_its_weights(model, other)
+
+
+def loha(model: nn.Module) -> Any:
+    torch.manual_seed(1)
+    made = get_peft_model(model, peft.LoHaConfig(r=2, alpha=2, target_modules=["q_proj", "down_proj"]))  # type: ignore[arg-type]
+    for name, parameter in made.named_parameters():
+        if "hada" in name:
+            parameter.data = torch.randn(parameter.shape) * 0.2
+    return made
+
+
+def test_another_kind_of_adapter_stays_pefts() -> None:
+    model, other = loha(llama()), loha(llama())
+    rows = {row.name.split("layers.")[-1]: row for row in loge.apply(model, RANK).layers}
+    assert rows["0.self_attn.q_proj"].path == "base"
+    assert "loha" in rows["0.self_attn.q_proj"].reason.lower()
+    assert rows["0.self_attn.k_proj"].path == "plain"
+    names = [row.name for row in rows.values() if row.path in ("base", "plain")]
+    names = [n + ".base_layer" if n.rpartition(".")[2] in ("q_proj", "down_proj") else n for n in names]
+    merged = copy.deepcopy(other)
+    use_surrogate(other, stand_ins(other, names, RANK))
+    assert_close(gradients(model), gradients(other))
+    for one in (model, merged):
+        one.merge_adapter()
+    use_surrogate(merged, stand_ins(merged, names, RANK))
+    assert_close({"x": input_gradient(model)}, {"x": input_gradient(merged)}, 1e-3)
+
+
+# Files and names
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"], "bias": "all"}, {"use_dora": True}], ids=str)
+def test_saved_adapters_are_pefts_to_the_byte(options: dict[str, Any], tmp_path: Path) -> None:
+    model, other = lora(**options), lora(**options)
+    loge.apply(model, RANK)
+    state, expected = model.state_dict(), other.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    model.save_pretrained(tmp_path / "ours")
+    other.save_pretrained(tmp_path / "pefts")
+    names = sorted(path.name for path in (tmp_path / "pefts").iterdir())
+    assert "adapter_model.safetensors" in names
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == names
+    for name in names:
+        assert filecmp.cmp(tmp_path / "ours" / name, tmp_path / "pefts" / name, shallow=False), name
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "ours")
+    torch.testing.assert_close(logits(loaded), logits(model.eval()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_loaded_adapter_trains_on(tmp_path: Path) -> None:
+    model, other = lora(), lora()
+    loge.apply(model, RANK)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    assert paths(loge.apply(again, RANK)) == {"fused"}
+    assert_close(gradients(again), gradients(model))
+    model.load_adapter(tmp_path, "third", is_trainable=True)
+    model.set_adapter("third")
+    use_surrogate(other, stand_ins(other, bases(other), RANK))
+    got = {name.replace("third", "default"): tensor for name, tensor in gradients(model).items()}
+    assert_close(got, gradients(other))
+    model.load_state_dict(model.state_dict(), strict=True)
+
+
+def test_peft_counts_the_same_trainable_parameters() -> None:
+    model, other = lora(), lora()
+    loge.apply(model, RANK)
+    assert model.get_nb_trainable_parameters()[0] == other.get_nb_trainable_parameters()[0]
+
+
+def test_factors_are_not_buffers() -> None:
+    model = lora()
+    buffers = [name for name, _ in model.named_buffers()]
+    loge.apply(model, RANK)
+    assert [name for name, _ in model.named_buffers()] == buffers
+    factors = [p for n, p in model.named_parameters() if "factors" in n]
+    assert len(factors) == 28
+    assert not any(p.requires_grad for p in factors)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel(one_process: None) -> None:
+    model = lora()
+    loge.apply(model, RANK)
+    expected = gradients(model)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    factors = {id(p) for n, p in model.named_parameters() if "factors" in n}
+    assert not factors & {id(tensor) for tensor in wrapped.modules_buffers}
+    got = gradients(wrapped)
+    assert_close({name.removeprefix("module."): tensor for name, tensor in got.items()}, expected)
+
+
+# What keeps an adapter out of the op
+
+
+def hook_base(layer: Any, seen: list[str]) -> None:
+    layer.base_layer.register_forward_hook(lambda *_: seen.append("base"))
+
+
+def hook_adapter(layer: Any, seen: list[str]) -> None:
+    layer.lora_A["default"].register_forward_pre_hook(lambda *_: seen.append("A"))
+
+
+def replace_forward(layer: Any, seen: list[str]) -> None:
+    original = layer.lora_B["default"].forward
+
+    def forward(x: Tensor) -> Tensor:
+        seen.append("B")
+        return original(x)
+
+    layer.lora_B["default"].forward = forward
+
+
+def half_adapter(layer: Any, seen: list[str]) -> None:
+    layer.lora_A["default"].bfloat16()
+    layer.lora_B["default"].bfloat16()
+    seen.append("cast")
+
+
+def always_drop(layer: Any, seen: list[str]) -> None:
+    layer.lora_dropout["default"] = nn.Dropout(1.0)
+    seen.append("dropout")
+
+
+def other_dropout(layer: Any, seen: list[str]) -> None:
+    layer.lora_dropout["default"] = nn.AlphaDropout(0.0)
+    seen.append("dropout")
+
+
+@pytest.mark.parametrize("change", [hook_base, hook_adapter, replace_forward, half_adapter, always_drop, other_dropout])
+def test_obstacles(change: Callable[[Any, list[str]], None]) -> None:
+    model, other = lora(), lora()
+    report = None
+    seen: list[str] = []
+    for one in (model, other):
+        change(one.base_model.model.model.layers[0].mlp.up_proj, seen)
+    report = loge.apply(model, RANK)
+    rows = {row.name.split("layers.")[-1]: row for row in report.layers}
+    assert rows["0.mlp.up_proj"].path == "base"
+    assert rows["0.mlp.up_proj"].reason
+    assert rows["1.mlp.up_proj"].path == "fused"
+    seen.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model), logits(other), rtol=1e-4, atol=1e-4)
+    assert len(seen) in (0, 2), "what was hooked runs in both"
+    assert bool(seen) == (change in (hook_base, hook_adapter, replace_forward))
+
+
+class Quantised(nn.Linear):
+    """Stands for a quantised layer under an adapter."""
+
+
+def test_a_quantised_base_is_left_to_peft() -> None:
+    base = llama()
+    base.model.layers[0].mlp.up_proj.__class__ = Quantised
+    model = lora(base)
+    rows = {row.name.split("layers.")[-1]: row for row in loge.apply(model, RANK).layers}
+    assert rows["0.mlp.up_proj"].path == "skipped"
+    assert "Quantised" in rows["0.mlp.up_proj"].reason
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    assert (type(layer), type(layer.base_layer)) == (LoraLinear, Quantised)
+
+
+def test_an_adapted_head() -> None:
+    model, other = (lora(target_modules=["q_proj", "lm_head"]) for _ in range(2))
+    rows = {row.name.rpartition(".")[2]: row for row in loge.apply(model, 1.0).layers}
+    assert rows["lm_head"].path == "skipped"
+    assert type(model.base_model.model.lm_head) is LoraLinear
+    assert_close(gradients(model), gradients(other))
+
+
+# remove
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True, "modules_to_save": ["lm_head"]}], ids=str)
+def test_remove_gives_back_what_was_there(options: dict[str, Any]) -> None:
+    model = lora(**options)
+    types = {name: type(module) for name, module in model.named_modules()}
+    keys = {name: set(vars(module)) for name, module in model.named_modules()}
+    before, output = gradients(model), logits(model)
+    loge.apply(model, RANK)
+    assert modules_of(model, LoGELoraLinear)
+    loge.remove(model)
+    assert {name: type(module) for name, module in model.named_modules()} == types
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == keys
+    assert torch.equal(logits(model), output)
+    assert_close(gradients(model), before, 0.0)
+
+
+def test_trained_adapters_survive_remove() -> None:
+    model = lora()
+    loge.apply(model, RANK)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(input_ids=models.tokens(), labels=models.tokens()).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loge.remove(model)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
+
+
+def test_a_failed_apply_leaves_pefts_layers() -> None:
+    model = lora()
+    types = {name: type(module) for name, module in model.named_modules()}
+    model.base_model.model.model.layers[1].mlp.down_proj.base_layer.weight.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj.*unchanged"):
+        loge.apply(model, RANK)
+    assert {name: type(module) for name, module in model.named_modules()} == types
+
+
+def test_targets_are_pefts_names() -> None:
+    model = lora()
+    report = loge.apply(model, RANK, targets=["q_proj", "v_proj"])
+    assert [row.name.rpartition(".")[2] for row in report.layers] == ["q_proj", "v_proj"] * 2
+    assert len(modules_of(model, LoGELoraLinear)) == 4
+    assert len(modules_of(model, LoraLinear)) == 10

@@ -1,0 +1,260 @@
+"""Every shipped configuration compiled ahead of time, without a GPU, and what the compiler made of it.
+
+Requirements: no spills; shared memory within the architecture's limit; on sm_90 every 16-bit product of aligned
+operands on wgmma (HGMMA, and no mma.sync left), on sm_80 on mma.sync (HMMA). The rows for known Triton versions are
+committed in `resources.json` and compared: a change of a kernel or of a configuration shows there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import availability
+from .configs import Entry, ForwardConfig, OneLaunchConfig, TwoLaunchConfig, shipped
+from .constants import expand_constants, forward_constants, keeps_t, one_launch_constants, project_constants
+from .devices import KNOWN, DeviceSpec
+from .model import Flags
+
+TABLE = Path(__file__).parent / "resources.json"
+ARCHITECTURES: dict[str, DeviceSpec] = {"sm_80": KNOWN["NVIDIA A100-SXM4-80GB"], "sm_90": KNOWN["NVIDIA H200"]}
+VARIANTS = {
+    # The common case, and the one that needs most: a mask to regenerate, a cast in the loop, every gradient.
+    "plain": (False, Flags()),
+    "full": (True, Flags(need_dbias=True, dropout=True)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One kernel to compile: an entry of a table in one variant, for the largest ranks it serves."""
+
+    arch: str
+    kernel: str
+    entry: Entry
+    rank: int
+    variant: str
+
+    @property
+    def name(self) -> str:
+        e = self.entry
+        aligned = "aligned" if e.aligned else "unaligned"
+        return f"{self.kernel} {e.bits}-bit R<={self.rank} P<={e.adapter} {aligned} {self.variant}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one compiled kernel uses; `problems` is empty when it meets the requirements."""
+
+    arch: str
+    name: str
+    registers: int
+    stack: int
+    spills: int  # LDL and STL instructions
+    shared: int  # bytes
+    hmma: int
+    hgmma: int
+    problems: tuple[str, ...] = ()
+
+
+def jobs_for(arch: str, kernels: Iterable[str] | None = None) -> list[Job]:
+    """Everything that the shipped table of an architecture can launch."""
+    jobs = []
+    for entry in shipped(arch):
+        if entry.kernel == "one_launch":
+            jobs += [Job(arch, "one_launch_backward", entry, entry.rank, variant) for variant in VARIANTS]
+        elif entry.kernel == "forward":
+            jobs.append(Job(arch, "fused_forward", entry, entry.rank, "full"))
+        else:
+            assert isinstance(entry.config, TwoLaunchConfig)
+            slab = entry.config.project_r
+            for kernel, rank in (
+                ("project", slab),
+                ("expand_slab", slab),
+                ("project", entry.rank),
+                ("expand_tiles", entry.rank),
+            ):
+                jobs.append(Job(arch, kernel, entry, rank, "full"))
+    return [job for job in jobs if kernels is None or job.kernel in kernels]
+
+
+def run(
+    archs: Sequence[str] = ("sm_80", "sm_90"),
+    kernels: Iterable[str] | None = None,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Row]:
+    """Compile what ships for `archs` and return a row for each kernel, in the tables' order; some minutes of CPU.
+
+    `kernels` restricts the run to kernels of these names; `progress(done, total)` is called after each. Raises
+    ValueError for an unknown architecture, RuntimeError where Triton is missing, too old or in interpreter mode.
+    """
+    for arch in archs:
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"architecture {arch!r} is not one of {', '.join(ARCHITECTURES)}")
+    reason = availability.triton_missing()
+    if reason is None and availability.interpreted():
+        reason = "TRITON_INTERPRET is set: nothing is compiled in the interpreter"
+    if reason is not None:
+        raise RuntimeError(f"cannot compile: {reason}")
+    jobs = [job for arch in archs for job in jobs_for(arch, kernels)]
+    rows = []
+    # Processes, spawned: LLVM holds the interpreter's lock, and a forked child would inherit torch's threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=context) as pool:
+        for row in pool.map(compile_job, jobs):
+            rows.append(row)
+            if progress is not None:
+                progress(len(rows), len(jobs))
+    return rows
+
+
+def compile_job(job: Job) -> Row:
+    """Compile one kernel, disassemble it and judge it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    device = ARCHITECTURES[job.arch]
+    kernel, dtypes, constants = _source(job, device)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
+    signature = {}
+    for param in kernel.params:
+        if param.is_constexpr:
+            signature[param.name] = "constexpr"
+        else:
+            signature[param.name] = f"*{dtypes[param.name]}" if param.name in pointers else param.annotation_type
+    attributes: dict[tuple[int, ...], Any] = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers
+    }
+    target = GPUTarget("cuda", int(job.arch[3:]), 32)
+    source = ASTSource(kernel, signature, constants, attributes)  # type: ignore[no-untyped-call]
+    compiled = triton.compile(source, target=target, options=options)
+    sass, usage = _disassemble(compiled.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage for {job.name}: {usage!r}")
+    count = functools.partial(_count, sass)
+    row = Row(
+        arch=job.arch,
+        name=job.name,
+        registers=int(found[1]),
+        stack=int(found[2]),
+        spills=count("LDL") + count("STL"),
+        shared=compiled.metadata.shared,
+        hmma=count("HMMA"),
+        hgmma=count("HGMMA"),
+    )
+    return dataclasses.replace(row, problems=tuple(_problems(job, row, device)))
+
+
+def _source(job: Job, device: DeviceSpec) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """The kernel, the element type behind each pointer, and the constexpr arguments of a job."""
+    from .forward import fused_forward
+    from .one_launch import one_launch_backward
+    from .two_launch import expand_slab, expand_tiles, project
+
+    cast, flags = VARIANTS[job.variant]
+    entry, config, P = job.entry, job.entry.config, job.entry.adapter
+    dtype, name = (torch.float32, "fp32") if entry.bits == 32 else (torch.bfloat16, "bf16")
+    lora = "fp32" if cast else name
+    dtypes = dict.fromkeys(("dy_ptr", "x_ptr", "xa_ptr", "left_ptr", "right_ptr", "dx_ptr", "y_ptr"), name)
+    dtypes |= dict.fromkeys(("dA_ptr", "dB_ptr", "db_ptr", "t_ptr"), "fp32") | {"seed_ptr": "i64"}
+    dtypes |= {"lora_A_ptr": lora, "lora_B_ptr": lora, "weight_ptr": name, "bias_ptr": name}
+    if isinstance(config, OneLaunchConfig):
+        aligned = entry.aligned
+        constants = one_launch_constants(job.rank, P, dtype, flags, aligned, aligned, config, device)
+        return one_launch_backward, dtypes, constants
+    if isinstance(config, ForwardConfig):
+        return fused_forward, dtypes, forward_constants(P, dtype, True, flags.dropout, entry.aligned, config)
+    if job.kernel == "project":
+        return project, dtypes, project_constants(job.rank, P, dtype, flags, entry.aligned, config, device)
+    expand = expand_slab if keeps_t(job.rank, config) else expand_tiles
+    return expand, dtypes, expand_constants(job.rank, P, dtype, flags, entry.aligned, config, device)
+
+
+def _problems(job: Job, row: Row, device: DeviceSpec) -> Iterable[str]:
+    if row.stack or row.spills:
+        yield f"spills: {row.stack} bytes of stack, {row.spills} LDL/STL"
+    if row.shared > device.shared_bytes:
+        yield f"{row.shared} bytes of shared memory, {device.shared_bytes} exist"
+    if job.entry.bits == 16:
+        if job.arch == "sm_80" and row.hmma == 0:
+            yield "no HMMA"
+        if job.arch == "sm_90" and row.hgmma == 0:
+            yield "no HGMMA"
+        if job.arch == "sm_90" and job.entry.aligned and row.hmma > 0:
+            yield f"{row.hmma} HMMA: a product does not use wgmma"
+
+
+def _count(sass: str, instruction: str) -> int:
+    return len(re.findall(rf"\b{instruction}\b", sass))
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """SASS and resource usage, by the tools that Triton's wheel carries."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "kernel.cubin"
+        path.write_bytes(cubin)
+
+        def output(*command: str) -> str:
+            return subprocess.run([tools / command[0], *command[1:], path], capture_output=True, text=True).stdout
+
+        return output("nvdisasm"), output("cuobjdump", "-res-usage")
+
+
+def read_committed(triton_version: str) -> dict[str, dict[str, Any]]:
+    """The committed rows of a Triton version, by "arch name"; empty for a version that was never recorded."""
+    recorded: dict[str, dict[str, dict[str, Any]]] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    return recorded.get(triton_version, {})
+
+
+def differences(rows: Iterable[Row], triton_version: str) -> list[str]:
+    """What differs from the committed rows of this Triton version; nothing for a version without any."""
+    committed = read_committed(triton_version)
+    if not committed:
+        return []
+    found = []
+    for row in rows:
+        expected = committed.get(_key(row))
+        if expected is None:
+            found.append(f"{_key(row)}: not in the committed table")
+        elif expected != _numbers(row):
+            found.append(f"{_key(row)}: {_numbers(row)}, committed {expected}")
+    return found
+
+
+def write_committed(rows: Iterable[Row], triton_version: str) -> None:
+    """Record `rows` as this Triton version's; one line a kernel."""
+    table: dict[str, dict[str, dict[str, Any]]] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    table[triton_version] = {_key(row): _numbers(row) for row in rows}
+    versions = []
+    for version in sorted(table):
+        lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(numbers)}" for key, numbers in table[version].items())
+        versions.append(f"  {json.dumps(version)}: {{\n{lines}\n  }}")
+    TABLE.write_text("{\n" + ",\n".join(versions) + "\n}\n")
+
+
+def _key(row: Row) -> str:
+    return f"{row.arch} {row.name}"
+
+
+def _numbers(row: Row) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in ("registers", "stack", "spills", "shared", "hmma", "hgmma")}

@@ -1,0 +1,145 @@
+"""What runs a problem: the configuration of a kernel on a device, and the form with the least predicted time."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from . import availability, tuning
+from .configs import (
+    INTERPRETER_TABLE,
+    Config,
+    Entry,
+    OneLaunchConfig,
+    TwoLaunchConfig,
+    architecture,
+    best_entry,
+    device_slug,
+    padded,
+    shipped,
+)
+from .devices import DEFAULT, DeviceSpec, device_spec
+from .model import (
+    Estimate,
+    Flags,
+    estimate_one_launch,
+    estimate_torch,
+    estimate_two_launch,
+    k_chunk_of,
+    n_chunk_of,
+    useful_flops,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The candidates for one backward problem, cheapest first, what was passed over and why, and the choice."""
+
+    device: str
+    useful_flops: int
+    candidates: tuple[Estimate, ...]
+    passed_over: dict[str, str]
+    choice: str
+
+    def __str__(self) -> str:
+        lines = [f"{self.device}: {self.useful_flops / 1e9:.2f} GFLOP without padding; predicted, not measured"]
+        lines.append(f"{'':2}{'form':<11} {'µs':>9} {'HBM MB':>9} {'L2 MB':>9} {'GFLOP':>9} {'blocks':>7} {'waves':>6}")
+        for c in self.candidates:
+            mark = "*" if c.form == self.choice else " "
+            sizes = f"{c.hbm_bytes / 1e6:9.1f} {c.l2_bytes / 1e6:9.1f} {c.flops / 1e9:9.2f}"
+            lines.append(f"{mark:2}{c.form:<11} {c.predicted_us:9.1f} {sizes} {c.blocks:7d} {c.waves:6.2f}")
+        lines += [f"  {form:<11} {reason}" for form, reason in self.passed_over.items()]
+        return "\n".join(lines)
+
+
+@functools.cache
+def _tables(device: DeviceSpec) -> tuple[tuple[Entry, ...], ...]:
+    """The user's own table first, then the one measured for this device, then the architecture's."""
+    slug = device_slug(device.name)
+    return tuning.read_table(slug), shipped(slug), shipped(architecture(device.capability))
+
+
+def config_for(kernel: str, dtype: torch.dtype, R: int, P: int, aligned: bool, device: DeviceSpec) -> Config | None:
+    """The configuration of `kernel` for these ranks, or None where its tiles cannot hold them."""
+    tables = (INTERPRETER_TABLE,) if availability.interpreted() else _tables(device)
+    entry = best_entry(tables, kernel, torch.finfo(dtype).bits, padded(R), padded(P), aligned)
+    return None if entry is None else entry.config
+
+
+@functools.cache
+def _form_configs(
+    dtype: torch.dtype, R: int, P: int, aligned: bool, device: DeviceSpec
+) -> tuple[OneLaunchConfig | None, TwoLaunchConfig | None]:
+    one = config_for("one_launch", dtype, R, P, aligned, device) if R <= availability.MAX_ONE_LAUNCH_RANK else None
+    two = config_for("two_launch", dtype, R, P, aligned, device)
+    assert one is None or isinstance(one, OneLaunchConfig)
+    assert two is None or isinstance(two, TwoLaunchConfig)
+    return one, two
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_config(
+    M: int, N: int, K: int, R: int, P: int, dtype: torch.dtype, flags: Flags, aligned: bool, device: DeviceSpec
+) -> OneLaunchConfig | TwoLaunchConfig:
+    """The configuration, and by its type the form, with the least predicted time. Each form has one configuration a
+    (R, P, dtype, aligned), so that sizes choose between two compiled kernels and never ask for a third."""
+    one, two = _form_configs(dtype, R, P, aligned, device)
+    if one is None or two is None:
+        chosen = one or two
+        if chosen is None:
+            raise ValueError(f"no shipped configuration holds R={R}, P={P} in {dtype}")
+        return chosen
+    size = dtype.itemsize
+    first = estimate_one_launch(M, N, K, R, P, one, flags, device, size)
+    second = estimate_two_launch(M, N, K, R, P, two, flags, device, size)
+    return one if first.predicted_us <= second.predicted_us else two
+
+
+@functools.lru_cache(maxsize=4096)
+def chunks(
+    M: int, N: int, K: int, R: int, config: TwoLaunchConfig, need_dx: bool, device: DeviceSpec
+) -> tuple[int, int]:
+    """How much of N a block of `project` walks, and how much of K a block of the second launch."""
+    return n_chunk_of(M, N, R if need_dx else 0, config, device.sms), k_chunk_of(M, K, R, config, device.sms)
+
+
+@functools.lru_cache(maxsize=4096)
+def explain(
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    P: int,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str | None = None,
+    flags: Flags = Flags(),  # noqa: B008 (frozen)
+) -> Explanation:
+    """One-launch, two-launch and the PyTorch composition for this problem on `device` (a torch device, a name such as
+    "NVIDIA H200", or None: the current GPU, or an H200 where there is none), with predicted times, bytes and flops.
+
+    Predicts also for GPUs that are not there; never raises for lack of one.
+    """
+    spec = device_spec(device) if device is not None or torch.cuda.is_available() else DEFAULT
+    candidates = [estimate_torch(M, N, K, R, P, flags, spec, dtype.itemsize)]
+    passed_over: dict[str, str] = {}
+    if dtype not in availability.DTYPES:
+        passed_over["one_launch"] = passed_over["two_launch"] = f"dtype {dtype} is not supported"
+    elif P > availability.MAX_ADAPTER or R > availability.MAX_RANK:
+        reason = f"R={R}, P={P} exceed {availability.MAX_RANK}, {availability.MAX_ADAPTER}"
+        passed_over["one_launch"] = passed_over["two_launch"] = reason
+    else:
+        one, two = _form_configs(dtype, R, P, N % 8 == 0 and K % 8 == 0, spec)
+        if one is not None:
+            candidates.append(estimate_one_launch(M, N, K, R, P, one, flags, spec, dtype.itemsize))
+        else:
+            passed_over["one_launch"] = f"no tile holds R={R}, P={P} in {dtype}"
+        if two is not None:
+            candidates.append(estimate_two_launch(M, N, K, R, P, two, flags, spec, dtype.itemsize))
+        else:
+            passed_over["two_launch"] = f"no tile holds R={R}, P={P} in {dtype}"
+    candidates.sort(key=lambda candidate: candidate.predicted_us)
+    return Explanation(
+        spec.name, useful_flops(M, N, K, R, P, flags), tuple(candidates), passed_over, candidates[0].form
+    )

@@ -1,0 +1,109 @@
+"""The user's own table of tuned configurations: read with suspicion, written under a lock.
+
+`$LOGE_CACHE/triton/<device>.json`, or under `loge_kernels` in `$XDG_CACHE_HOME` or `~/.cache`; nowhere when
+`LOGE_CACHE=off`. Nothing is tuned inside a user's call: `bench --tune` measures and writes, everything else reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from .configs import Config, Entry, ForwardConfig, OneLaunchConfig, TwoLaunchConfig, parse_table, to_json
+
+logger = logging.getLogger("loge_kernels")
+
+_warned: set[Path] = set()
+
+
+def table_path(slug: str) -> Path | None:
+    """Where the user's table of a device lies; None when LOGE_CACHE=off."""
+    chosen = os.environ.get("LOGE_CACHE")
+    if chosen == "off":
+        return None
+    base = Path(chosen).expanduser() if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (base if chosen else base / "loge_kernels") / "triton" / f"{slug}.json"
+
+
+def read_table(slug: str) -> tuple[Entry, ...]:
+    """The user's entries for a device; none where there is no file, and none, with one warning, where the file is
+    damaged, of another schema or of another device."""
+    path = table_path(slug)
+    if path is None:
+        return ()
+    try:
+        return parse_table(path.read_text(), slug)
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if path not in _warned:
+            _warned.add(path)
+            logger.warning("ignoring the table of tuned configurations %s: %s", path, error)
+        return ()
+
+
+def write_entries(slug: str, entries: Iterable[Entry], source: str) -> Path:
+    """Merge `entries` into the user's table and return its path; an entry replaces the one of the same class.
+
+    Two processes may tune at once: the merge happens under a lock, and the file is replaced whole. Raises ValueError
+    when LOGE_CACHE=off, OSError when the directory cannot be written.
+    """
+    path = table_path(slug)
+    if path is None:
+        raise ValueError("LOGE_CACHE=off: there is no cache to write tuned configurations to")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _locked(path.with_suffix(".lock")):
+        merged = {_class(entry): entry for entry in (*read_table(slug), *entries)}
+        ordered = tuple(merged[key] for key in sorted(merged))
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(to_json(ordered, slug, source))
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    return path
+
+
+def _class(entry: Entry) -> tuple[str, int, int, int, bool]:
+    return entry.kernel, entry.bits, entry.rank, entry.adapter, entry.aligned
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """An exclusive lock held by an open file: the system drops it with the process, so a crash leaves none behind."""
+    import fcntl  # not on Windows, where Triton does not run either
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def search_space(kernel: str, bits: int, rank: int, adapter: int) -> Iterator[Config]:
+    """What `bench --tune` measures for a class: tiles around the shipped ones, without those whose accumulators or
+    tiles cannot fit (fp32 accumulators of at most 160 registers a thread, 227 KiB of shared memory)."""
+    size = bits // 8
+    if kernel == "one_launch":
+        for block_m in (64, 128) if bits == 16 else (16, 32):
+            for step in (32, 64, 128) if bits == 16 else (16, 32):
+                for num_warps in (4, 8):
+                    for num_stages in (2, 3, 4):
+                        width = rank + adapter
+                        stage = step * (block_m + width) * size
+                        if block_m * width / (32 * num_warps) <= 160 and stage * num_stages <= 227 * 1024:
+                            yield OneLaunchConfig(block_m, step, step, num_warps, num_stages)
+    elif kernel == "two_launch":
+        for block_m in (64, 128):
+            for project_r in (64, 128, 256):
+                for num_stages in (2, 3, 4):
+                    if block_m * (project_r + adapter) / 256 <= 160:
+                        yield TwoLaunchConfig(block_m, 64, project_r, 64, 128, 64, 8, num_stages)
+    else:
+        for block_n in (128, 256):
+            for num_stages in (3, 4):
+                yield ForwardConfig(128, block_n, 64, 8, 8, num_stages)
