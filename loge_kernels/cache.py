@@ -63,10 +63,10 @@ def fingerprint(weight: Tensor) -> str:
 
 
 def _load(path: Path, weight: Tensor, R: int) -> Factors | None:
-    if not path.exists():
-        return None
     N, K = weight.shape
     try:
+        if not path.exists():
+            return None
         with safe_open(path, framework="pt", device="cpu") as file:
             header = json.loads((file.metadata() or {})["loge"])
             left, right = file.get_tensor("left"), file.get_tensor("right")

@@ -24,6 +24,7 @@ RANK_STEP = 16  # tensor-core tiles: ranks given as a fraction are rounded to a 
 _FULL_UP_TO = 1024
 _OVERSAMPLING = 1 / 8  # of the rank, beyond it, in the randomised decomposition
 _MAX_ITERATIONS = 8
+_CHANGED = -1  # in the place of a version: the weight is known to have changed
 _CONVERGED = 5e-3  # relative change of the residual energy at which subspace iteration stops
 
 
@@ -69,7 +70,7 @@ class Factors(nn.Module):
 
     def invalidate(self) -> None:
         """Declare the weight changed in a way that torch does not count."""
-        self._version = -1
+        self._version = _CHANGED
 
     @property
     def bound(self) -> bool:
@@ -78,16 +79,18 @@ class Factors(nn.Module):
 
     def stale(self, weight: Tensor) -> bool:
         """Whether `weight` has changed, or was replaced, since these factors were computed."""
-        if self._source is None:
-            return False
-        return self._source() is not weight or weight._version != self._version
+        return self._version == _CHANGED or self.replaced(weight) or (self.bound and weight._version != self._version)
+
+    def replaced(self, weight: Tensor) -> bool:
+        """Whether these factors were computed from another tensor than `weight`."""
+        return self._source is not None and self._source() is not weight
 
     def newly_stale(self, weight: Tensor) -> bool:
         """True at the first call that finds `weight` changed in place, or declared changed.
 
         Another tensor than the one these factors were computed from (a cast, a copy) is taken at the caller's word.
         """
-        changed = self._source is not None and self._source() is weight and weight._version != self._version
+        changed = not self.replaced(weight) and self.stale(weight)
         if self._warned or not changed:
             return False
         self._warned = True
@@ -102,7 +105,9 @@ class Factors(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled; a copy is bound to its own weight again by the module that holds it.
-        return {**self.__dict__, "_source": None}
+        weight = None if self._source is None else self._source()
+        stale = self._version == _CHANGED if self._source is None else weight is None or self.stale(weight)
+        return {**self.__dict__, "_source": None, "_version": _CHANGED if stale else 0}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Factors follow from the weight: a checkpoint has the same keys with and without them."""
@@ -113,13 +118,15 @@ class Factors(nn.Module):
 
 def resolve_rank(rank: int | float, N: int, K: int, argument: str = "rank") -> int:
     """The rank for a weight [N, K]: an int as it is, a float in (0, 1] as that share of min(N, K), rounded to a
-    multiple of 16, at least 16 and at most min(N, K). Raises TypeError or ValueError naming `argument`."""
+    multiple of 16, at least 16 and at most min(N, K); 1.0 is min(N, K) itself. Raises TypeError or ValueError naming `argument`."""
     if isinstance(rank, bool) or not isinstance(rank, (int, float)):
         raise TypeError(f"{argument}={rank!r} is a {type(rank).__name__}; give an int, or a float in (0, 1]")
     limit = min(N, K)
     if isinstance(rank, float):
         if not 0.0 < rank <= 1.0:
             raise ValueError(f"{argument}={rank!r} as a float is a share of min(N, K) and must lie in (0, 1]")
+        if rank == 1.0:
+            return limit
         return min(max(RANK_STEP, RANK_STEP * round(rank * limit / RANK_STEP)), limit)
     if not 1 <= rank <= limit:
         raise ValueError(f"{argument}={rank} does not fit a weight [{N}, {K}]; give 1 to {limit}, or a share in (0, 1]")
@@ -185,8 +192,13 @@ def _check(weight: Tensor, method: str, covariance: Tensor | None) -> None:
 
 def _share(part: Tensor, whole: Tensor) -> float:
     """‖part‖² / ‖whole‖², 1 for a zero whole."""
-    total = torch.linalg.vector_norm(whole, dtype=torch.float64).square().item()
-    return min(1.0, torch.linalg.vector_norm(part, dtype=torch.float64).square().item() / total) if total > 0 else 1.0
+    total = _energy(whole)
+    return min(1.0, _energy(part) / total) if total > 0 else 1.0
+
+
+def _energy(matrix: Tensor) -> float:
+    """‖matrix‖², summed in float64: what a subspace leaves out can be a millionth of the whole."""
+    return torch.linalg.vector_norm(matrix, dtype=torch.float64).square().item()
 
 
 def _truncated_svd(W: Tensor, R: int) -> tuple[Tensor, Tensor, float]:
@@ -211,12 +223,12 @@ def _subspace_iteration(W: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device=W.device).manual_seed(0)
     V = torch.randn(W.shape[1], width, dtype=W.dtype, device=W.device, generator=generator)  # [K, width]
     Y = W @ V  # [N, width]
-    total = torch.linalg.vector_norm(W).square()
+    total = _energy(W)
     residual = math.inf
     for _ in range(_MAX_ITERATIONS):
         V = torch.linalg.qr(W.t() @ Y).Q
         Y = W @ V
-        previous, residual = residual, max((total - torch.linalg.vector_norm(Y).square()).item(), 0.0)
+        previous, residual = residual, max(total - _energy(Y), 0.0)
         if previous - residual <= _CONVERGED * residual:
             break
     # Y = U S Xᵀ from its small Gram matrix, in float64 because squaring halves the digits.

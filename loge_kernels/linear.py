@@ -133,9 +133,10 @@ class LoGELinear(nn.Linear):
         factors = self.factors
         if factors is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return factors
-        if not factors.bound:
-            factors.bind(self.weight)  # this layer is a copy, its factors were copied with its weight
-        elif not self.weight.requires_grad and factors.stale(self.weight):
+        if not factors.stale(self.weight):
+            if not factors.bound:
+                factors.bind(self.weight)  # this layer is a copy, its factors were copied with its weight
+        elif not self.weight.requires_grad or factors.replaced(self.weight):
             factors.refresh(self.weight)
         return factors
 

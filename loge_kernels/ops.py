@@ -7,7 +7,9 @@ for torch.compile and the autograd formula of `reference.py`. In eager mode the 
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -70,8 +72,10 @@ def linear(
 
     Source: Zhang et al., Applied Sciences 2025, 15(1), 82 (LoGE); formulae in `loge_kernels.reference`.
     """
+    if factors is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        _warn_when_stale(factors, weight)
     device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if _autocasts(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -84,12 +88,6 @@ def linear(
         if left.dtype != x.dtype:
             left, right = left.to(x.dtype), right.to(x.dtype)
     _check(x, weight, left, right, bias, lora_A, lora_B, dropout, exact_fraction)
-    if factors is not None and not torch.compiler.is_compiling() and factors.newly_stale(weight):
-        warnings.warn(
-            f"the weight has changed since its {factors.rank}-rank factors were computed: dX uses the old weight; "
-            "call factors.refresh(weight)",
-            stacklevel=2,
-        )
     seed = draw_seed(x.device) if dropout > 0.0 and lora_A is not None else None
     rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     call = torch.ops.loge_kernels.linear if torch.compiler.is_compiling() else _Linear.apply
@@ -108,6 +106,34 @@ def linear(
         requested(backend),
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _warn_when_stale(factors: Factors, weight: Tensor) -> None:
+    if factors.newly_stale(weight):
+        warnings.warn(
+            f"the weight has changed since its factors of rank {factors.rank} were computed: dX follows the old one; "
+            "call factors.refresh(weight)",
+            stacklevel=3,
+        )
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator's implementation, out of reach of autocast: its operands are cast already, and its own products are
+    to run in the dtypes it chose, also when backward is called inside an autocast block."""
+
+    @functools.wraps(implementation)
+    def run(*arguments: Any) -> Any:
+        device_type = arguments[0].device.type
+        if not _autocasts(device_type):
+            return implementation(*arguments)
+        with torch.autocast(device_type, enabled=False):
+            return implementation(*arguments)
+
+    return run
 
 
 def _check(
@@ -158,6 +184,7 @@ def _same(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], float32_
         raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, where x is")
 
 
+@_without_autocast
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -184,6 +211,7 @@ def _forward_fake(
     return x.new_empty(rows, weight.shape[0]), xa
 
 
+@_without_autocast
 def _backward(
     dy: Tensor,
     x: Tensor | None,
@@ -286,8 +314,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, dy: Tensor | None, _dxa: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 12
-    if torch.is_grad_enabled() and dy.requires_grad:
-        raise RuntimeError("loge_kernels.linear has no second derivative: call backward without create_graph=True")
     x, xa, weight, left, right, lora_A, lora_B, seed = ctx.saved_tensors
     scaling, dropout, exact_fraction, backend = ctx.constants
     call: Any = torch.ops.loge_kernels.linear_backward if torch.compiler.is_compiling() else _backward
@@ -306,7 +332,11 @@ class _Linear(torch.autograd.Function):
         _save(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_differentiate)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dxa: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # only create_graph=True runs backward so
+            raise RuntimeError("loge_kernels.linear has no second derivative: call backward without create_graph=True")
+        return _differentiate(ctx, dy, dxa)
 
 
 _LIBRARY.impl("linear", _forward, "CompositeExplicitAutograd")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .options import FinetuneError, FinetuneOptions
 
-HELDOUT_TOKENS = 3072
+HELDOUT_TOKENS = 2048
 # A few hundred tokens: short runs then see many files instead of the head of one.
 _PIECE = 4000
 # Tests, other people's packages, tables of numbers, and what differs from machine to machine.

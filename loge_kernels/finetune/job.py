@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from .. import model as loge
+from ..factors import Factors
 from . import data, files, models, results, state
 from .memory import PeakMemory
 from .options import FinetuneError, FinetuneOptions, Interrupted, choose_device, choose_dtype
@@ -40,7 +41,8 @@ def run(options: FinetuneOptions, console: Console | None = None) -> dict[str, A
         files.prepare(Path(options.json).absolute().parent, "--json")
     job = _Job(options, device, dtype, console or Console())
     try:
-        return job.run()
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return job.run()
     except KeyboardInterrupt:
         raise Interrupted(job.interrupted()) from None
 
@@ -125,6 +127,8 @@ class _Job:
                     p.copy_(self.start[name])
         if method == "loge":
             record.report = self._apply()
+            factors = [module for module in self.model.modules() if isinstance(module, Factors)]
+            record.factors_bytes = sum(each.left.nbytes + each.right.nbytes for each in factors)
         try:
             trainer = Trainer(self.model, self.corpus, self.options, record)
             if saved is not None:
@@ -156,7 +160,7 @@ class _Job:
 
     def _evaluate(self, what: str, stop: Stop, trainer: Trainer | None = None, method: str | None = None) -> float:
         """The held-out loss. Interrupted, what `trainer` has reached is saved."""
-        with progress(self.console, what, len(self.corpus.heldout), self.options.seq) as advance:
+        with progress(self.console, what, len(self.corpus.heldout), self.options.seq, passing=True) as advance:
 
             def heard(count: int) -> bool:
                 advance("", count)

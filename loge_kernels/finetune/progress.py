@@ -17,15 +17,20 @@ Advance = Callable[[str, int], None]
 
 
 @contextlib.contextmanager
-def progress(console: Console, what: str, total: int, tokens: int, done: int = 0) -> Iterator[Advance]:
-    """Yields `advance(text, n)`: n of `total` more are done. Each is `tokens` tokens; `done` came before."""
-    show = _bar if console.is_terminal else _lines
-    with show(console, what, total, tokens, done) as advance:
-        yield advance
+def progress(
+    console: Console, what: str, total: int, tokens: int, done: int = 0, passing: bool = False
+) -> Iterator[Advance]:
+    """Yields `advance(text, n)`: n of `total` more are done. Each is `tokens` tokens; `done` came before. What is
+    `passing` leaves no trace when it ends."""
+    if console.is_terminal:
+        with _bar(console, what, total, tokens, done, passing) as advance:
+            yield advance
+    else:
+        yield _lines(console, what, total, tokens, done, passing)
 
 
 @contextlib.contextmanager
-def _bar(console: Console, what: str, total: int, tokens: int, done: int) -> Iterator[Advance]:
+def _bar(console: Console, what: str, total: int, tokens: int, done: int, passing: bool) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description:<15}"),
         BarColumn(bar_width=24),
@@ -33,7 +38,7 @@ def _bar(console: Console, what: str, total: int, tokens: int, done: int) -> Ite
         TextColumn("{task.fields[text]}"),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, transient=passing) as bar:
         task = bar.add_task(what, total=total, completed=done, text="")
         rate = _Rate(tokens)
 
@@ -43,8 +48,7 @@ def _bar(console: Console, what: str, total: int, tokens: int, done: int) -> Ite
         yield advance
 
 
-@contextlib.contextmanager
-def _lines(console: Console, what: str, total: int, tokens: int, done: int) -> Iterator[Advance]:
+def _lines(console: Console, what: str, total: int, tokens: int, done: int, passing: bool) -> Advance:
     rate = _Rate(tokens)
     at = done
 
@@ -52,11 +56,11 @@ def _lines(console: Console, what: str, total: int, tokens: int, done: int) -> I
         nonlocal at
         before, at = at, at + count
         speed = rate.tick(count)
-        if at == total or before * _LINES // total != at * _LINES // total:
+        if not passing and (at == total or before * _LINES // total != at * _LINES // total):
             left = (total - at) * tokens / speed
             console.print(f"{what}: {at}/{total} {text} {speed:.0f} tokens/s, {left:.0f} s left", highlight=False)
 
-    yield advance
+    return advance
 
 
 class _Rate:

@@ -30,7 +30,7 @@ def method_metrics(record: Record, heldout_before: float, cosine: float) -> dict
     }
     metrics |= {f"{part}_seconds": getattr(record, part) for part in PARTS}
     if record.report is not None:
-        metrics["report"] = record.report
+        metrics |= {"factors_bytes": record.factors_bytes, "report": record.report}
     return metrics
 
 
@@ -55,9 +55,10 @@ def cosine(gradient: Tensor, exact: Tensor) -> float:
 def table(metrics: dict[str, Any]) -> Table:
     """Both methods side by side, and LoGE against LoRA."""
     lora, loge = metrics["methods"]["lora"], metrics["methods"]["loge"]
-    result = Table(title=f"{metrics['model']['name']}: {metrics['arguments']['steps']} steps", title_justify="left")
+    steps = metrics["arguments"]["steps"]
+    result = Table(title=f"{metrics['model']['name']}, {steps} steps; times are medians", title_justify="left")
     result.add_column("")
-    for heading in (TITLES["lora"], f"{TITLES['loge']} (rank {metrics['arguments']['rank']})", "LoGE against LoRA"):
+    for heading in (TITLES["lora"], f"{TITLES['loge']} (rank {metrics['arguments']['rank']})", "LoGE : LoRA"):
         result.add_column(heading, justify="right")
 
     gains = [method["heldout_before"] - method["heldout_after"] for method in (lora, loge)]
@@ -66,15 +67,16 @@ def table(metrics: dict[str, Any]) -> Table:
     result.add_row("held-out loss after", f"{lora['heldout_after']:.4f}", f"{loge['heldout_after']:.4f}", share)
     for part in ("step", *PARTS):
         exact, low = lora["median_seconds"][part], loge["median_seconds"][part]
-        name = "seconds a step (median)" if part == "step" else f"  {part}"
+        name = "seconds a step" if part == "step" else f"  {part}"
         # Adam's step is the same in both: a ratio of its few milliseconds would be noise.
-        ratio = "" if part == "optimizer" else f"{exact / low:.2f}x the speed"
+        ratio = "" if part == "optimizer" else f"{exact / low:.2f}x speed"
         result.add_row(name, f"{exact:.3f}", f"{low:.3f}", ratio)
     peaks = [method["peak_memory_bytes"] for method in (lora, loge)]
     if None not in peaks:
         result.add_row("peak memory", *(f"{peak / 2**20:.0f} MiB" for peak in peaks), f"{peaks[1] / peaks[0]:.2f}x")
+    result.add_row("  of it factors", "", f"{loge['factors_bytes'] / 2**20:.0f} MiB", "")
     cosines = [f"{method['first_gradient_cosine']:.3f}" for method in (lora, loge)]
-    result.add_row("cosine of the first gradient", *cosines, "")
+    result.add_row("first gradient, cosine", *cosines, "")
     return result
 
 

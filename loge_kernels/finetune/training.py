@@ -33,7 +33,8 @@ class Record:
     optimizer: list[float] = field(default_factory=list)
     peak_memory: int | None = None
     heldout_after: float | None = None
-    report: dict[str, Any] | None = None
+    report: dict[str, Any] | None = None  # what `apply` did
+    factors_bytes: int | None = None
 
     @property
     def step_seconds(self) -> list[float]:
