@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 
 from loge_kernels.backends import check_name
 from loge_kernels.factors import resolve_rank
+from loge_kernels.products import slow_on_cpu
 
 from . import output
 from .baselines import BASELINES, DIRECTIONS, Candidate, candidates, check_baselines
@@ -21,7 +22,7 @@ from .environment import describe
 from .gate import Gate, Verdict
 from .memory import with_peak_memory
 from .operands import Operands, make_operands
-from .roofline import Ceilings, measure_ceilings, speedup_ceiling
+from .roofline import Ceilings, measure_ceilings, plain_rates, speedup_ceiling
 from .shapes import Shape, parse_shapes
 from .timing import Timing, TimingOptions, clock_for, interleave
 
@@ -244,6 +245,9 @@ def measure_candidates(
     """`measure` for a given list of candidates."""
     device = operands.dy.device
     tell = progress or (lambda message: None)
+    if device.type == "cpu" and slow_on_cpu(operands.dtype):
+        plain_nn, plain_nt = plain_rates(operands.weight)
+        ceilings = replace(ceilings, plain_nn=plain_nn, plain_nt=plain_nt)
     gate = Gate(operands)
     by_name = {candidate.name: candidate for candidate in found}
     calls: dict[str, Callable[[], Any]] = {}

@@ -26,6 +26,8 @@ from typing import Any, Literal
 
 import torch
 
+from loge_kernels.products import slow_on_cpu
+
 Formula = Literal["product", "exact", "low-rank"]
 Sequence_ = Literal["separate", "concatenated", "fused"]
 
@@ -125,14 +127,23 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """The ceilings of `device` for `dtype`; about two seconds."""
     on_gpu = device.type == "cuda"
     copy = _copy_rate(1 << (30 if on_gpu else 27), device)
-    large = 8192 if on_gpu else 1024
-    slow = not on_gpu and dtype in (torch.float16, torch.bfloat16)
-    plain = (64, 512, 512) if slow else (large, large, large)  # scalar loops take 0.03 s for the small one
-    plain_nn, plain_nt = (_matmul_rate(plain, dtype, device, transposed) for transposed in (False, True))
-    matmul = max(plain_nn, plain_nt)
-    if slow:
-        matmul = max(matmul, *(_matmul_rate((large,) * 3, torch.float32, device, t) for t in (False, True)))
-    return Ceilings(str(dtype).removeprefix("torch."), copy, matmul, plain_nn, plain_nt)
+    side = 8192 if on_gpu else 1024
+    slow = not on_gpu and slow_on_cpu(dtype)
+    matmul = [_matmul_rate(side, torch.float32 if slow else dtype, device, transposed) for transposed in (False, True)]
+    plain = plain_rates(torch.randn(2048, 2048, device=device).to(dtype)) if slow else tuple(matmul)
+    return Ceilings(str(dtype).removeprefix("torch."), copy, max(*matmul, *plain), *plain)
+
+
+def plain_rates(weight: torch.Tensor, rows: int = 8) -> tuple[float, float]:
+    """Flop/s of torch's own `a @ weight` and `a @ weight.t()` for a few rows, once: scalar loops are as fast, or
+    rather as slow, for many rows, and they depend on whether the weight fits in a cache."""
+    rates = []
+    for matrix in (weight, weight.t()):
+        a = torch.ones(rows, matrix.shape[0], dtype=weight.dtype, device=weight.device)
+        started = time.perf_counter()
+        a @ matrix
+        rates.append(2 * rows * weight.numel() / (time.perf_counter() - started))
+    return rates[0], rates[1]
 
 
 def _copy_rate(size: int, device: torch.device) -> float:
@@ -141,15 +152,13 @@ def _copy_rate(size: int, device: torch.device) -> float:
     return 2 * size / _best_seconds(lambda: target.copy_(source), device)
 
 
-def _matmul_rate(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device, transposed: bool) -> float:
-    I, J, L = size
-    a = torch.randn(I, J, device=device).to(dtype)
-    b = torch.randn(*((L, J) if transposed else (J, L)), device=device).to(dtype)
+def _matmul_rate(side: int, dtype: torch.dtype, device: torch.device, transposed: bool) -> float:
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     if transposed:
         b = b.t()
-    out = torch.empty(I, L, dtype=dtype, device=device)
+    out = torch.empty(side, side, dtype=dtype, device=device)
     torch.mm(a, b, out=out)
-    return 2 * I * J * L / _best_seconds(lambda: torch.mm(a, b, out=out), device)
+    return 2 * side**3 / _best_seconds(lambda: torch.mm(a, b, out=out), device)
 
 
 def _best_seconds(call: Callable[[], Any], device: torch.device, runs: int = 7) -> float:

@@ -6,6 +6,7 @@ from .linear import LoGELinear
 from .model import apply, remove
 from .ops import linear
 from .report import LayerReport, Report
+from .triton_kernels import explain
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "Report",
     "apply",
     "backends",
+    "explain",
     "factorize",
     "linear",
     "remove",

@@ -80,6 +80,7 @@ def check(
     dtype: Annotated[
         list[str] | None, typer.Option(help="float32, float16, bfloat16; repeat or separate by commas.")
     ] = None,
+    sample: Annotated[int | None, typer.Option(help="Take this many cases of the grid instead of all.")] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Hold every backend against float64 dense autograd, over awkward shapes and every combination of features."""
@@ -90,7 +91,7 @@ def check(
         with Progress(transient=True, console=Console(stderr=True)) as progress:
             task = progress.add_task("checking", total=None)
             report = harness.run(
-                backend, device, dtypes, lambda what: progress.update(task, description=what, advance=1)
+                backend, device, dtypes, lambda what: progress.update(task, description=what, advance=1), sample
             )
         report.print(Console())
         _write_json(json_file, report.to_dict())

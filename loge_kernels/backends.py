@@ -1,9 +1,9 @@
 """The one place that chooses what computes a backward pass.
 
 A backend is two functions: `why_not(problem)`, the reason it cannot run this problem or None, and
-`backward(problem)`. "auto" takes the first entry of `_PREFERENCE` that can run and says once, on the `loge_kernels`
-logger, what it took and why the others were passed over; a backend named by the user (argument, `use_backend` or
-`LOGE_BACKEND`) runs or raises.
+`backward(problem)`. "auto" goes through the registry in order, passes over what cannot run, what is not verified on
+this GPU and what the cost model predicts to be slower, and says once, on the `loge_kernels` logger, what it took and
+why. A backend named by the user (argument, `use_backend` or `LOGE_BACKEND`) runs or raises.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from . import reference
+from . import reference, triton_backend
 from .problem import BackwardProblem, Gradients
+from .verification import is_verified
 
 logger = logging.getLogger("loge_kernels")
 
@@ -26,6 +27,7 @@ class _Implementation:
     why_not: Callable[[BackwardProblem], str | None]  # the reason why it cannot run this problem
     backward: Callable[[BackwardProblem], Gradients]
     about: str
+    worse_than_next: Callable[[BackwardProblem], str | None] = lambda problem: None  # asked by "auto" alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,24 @@ class Backend:
     reason: str
 
 
+def _triton_passed_over(problem: BackwardProblem) -> str | None:
+    device = problem.dy.device
+    if device.type != "cuda":
+        return "on the CPU it runs in an interpreter, for tests"
+    if not is_verified("triton", device):
+        return "not verified on this GPU: run python -m loge_kernels check --device cuda"
+    return triton_backend.slower_than_torch(problem)
+
+
+# In the order in which "auto" considers them.
 _REGISTRY: dict[str, _Implementation] = {
+    "triton": _Implementation(
+        unavailable=triton_backend.unavailable,
+        why_not=triton_backend.why_not,
+        backward=triton_backend.backward,
+        about="one-launch and two-launch kernels; 'auto' takes them once `check --device cuda` has passed on this GPU",
+        worse_than_next=_triton_passed_over,
+    ),
     "reference": _Implementation(
         unavailable=lambda: None,
         why_not=lambda problem: None,
@@ -45,8 +64,6 @@ _REGISTRY: dict[str, _Implementation] = {
         about="plain PyTorch, any device; the specification",
     ),
 }
-_PREFERENCE = ("reference",)
-
 _override: str | None = None  # a plain global: torch.compile guards on it, and cannot read a ContextVar
 _announced: set[str] = set()
 
@@ -99,21 +116,26 @@ def requested(backend: str | None) -> str:
     return "auto" if not from_environment else check_name(from_environment, "LOGE_BACKEND")
 
 
+def obstacle(problem: BackwardProblem, name: str) -> str | None:
+    """The reason why backend `name` cannot run `problem`, or None; "auto" can run everything."""
+    return None if name == "auto" else _REGISTRY[name].why_not(problem)
+
+
 def run_backward(problem: BackwardProblem, name: str) -> Gradients:
     """The gradients of `problem` by backend `name`, or by the preferred one that can run it when `name` is "auto".
 
     Raises ValueError with the backend's reason when a named backend cannot run this problem.
     """
     if name != "auto":
-        implementation = _REGISTRY[name]
-        reason = implementation.why_not(problem)
+        reason = obstacle(problem, name)
         if reason is not None:
             raise ValueError(f"backend={name!r} cannot run this backward pass: {reason}; use backend='auto'")
-        return implementation.backward(problem)
+        return _REGISTRY[name].backward(problem)
     passed_over: list[str] = []
-    for candidate in _PREFERENCE:
-        implementation = _REGISTRY[candidate]
-        reason = implementation.unavailable() or implementation.why_not(problem)
+    for candidate, implementation in _REGISTRY.items():
+        reason = (
+            implementation.unavailable() or implementation.worse_than_next(problem) or implementation.why_not(problem)
+        )
         if reason is None:
             _announce(candidate, passed_over)
             return implementation.backward(problem)

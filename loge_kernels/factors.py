@@ -118,7 +118,8 @@ class Factors(nn.Module):
 
 def resolve_rank(rank: int | float, N: int, K: int, argument: str = "rank") -> int:
     """The rank for a weight [N, K]: an int as it is, a float in (0, 1] as that share of min(N, K), rounded to a
-    multiple of 16, at least 16 and at most min(N, K); 1.0 is min(N, K) itself. Raises TypeError or ValueError naming `argument`."""
+    multiple of 16, at least 16 and at most min(N, K); 1.0 is min(N, K) itself. Raises TypeError or
+    ValueError naming `argument`."""
     if isinstance(rank, bool) or not isinstance(rank, (int, float)):
         raise TypeError(f"{argument}={rank!r} is a {type(rank).__name__}; give an int, or a float in (0, 1]")
     limit = min(N, K)
@@ -236,7 +237,7 @@ def _subspace_iteration(W: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     squares, X = torch.linalg.eigh(Y64.t() @ Y64)
     squares, X = squares.flip(0).clamp_min(0), X.flip(1).to(W.dtype)
     S = squares.sqrt().to(W.dtype)
-    U = (Y @ X) * torch.where(S > torch.finfo(W.dtype).eps * S[0], 1 / S, 0.0)
+    U = (Y @ X) * torch.where(S.gt(torch.finfo(W.dtype).eps * S[0]), 1 / S, 0.0)
     return U, S, (V @ X).t()
 
 

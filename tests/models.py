@@ -31,11 +31,12 @@ def llama(dtype: torch.dtype = torch.float32, tied: bool = False, **options: Any
     return LlamaForCausalLM(config).to(dtype)
 
 
-def lora(model: nn.Module | None = None, adapter: str = "default", **options: Any) -> Any:
+def lora(model: nn.Module | None = None, **options: Any) -> Any:
     """A PEFT model with adapters that are not zero; the same at every call."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 10, "target_modules": LINEARS, **options})
-    peft_model = get_peft_model(llama() if model is None else model, config, adapter)  # type: ignore[arg-type]
-    return randomised(peft_model)
+    base: Any = llama() if model is None else model
+    torch.manual_seed(9)
+    return randomised(get_peft_model(base, config))
 
 
 def randomised(model: nn.Module) -> Any:

@@ -60,19 +60,24 @@ def tiny(tmp_path_factory):
 def base(tiny, tmp_path, monkeypatch):
     """Options of a run that takes about a second."""
     monkeypatch.setenv("LOGE_CACHE", str(tmp_path / "cache"))
-    text = tmp_path / "text.py"
+    return small_run(tiny, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """The run of `base`, uninterrupted: where it wrote, and its metrics."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOGE_CACHE", str(folder / "cache"))
+        asked = small_run(tiny, folder)
+        return Path(asked.out), go(asked)[0]
+
+
+def small_run(model, folder):
+    text = folder / "text.py"
     text.write_text(TEXT)
-    return FinetuneOptions(
-        model=str(tiny),
-        text=(text,),
-        steps=6,
-        batch=2,
-        seq=32,
-        lr=5e-3,
-        lora_rank=4,
-        device="cpu",
-        out=tmp_path / "out",
-    )
+    sizes = {"steps": 6, "batch": 2, "seq": 32, "lora_rank": 4}
+    return FinetuneOptions(model=str(model), text=(text,), lr=5e-3, device="cpu", out=folder / "out", **sizes)
 
 
 def go(options, **changes):
@@ -113,23 +118,26 @@ def test_run_end_to_end(base, tmp_path):
     assert lora["losses"] != loge["losses"]
     assert lora["first_gradient_cosine"] == 1.0
     assert 0.05 < loge["first_gradient_cosine"] < 0.999
+    assert loge["factors_bytes"] == sum(
+        4 * layer["rank"] * sum(layer["shape"]) for layer in loge["report"]["layers"] if layer["rank"]
+    )
     assert metrics["arguments"]["dtype"] == "float32"
     assert {"loge_kernels", "torch", "transformers", "peft", "python"} <= set(metrics["versions"])
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == ["curves.png", "loge", "lora", "metrics.json"]
-    for words in ("held-out loss before", "seconds a step", "peak memory", "cosine of the first gradient", "2/2 LoGE"):
+    for words in ("held-out loss before", "seconds a step", "peak memory", "first gradient, cosine", "2/2 LoGE"):
         assert words in printed
 
 
-def test_adapters_load_again(base):
+def test_adapters_load_again(base, whole):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    metrics, _ = go(base)
+    out, metrics = whole
     corpus = data.load(base, _tokenizer(base))
     for method in ("lora", "loge"):
         model = AutoModelForCausalLM.from_pretrained(base.model)
-        model = PeftModel.from_pretrained(model, str(Path(base.out) / method))
+        model = PeftModel.from_pretrained(model, str(out / method))
         loss = training.heldout_loss(model, corpus, base.batch, torch.device("cpu"), lambda count: True)
         assert loss == pytest.approx(metrics["methods"][method]["heldout_after"], rel=1e-5)
 
@@ -142,8 +150,8 @@ def test_full_rank_learns_as_lora(base):
 
 
 @pytest.mark.parametrize("at", [2, 6, 9])
-def test_interrupted_and_resumed_equals_uninterrupted(base, monkeypatch, tmp_path, at):
-    whole, _ = go(base, out=tmp_path / "whole")
+def test_interrupted_and_resumed_equals_uninterrupted(base, whole, monkeypatch, at):
+    whole_out, uninterrupted = whole
     with monkeypatch.context() as patch:
         press_ctrl_c_at_step(patch, at)
         with pytest.raises(Interrupted) as stopped:
@@ -156,8 +164,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(base, monkeypatch, tmp_pat
     resumed, printed = go(base, resume=True)
     for name in ("lora", "loge"):
         for key in ("losses", "heldout_before", "heldout_after", "first_gradient_cosine"):
-            assert resumed["methods"][name][key] == whole["methods"][name][key], (name, key)
-        adapters = [Path(out) / name / "adapter_model.safetensors" for out in (base.out, tmp_path / "whole")]
+            assert resumed["methods"][name][key] == uninterrupted["methods"][name][key], (name, key)
+        adapters = [Path(out) / name / "adapter_model.safetensors" for out in (base.out, whole_out)]
         assert adapters[0].read_bytes() == adapters[1].read_bytes()
     assert ("done before the interruption" in printed) == (method == "loge")
     with pytest.raises(FinetuneError, match="has finished"):

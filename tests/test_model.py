@@ -260,7 +260,7 @@ def test_a_second_model_starts_from_the_cache(monkeypatch: pytest.MonkeyPatch) -
         ({"targets": "q_proj"}, ValueError, ["targets='q_proj'", "no linear layer"]),
         ({"targets": "(q"}, ValueError, ["targets='(q'", "regular expression"]),
         ({"targets": [3]}, TypeError, ["targets=[3]"]),
-        ({"targets": 3}, TypeError, ["targets=3"]),
+        ({"targets": 3}, TypeError, ["targets=", "3", "module names"]),
         ({"model": "llama"}, TypeError, ["model", "str", "torch.nn.Module"]),
         ({"model": nn.Sequential(nn.ReLU())}, ValueError, ["nothing to convert", "Sequential", "torch.nn.Linear"]),
         ({"model": nn.Sequential(nn.Linear(64, 64))}, ValueError, ["nothing to convert", "trainable", "targets"]),

@@ -34,12 +34,29 @@ def triton_missing() -> str | None:
     return None
 
 
+@functools.cache
+def interpreter_broken() -> str | None:
+    """The reason why Triton's interpreter cannot run a loop here, or None: before Triton 3.9 it takes the int of an
+    array of one dimension for every loop bound, which NumPy 2.4 refuses."""
+    import numpy
+
+    try:
+        int(numpy.ones(1))
+    except TypeError:
+        version = metadata.version("triton")
+        if tuple(int(part) for part in version.split(".")[:2]) < (3, 9):
+            return f"the interpreter of Triton {version} needs NumPy older than 2.4, here is {numpy.__version__}"
+    return None
+
+
 def unavailable() -> str | None:
     """The reason why nothing here can run on this machine, or None."""
     reason = triton_missing()
     if reason is not None:
         return reason
-    if not interpreted() and not torch.cuda.is_available():
+    if interpreted():
+        return interpreter_broken()
+    if not torch.cuda.is_available():
         return "no CUDA GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     return None
 

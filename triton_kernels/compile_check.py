@@ -82,7 +82,6 @@ def jobs_for(arch: str, kernels: Iterable[str] | None = None) -> list[Job]:
             assert isinstance(entry.config, TwoLaunchConfig)
             slab = entry.config.project_r
             for kernel, rank in (
-                ("project", slab),
                 ("expand_slab", slab),
                 ("project", entry.rank),
                 ("expand_tiles", entry.rank),

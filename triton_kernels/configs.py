@@ -113,7 +113,7 @@ def to_json(entries: tuple[Entry, ...], device: str, source: str) -> str:
 
 
 def parse_table(text: str, device: str) -> tuple[Entry, ...]:
-    """The entries of a table for `device`. Raises ValueError, with what is wrong, on anything else than such a table."""
+    """The entries of a table for `device`. Raises ValueError, saying what is wrong, on any other text."""
     table = json.loads(text)
     if not isinstance(table, dict) or table.get("schema") != SCHEMA:
         raise ValueError(f"not a table of schema {SCHEMA}")
@@ -138,7 +138,7 @@ def _parse_entry(row: Any) -> Entry:
         if type(value) is not int or not 1 <= value <= 1 << 16:
             raise ValueError(f"{name}={value!r} is not a positive size")
         power_of_two = value & (value - 1) == 0
-        if not power_of_two and name not in ("num_stages", "group"):
+        if not power_of_two and name not in ("num_stages", "group", "rank", "adapter"):
             raise ValueError(f"{name}={value} is not a power of two")
         if name.startswith(("block_", "project_", "tile_")) and not 16 <= value <= 256:
             raise ValueError(f"{name}={value} is not between 16 and 256")

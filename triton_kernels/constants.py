@@ -17,7 +17,14 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def one_launch_constants(
-    R: int, P: int, dtype: torch.dtype, flags: Flags, aligned_n: bool, aligned_k: bool, config: OneLaunchConfig, device: DeviceSpec
+    R: int,
+    P: int,
+    dtype: torch.dtype,
+    flags: Flags,
+    aligned_n: bool,
+    aligned_k: bool,
+    config: OneLaunchConfig,
+    device: DeviceSpec,
 ) -> dict[str, Any]:
     """The constexpr arguments and launch options of `one_launch_backward`."""
     return {
@@ -44,7 +51,13 @@ def one_launch_constants(
 
 
 def project_constants(
-    R: int, P: int, dtype: torch.dtype, flags: Flags, aligned_n: bool, config: TwoLaunchConfig, device: DeviceSpec
+    R: int,
+    P: int,
+    dtype: torch.dtype,
+    flags: Flags,
+    aligned_n: bool,
+    config: TwoLaunchConfig,
+    device: DeviceSpec,
 ) -> dict[str, Any]:
     """The constexpr arguments and launch options of `project`."""
     return {
@@ -69,7 +82,13 @@ def project_constants(
 
 
 def expand_constants(
-    R: int, P: int, dtype: torch.dtype, flags: Flags, aligned_k: bool, config: TwoLaunchConfig, device: DeviceSpec
+    R: int,
+    P: int,
+    dtype: torch.dtype,
+    flags: Flags,
+    aligned_k: bool,
+    config: TwoLaunchConfig,
+    device: DeviceSpec,
 ) -> dict[str, Any]:
     """The constexpr arguments and launch options of `expand_slab`, or of `expand_tiles` for a larger R."""
     slab = keeps_t(R, config)

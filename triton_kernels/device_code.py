@@ -239,6 +239,4 @@ def walk_k(
             b_x = tl.load(p_x, mask=mask_mk, other=0.0)  # [BM, BK]
             if DROPOUT:
                 b_x = tl.where(keep, b_x, 0.0)
-            store_dA(
-                dA_ptr, t_p, b_x, offs_k, mask_k, K, inv_keep, P, BP, DROPOUT, WGMMA, ATOMIC, PRECISION
-            )
+            store_dA(dA_ptr, t_p, b_x, offs_k, mask_k, K, inv_keep, P, BP, DROPOUT, WGMMA, ATOMIC, PRECISION)

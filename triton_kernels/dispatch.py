@@ -27,8 +27,6 @@ from .model import (
     estimate_one_launch,
     estimate_torch,
     estimate_two_launch,
-    k_chunk_of,
-    n_chunk_of,
     useful_flops,
 )
 
@@ -79,7 +77,6 @@ def _form_configs(
     return one, two
 
 
-@functools.lru_cache(maxsize=4096)
 def choose_config(
     M: int, N: int, K: int, R: int, P: int, dtype: torch.dtype, flags: Flags, aligned: bool, device: DeviceSpec
 ) -> OneLaunchConfig | TwoLaunchConfig:
@@ -95,14 +92,6 @@ def choose_config(
     first = estimate_one_launch(M, N, K, R, P, one, flags, device, size)
     second = estimate_two_launch(M, N, K, R, P, two, flags, device, size)
     return one if first.predicted_us <= second.predicted_us else two
-
-
-@functools.lru_cache(maxsize=4096)
-def chunks(
-    M: int, N: int, K: int, R: int, config: TwoLaunchConfig, need_dx: bool, device: DeviceSpec
-) -> tuple[int, int]:
-    """How much of N a block of `project` walks, and how much of K a block of the second launch."""
-    return n_chunk_of(M, N, R if need_dx else 0, config, device.sms), k_chunk_of(M, K, R, config, device.sms)
 
 
 @functools.lru_cache(maxsize=4096)

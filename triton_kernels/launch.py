@@ -8,6 +8,7 @@ for the device.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,17 +17,33 @@ from torch import Tensor
 from . import dispatch
 from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig
 from .constants import expand_constants, forward_constants, keeps_t, one_launch_constants, project_constants
-from .devices import DeviceSpec, device_spec
+from .devices import device_spec
 from .forward import fused_forward
-from .model import Flags, cdiv
+from .model import Flags, cdiv, k_chunk_of, n_chunk_of
 from .one_launch import one_launch_backward
 from .two_launch import expand_slab, expand_tiles, project
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-# Constexpr arguments of a launch, by everything they depend on.
-_constants: dict[tuple[Any, ...], dict[str, Any]] = {}
-_specs: dict[torch.device, DeviceSpec] = {}
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is decided once for calls of one size and kind."""
+
+    flags: Flags
+    config: OneLaunchConfig | TwoLaunchConfig
+    rows: int  # slabs of block_m rows
+    constants: dict[str, Any]  # of one_launch_backward, or of project
+    expand: dict[str, Any]  # of the second launch
+    n_chunk: int
+    k_chunk: int
+
+
+# Enough for every layer of a model at some hundred batch sizes; then the table starts anew.
+_MOST_PLANS = 8192
+_NOTHING = contextlib.nullcontext()
+_plans: dict[tuple[Any, ...], Plan] = {}
+_forward_constants: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
 def backward(
@@ -72,135 +89,104 @@ def backward(
     ):
         raise ValueError("a tensor that the needed gradients read is None")
 
-    flags = Flags(need_dx, need_dA, need_dB, need_dbias, dropout > 0.0 and P > 0, deterministic)
     # A tensor that is not read stands for itself by dy: a pointer has to have a type.
-    left = dy if factor is None else factor.contiguous()
-    right = right.contiguous() if right is not None and need_dx else dy
-    p_A = lora_A.contiguous() if lora_A is not None and P > 0 else dy
-    p_B = lora_B.contiguous() if lora_B is not None and P > 0 else dy
-    x = x if x is not None and need_dA else dy
-    xa = xa.contiguous() if xa is not None and need_dB else dy
-    seed = seed if seed is not None and flags.dropout else dy
-
-    aligned_n = N % 8 == 0 and _aligned_rows(dy)
+    p_left = dy if factor is None else factor.contiguous()
+    p_right = right.contiguous() if right is not None and need_dx else dy
+    p_A = lora_A.contiguous() if lora_A is not None and P else dy
+    p_B = lora_B.contiguous() if lora_B is not None and P else dy
+    p_x = x if x is not None and need_dA else dy
+    p_xa = xa.contiguous() if xa is not None and need_dB else dy
+    drops = dropout > 0.0 and P > 0
+    p_seed = seed if seed is not None and drops else dy
+    stride_dy_m, stride_dy_n = dy.stride()
+    stride_x_m, stride_x_k = p_x.stride()
+    aligned_n = N % 8 == 0 and stride_dy_n == 1 and stride_dy_m % 8 == 0 and dy.data_ptr() % 16 == 0
     aligned_k = (
-        K % 8 == 0 and (not need_dA or _aligned_rows(x)) and right.data_ptr() % 16 == 0 and p_A.data_ptr() % 16 == 0
+        K % 8 == 0
+        and (not need_dA or (stride_x_k == 1 and stride_x_m % 8 == 0 and p_x.data_ptr() % 16 == 0))
+        and p_right.data_ptr() % 16 == 0
+        and p_A.data_ptr() % 16 == 0
     )
-    spec = _spec(dy.device)
-    if config is None:
-        config = dispatch.choose_config(M, N, K, R, P, dy.dtype, flags, aligned_n and aligned_k, spec)
+    dtype, device = dy.dtype, dy.device
+    needs = (need_dx, need_dA, need_dB, need_dbias, drops, deterministic)
+    key = (M, N, K, R, P, dtype, device, needs, aligned_n, aligned_k, config)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _make_plan(*key)
+    rows = plan.rows
 
-    rows = 0 if M == 0 else cdiv(M, config.block_m)
-    fp32 = {"dtype": torch.float32, "device": dy.device}
     lead = (rows,) if deterministic else ()
     allocate = torch.empty if deterministic and rows else torch.zeros
-    dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device) if need_dx else None
-    dA = allocate((*lead, P, K), **fp32) if need_dA else None
-    dB = allocate((*lead, N, P), **fp32) if need_dB else None
-    db = allocate((*lead, N), **fp32) if need_dbias else None
+    dx = torch.empty((M, K), dtype=dtype, device=device) if need_dx else None
+    dA = allocate((*lead, P, K), dtype=torch.float32, device=device) if need_dA else None
+    dB = allocate((*lead, N, P), dtype=torch.float32, device=device) if need_dB else None
+    db = allocate((*lead, N), dtype=torch.float32, device=device) if need_dbias else None
+    p_dx, p_dA, p_dB, p_db = (dy if output is None else output for output in (dx, dA, dB, db))
 
     if rows:
-        outputs = [dy if output is None else output for output in (dx, dA, dB, db)]
-        operands = (dy, x, xa, left, right, p_A, p_B, *outputs, seed)
-        launch = _one_launch if isinstance(config, OneLaunchConfig) else _two_launch
-        with _on(dy.device):
-            launch(operands, M, N, K, R, P, float(scaling), dropout, flags, aligned_n, aligned_k, config, spec)
-    A_dtype = dy.dtype if lora_A is None else lora_A.dtype
-    B_dtype = dy.dtype if lora_B is None else lora_B.dtype
+        threshold, inv_keep = (_threshold(dropout), 1.0 / (1.0 - dropout)) if drops else (0, 1.0)
+        dy_sizes = (stride_dy_m, stride_dy_n)
+        x_sizes = (stride_x_m, stride_x_k)
+        with _on(device):
+            if isinstance(plan.config, OneLaunchConfig):
+                inputs = (dy, p_x, p_xa, p_left, p_right, p_A, p_B)
+                sizes = (M, N, K, *dy_sizes, *x_sizes)
+                one_launch_backward[(rows,)](
+                    *inputs, p_dx, p_dA, p_dB, p_db, p_seed, *sizes, scaling, threshold, inv_keep, **plan.constants
+                )
+            else:
+                splits = max(1, cdiv(N, plan.n_chunk))
+                layers = splits if deterministic else 1
+                t_allocate = torch.empty if deterministic else torch.zeros
+                t_shape = (layers, rows * plan.config.block_m, plan.constants["WIDTH"])
+                t = t_allocate(t_shape, dtype=torch.float32, device=device)
+                tiles = max(1, cdiv(R, plan.constants["BR"]))
+                sizes = (M, N, plan.n_chunk, *dy_sizes)
+                project[(rows, tiles, splits)](dy, p_xa, p_left, p_B, t, p_dB, p_db, *sizes, scaling, **plan.constants)
+                if need_dx or need_dA:
+                    expand = expand_slab if keeps_t(R, plan.config) else expand_tiles
+                    sizes = (M, K, plan.k_chunk, layers, *x_sizes)
+                    expand[(cdiv(K, plan.k_chunk), rows)](
+                        t, p_x, p_right, p_A, p_dx, p_dA, p_seed, *sizes, threshold, inv_keep, **plan.expand
+                    )
+    # Without lora_A or lora_B their gradients are not asked for.
     return (
         dx,
-        _finished(dA, A_dtype, deterministic),
-        _finished(dB, B_dtype, deterministic),
-        _finished(db, dy.dtype, deterministic),
+        None if dA is None else _finished(dA, p_A.dtype, deterministic),
+        None if dB is None else _finished(dB, p_B.dtype, deterministic),
+        None if db is None else _finished(db, dtype, deterministic),
     )
 
 
-def _one_launch(
-    operands: tuple[Tensor, ...],
+def _make_plan(
     M: int,
     N: int,
     K: int,
     R: int,
     P: int,
-    scaling: float,
-    dropout: float,
-    flags: Flags,
+    dtype: torch.dtype,
+    device: torch.device,
+    needs: tuple[bool, bool, bool, bool, bool, bool],
     aligned_n: bool,
     aligned_k: bool,
-    config: OneLaunchConfig,
-    spec: DeviceSpec,
-) -> None:
-    dy, x = operands[0], operands[1]
-    key = (config, R, P, dy.dtype, flags, aligned_n, aligned_k, spec.capability)
-    constants = _constants.get(key)
-    if constants is None:
-        constants = _constants[key] = one_launch_constants(R, P, dy.dtype, flags, aligned_n, aligned_k, config, spec)
-    one_launch_backward[(cdiv(M, config.block_m),)](
-        *operands,
-        M,
-        N,
-        K,
-        *dy.stride(),
-        *x.stride(),
-        scaling,
-        _threshold(dropout),
-        1.0 / (1.0 - dropout),
-        **constants,
-    )
-
-
-def _two_launch(
-    operands: tuple[Tensor, ...],
-    M: int,
-    N: int,
-    K: int,
-    R: int,
-    P: int,
-    scaling: float,
-    dropout: float,
-    flags: Flags,
-    aligned_n: bool,
-    aligned_k: bool,
-    config: TwoLaunchConfig,
-    spec: DeviceSpec,
-) -> None:
-    dy, x, xa, left, right, lora_A, lora_B, dx, dA, dB, db, seed = operands
-    key = (config, R, P, dy.dtype, flags, aligned_n, aligned_k, spec.capability)
-    constants = _constants.get(key)
-    if constants is None:
-        constants = _constants[key] = {
-            "project": project_constants(R, P, dy.dtype, flags, aligned_n, config, spec),
-            "expand": expand_constants(R, P, dy.dtype, flags, aligned_k, config, spec),
-        }
+    forced: OneLaunchConfig | TwoLaunchConfig | None,
+) -> Plan:
+    """Decide, and remember the decision."""
+    spec, flags = device_spec(device), Flags(*needs)
+    config = forced or dispatch.choose_config(M, N, K, R, P, dtype, flags, aligned_n and aligned_k, spec)
     rows = cdiv(M, config.block_m)
-    n_chunk, k_chunk = dispatch.chunks(M, N, K, R, config, flags.need_dx, spec)
-    splits = max(1, cdiv(N, n_chunk))
-    layers = splits if flags.deterministic else 1
-    allocate = torch.empty if flags.deterministic else torch.zeros
-    t = allocate((layers, rows * config.block_m, constants["project"]["WIDTH"]), dtype=torch.float32, device=dy.device)
-    tiles = max(1, cdiv(R, constants["project"]["BR"]))
-    project[(rows, tiles, splits)](
-        dy, xa, left, lora_B, t, dB, db, M, N, n_chunk, *dy.stride(), scaling, **constants["project"]
-    )
-    if flags.need_dx or flags.need_dA:
-        expand = expand_slab if keeps_t(R, config) else expand_tiles
-        expand[(cdiv(K, k_chunk), rows)](
-            t,
-            x,
-            right,
-            lora_A,
-            dx,
-            dA,
-            seed,
-            M,
-            K,
-            k_chunk,
-            layers,
-            *x.stride(),
-            _threshold(dropout),
-            1.0 / (1.0 - dropout),
-            **constants["expand"],
-        )
+    if isinstance(config, OneLaunchConfig):
+        constants = one_launch_constants(R, P, dtype, flags, aligned_n, aligned_k, config, spec)
+        plan = Plan(flags, config, rows, constants, {}, N, K)
+    else:
+        constants = project_constants(R, P, dtype, flags, aligned_n, config, spec)
+        expand = expand_constants(R, P, dtype, flags, aligned_k, config, spec)
+        n_chunk = n_chunk_of(M, N, R, config, spec.sms)
+        plan = Plan(flags, config, rows, constants, expand, n_chunk, k_chunk_of(M, K, R, config, spec.sms))
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    _plans[(M, N, K, R, P, dtype, device, needs, aligned_n, aligned_k, forced)] = plan
+    return plan
 
 
 def forward(
@@ -225,14 +211,16 @@ def forward(
     if dropout > 0.0 and seed is None:
         raise ValueError("dropout needs a seed")
     weight, lora_A, lora_B = weight.contiguous(), lora_A.contiguous(), lora_B.contiguous()
-    aligned = K % 8 == 0 and _aligned_rows(x) and weight.data_ptr() % 16 == 0 and lora_A.data_ptr() % 16 == 0
+    aligned = K % 8 == 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0
+    aligned = aligned and all(t.data_ptr() % 16 == 0 for t in (x, weight, lora_A))
     key = (P, x.dtype, bias is not None, dropout > 0.0, aligned, config, x.device)
-    constants = _constants.get(key)
+    constants = _forward_constants.get(key)
     if constants is None:
-        chosen = config or dispatch.config_for("forward", x.dtype, 16, P, aligned, _spec(x.device))
+        chosen = config or dispatch.config_for("forward", x.dtype, 16, P, aligned, device_spec(x.device))
         if not isinstance(chosen, ForwardConfig):
             raise ValueError(f"no shipped configuration holds P={P} in {x.dtype}")
-        constants = _constants[key] = forward_constants(P, x.dtype, bias is not None, dropout > 0.0, aligned, chosen)
+        constants = forward_constants(P, x.dtype, bias is not None, dropout > 0.0, aligned, chosen)
+        _forward_constants[key] = constants
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     xa = torch.empty((M, P), dtype=x.dtype, device=x.device)
     blocks = cdiv(M, constants["BM"]) * cdiv(N, constants["BN"])
@@ -259,12 +247,11 @@ def forward(
     return y, xa
 
 
-def _finished(buffer: Tensor | None, dtype: torch.dtype, deterministic: bool) -> Tensor | None:
+def _finished(buffer: Tensor, dtype: torch.dtype, deterministic: bool) -> Tensor:
     """A gradient from its fp32 buffer. The slabs' own buffers are added by torch.sum, whose order is fixed for a
     shape: a second launch, over a few MB."""
-    if buffer is None:
-        return None
-    return (buffer.sum(0) if deterministic else buffer).to(dtype)
+    whole = buffer.sum(0) if deterministic else buffer
+    return whole if dtype == torch.float32 else whole.to(dtype)
 
 
 def _threshold(dropout: float) -> int:
@@ -273,19 +260,8 @@ def _threshold(dropout: float) -> int:
     return threshold - (1 << 32) if threshold >= 1 << 31 else threshold
 
 
-def _aligned_rows(t: Tensor) -> bool:
-    return t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
-
-
-def _spec(device: torch.device) -> DeviceSpec:
-    spec = _specs.get(device)
-    if spec is None:
-        spec = _specs[device] = device_spec(device)
-    return spec
-
-
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensors' one, at no cost where it is already."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
+        return _NOTHING
     return torch.cuda.device(device)

@@ -104,12 +104,16 @@ def unique_bytes(M: int, N: int, K: int, R: int, P: int, flags: Flags, itemsize:
 def useful_flops(M: int, N: int, K: int, R: int, P: int, flags: Flags) -> int:
     """Multiplications and additions of the formula, without padding."""
     need_t_p = flags.need_dx or flags.need_dA
-    return 2 * M * (
-        (N + K) * R * flags.need_dx
-        + N * P * need_t_p
-        + K * P * flags.need_dx
-        + K * P * flags.need_dA
-        + N * P * flags.need_dB
+    return (
+        2
+        * M
+        * (
+            (N + K) * R * flags.need_dx
+            + N * P * need_t_p
+            + K * P * flags.need_dx
+            + K * P * flags.need_dA
+            + N * P * flags.need_dB
+        )
     )
 
 

@@ -54,6 +54,7 @@ def project(
     pid_m = tl.program_id(0)
     pid_r = tl.program_id(1)
     pid_s = tl.program_id(2)
+    n_chunk = n_chunk // BN * BN  # as it is: said so that the compiler sees aligned tiles
     n_begin = pid_s * n_chunk
     n_end = tl.minimum(n_begin + n_chunk, N)
     offs_m = pid_m * BM + tl.arange(0, BM)
@@ -189,6 +190,7 @@ def expand_slab(
     """
     dtype = right_ptr.dtype.element_ty
     pid_m = tl.program_id(1)
+    k_chunk = k_chunk // BK * BK  # as it is: said so that the compiler sees aligned tiles
     k_begin = tl.program_id(0) * k_chunk
     k_end = tl.minimum(k_begin + k_chunk, K)
     offs_m = pid_m * BM + tl.arange(0, BM)
@@ -287,7 +289,7 @@ def expand_tiles(
     dtype = dx_ptr.dtype.element_ty
     pid_m = tl.program_id(1)
     offs_m = pid_m * BM + tl.arange(0, BM)
-    offs_k = tl.program_id(0) * k_chunk + tl.arange(0, BK)
+    offs_k = tl.program_id(0) * BK + tl.arange(0, BK)
     offs_p = tl.arange(0, BP)
     if ALIGNED_K:
         K = K // 8 * 8

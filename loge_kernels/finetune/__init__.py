@@ -7,6 +7,6 @@
 """
 
 from .job import run
-from .options import FinetuneError, FinetuneOptions, Interrupted, parse_rank
+from .options import FinetuneError, FinetuneOptions, Interrupted
 
-__all__ = ["FinetuneError", "FinetuneOptions", "Interrupted", "parse_rank", "run"]
+__all__ = ["FinetuneError", "FinetuneOptions", "Interrupted", "run"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -117,14 +116,6 @@ class FinetuneOptions:
             for item in value if isinstance(value, list) else [value]:
                 words += [flag(name), str(item)]
         return shlex.join(words)
-
-
-def parse_rank(text: str) -> int | float:
-    """--rank as typed: "64" is an int, "0.25" and "1.0" are shares."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    raise FinetuneError(f"--rank {text!r}: give an integer of at least 1, or a share in (0, 1] of min(N, K)")
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,0 +1,61 @@
+"""The adapter between a backward problem and the Triton kernels, which know nothing of this package."""
+
+from __future__ import annotations
+
+from . import triton_kernels as kernels
+from .problem import BackwardProblem, Gradients
+from .products import matmul
+
+
+def unavailable() -> str | None:
+    """Why no Triton kernel can run on this machine, or None."""
+    return kernels.unavailable()
+
+
+def why_not(p: BackwardProblem) -> str | None:
+    """Why the kernels cannot run this problem, or None."""
+    if p.exact_fraction > 0.0:
+        return "exact_fraction needs dense products, which PyTorch computes"
+    return kernels.why_not(
+        dtype=p.dy.dtype,
+        device=p.dy.device,
+        R=0 if p.left is None else p.left.shape[1],
+        P=0 if p.lora_B is None else p.lora_B.shape[1],
+        need_dx=p.need_dx,
+        lora_dtype=None if p.lora_B is None else p.lora_B.dtype,
+    )
+
+
+def backward(p: BackwardProblem) -> Gradients:
+    """All gradients but dW, which is a dense product of its own, from one launch or two."""
+    dx, dA, dB, dbias = kernels.backward(
+        p.dy,
+        p.x,
+        p.xa,
+        p.left,
+        p.right,
+        p.lora_A,
+        p.lora_B,
+        p.scaling,
+        dropout=p.dropout,
+        seed=p.seed,
+        need_dx=p.need_dx,
+        need_dA=p.need_dA,
+        need_dB=p.need_dB,
+        need_dbias=p.need_dbias,
+        deterministic=p.deterministic,
+    )
+    dweight = matmul(p.dy.t(), p.x) if p.need_dweight and p.x is not None else None
+    return Gradients(dx=dx, dweight=dweight, dbias=dbias, dA=dA, dB=dB)
+
+
+def slower_than_torch(p: BackwardProblem) -> str | None:
+    """The cost model's reason to prefer the PyTorch composition for this problem, or None."""
+    if p.left is None or not p.need_dx:
+        return "without dX there is no chain to fuse"
+    M, N = p.dy.shape
+    R, K = p.left.shape[1], p.right.shape[1] if p.right is not None else 0
+    P = 0 if p.lora_B is None else p.lora_B.shape[1]
+    flags = kernels.Flags(p.need_dx, p.need_dA, p.need_dB, p.need_dbias, p.dropout > 0.0, p.deterministic)
+    choice = kernels.explain(M, N, K, R, P, p.dy.dtype, p.dy.device, flags).choice
+    return "PyTorch's products are predicted to be faster" if choice == "torch" else None

@@ -1,0 +1,300 @@
+"""Choosing without a GPU and without Triton: the cost model, devices, tables, the user's cache and the reasons."""
+
+from __future__ import annotations
+
+import logging
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from loge_kernels.triton_kernels import availability, dispatch, tuning
+from loge_kernels.triton_kernels.configs import (
+    Entry,
+    OneLaunchConfig,
+    TwoLaunchConfig,
+    architecture,
+    best_entry,
+    padded,
+    parse_table,
+    shipped,
+    to_json,
+)
+from loge_kernels.triton_kernels.devices import DEFAULT, KNOWN, device_spec, from_properties
+from loge_kernels.triton_kernels.model import Flags
+
+from loge_kernels import triton_kernels as tk
+
+H200 = "NVIDIA H200"
+ENTRY = Entry("one_launch", 16, 64, 16, True, OneLaunchConfig(64, 64, 64, 4, 3))
+
+
+@pytest.fixture(autouse=True)
+def fresh_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(tuning, "_warned", set())
+    for cached in (dispatch._tables, dispatch._form_configs, dispatch.explain):
+        cached.cache_clear()
+
+
+class TestModel:
+    @pytest.mark.parametrize("R", [16, 64, 128, 256, 512])
+    @pytest.mark.parametrize("M", [1, 100, 8192])
+    def test_explain_orders_its_candidates(self, M: int, R: int) -> None:
+        explained = tk.explain(M, 4096, 4096, R, 16, torch.bfloat16, H200)
+        forms = {c.form for c in explained.candidates}
+        assert forms == ({"torch", "two_launch"} if R > 256 else {"torch", "two_launch", "one_launch"})
+        assert set(explained.passed_over) == ({"one_launch"} if R > 256 else set())
+        times = [c.predicted_us for c in explained.candidates]
+        assert times == sorted(times)
+        assert all(math.isfinite(time) and time > 0 for time in times)
+        assert explained.choice == explained.candidates[0].form
+        assert explained.choice in str(explained)
+        assert all(c.flops >= explained.useful_flops for c in explained.candidates)
+
+    def test_flops_of_the_formula(self) -> None:
+        explained = tk.explain(10, 20, 30, 4, 2, torch.float32, H200, Flags())
+        assert explained.useful_flops == 2 * 10 * (4 * (20 + 30) + 20 * 2 + 30 * 2 + 30 * 2 + 20 * 2)
+
+    def test_more_work_takes_longer(self) -> None:
+        config = OneLaunchConfig(64, 64, 64, 4, 3)
+        from loge_kernels.triton_kernels.model import estimate_one_launch
+
+        times = [
+            estimate_one_launch(M, 4096, 4096, 128, 16, config, Flags(), DEFAULT).predicted_us
+            for M in (4096, 16384, 65536)
+        ]
+        assert times == sorted(times)
+        assert times[2] > 3 * times[1]
+
+    def test_unsupported_problems_leave_the_composition(self) -> None:
+        for arguments, dtype in (((64, 64, 64, 16, 200), torch.bfloat16), ((64, 64, 64, 16, 8), torch.float64)):
+            explained = tk.explain(*arguments, dtype, H200)
+            assert explained.choice == "torch"
+            assert set(explained.passed_over) == {"one_launch", "two_launch"}
+
+    def test_sizes_choose_between_two_configurations_only(self) -> None:
+        spec = KNOWN[H200]
+        chosen = {
+            dispatch.choose_config(M, N, K, 128, 16, torch.bfloat16, Flags(), True, spec)
+            for M in (1, 64, 1000, 8192, 100000)
+            for N in (576, 4096, 14336)
+            for K in (576, 4096, 14336)
+        }
+        assert {type(config) for config in chosen} == {OneLaunchConfig, TwoLaunchConfig}
+        assert len(chosen) == 2
+
+
+class TestDevices:
+    def test_no_gpu_is_no_error(self) -> None:
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+        assert device_spec("cuda:0") is DEFAULT
+        assert device_spec(None) is DEFAULT
+        assert tk.explain(64, 64, 64, 16, 8).device == DEFAULT.name
+
+    def test_an_unknown_gpu_is_described_by_its_properties(self) -> None:
+        properties = SimpleNamespace(
+            name="NVIDIA B999",
+            major=10,
+            minor=3,
+            multi_processor_count=200,
+            L2_cache_size=100 << 20,
+            shared_memory_per_block_optin=232448,
+            memory_clock_rate=4_000_000,
+            memory_bus_width=8192,
+        )
+        spec = from_properties(properties)
+        assert (spec.sms, spec.capability, spec.l2_bytes) == (200, (10, 3), 100 << 20)
+        assert spec.hbm_gbs == pytest.approx(0.9 * 4e9 * 2 * 8192 / 8 / 1e9)
+        assert spec.tflops_16 > DEFAULT.tflops_16
+        assert architecture(spec.capability) == "sm_90"
+
+    def test_a_gpu_without_properties_has_defaults(self) -> None:
+        spec = from_properties(SimpleNamespace(name="something", multi_processor_count=0))
+        assert min(spec.sms, spec.hbm_gbs, spec.tflops_16, spec.tflops_32, spec.shared_bytes) > 0
+        assert architecture((8, 9)) == architecture((12, 0)) == "sm_80"
+
+
+class TestTables:
+    @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+    @pytest.mark.parametrize("aligned", [False, True])
+    @pytest.mark.parametrize("bits", [16, 32])
+    @pytest.mark.parametrize(("rank", "adapter"), [(16, 16), (128, 16), (256, 64)])
+    def test_every_rank_is_served(self, rank: int, adapter: int, bits: int, aligned: bool, arch: str) -> None:
+        for kernel in ("one_launch", "two_launch"):
+            assert best_entry((shipped(arch),), kernel, bits, rank, adapter, aligned) is not None
+        assert best_entry((shipped(arch),), "two_launch", bits, availability.MAX_RANK, adapter, aligned) is not None
+        assert best_entry((shipped(arch),), "forward", bits, 16, adapter, aligned) is not None
+
+    def test_round_trip(self) -> None:
+        for arch in ("sm_80", "sm_90"):
+            assert parse_table(to_json(shipped(arch), arch, "test"), arch) == shipped(arch)
+
+    def test_padding(self) -> None:
+        assert [padded(r) for r in (0, 1, 16, 17, 64, 100, 256)] == [16, 16, 16, 32, 64, 128, 256]
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            ("", ""),
+            ("{", "["),
+            ('"schema": 1', '"schema": 2'),
+            ('"device": "here"', '"device": "elsewhere"'),
+            ('"block_m": 64', '"block_m": 48'),
+            ('"block_m": 64', '"block_m": 4096'),
+            ('"block_m": 64', '"block_m": "64"'),
+            ('"block_m": 64', '"block_q": 64'),
+            ('"num_stages": 3', '"num_stages": 1000'),
+            ('"kernel": "one_launch"', '"kernel": "other"'),
+            ('"bits": 16', '"bits": 8'),
+            ('"aligned": true', '"aligned": 1'),
+            ('"entries": [', '"entries": [7, '),
+        ],
+    )
+    def test_a_damaged_or_foreign_table_is_ignored_with_one_warning(
+        self, damage: tuple[str, str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path = tuning.table_path("here")
+        assert path is not None
+        path.parent.mkdir(parents=True)
+        whole = to_json((ENTRY,), "here", "test")
+        text = whole.replace(*damage) if damage[0] else whole[: len(whole) // 2]
+        assert text != whole
+        path.write_text(text)
+        with caplog.at_level(logging.WARNING, "loge_kernels"):
+            assert tuning.read_table("here") == ()
+            assert tuning.read_table("here") == ()
+        assert len(caplog.records) == 1
+        assert str(path) in caplog.text
+
+    def test_a_missing_table_is_nothing_to_speak_of(self, caplog: pytest.LogCaptureFixture) -> None:
+        assert tuning.read_table("here") == ()
+        assert not caplog.records
+
+    def test_written_entries_are_read_and_merged(self) -> None:
+        other = Entry("one_launch", 16, 128, 16, True, OneLaunchConfig(128, 64, 64, 8, 3))
+        better = Entry("one_launch", 16, 64, 16, True, OneLaunchConfig(128, 32, 32, 4, 2))
+        tuning.write_entries("here", [ENTRY], "test")
+        tuning.write_entries("here", [other], "test")
+        assert tuning.read_table("here") == (ENTRY, other)
+        tuning.write_entries("here", [better], "test")
+        assert tuning.read_table("here") == (better, other)
+
+    def test_a_damaged_table_is_written_anew(self) -> None:
+        path = tuning.table_path("here")
+        assert path is not None
+        path.parent.mkdir(parents=True)
+        path.write_text("nonsense")
+        tuning.write_entries("here", [ENTRY], "test")
+        assert tuning.read_table("here") == (ENTRY,)
+
+    def test_processes_that_tune_at_once_lose_nothing(self, tmp_path: Path) -> None:
+        script = (
+            "import sys\n"
+            "from loge_kernels.triton_kernels import tuning\n"
+            "from loge_kernels.triton_kernels.configs import Entry, OneLaunchConfig\n"
+            "who = int(sys.argv[1])\n"
+            "for i in range(25):\n"
+            "    entry = Entry('one_launch', 16, 1 + i + 100 * who, 16, True, OneLaunchConfig(64, 64, 64, 4, 3))\n"
+            "    tuning.write_entries('here', [entry], 'test')\n"
+        )
+        processes = [subprocess.Popen([sys.executable, "-c", script, str(who)]) for who in range(2)]
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+        assert len(tuning.read_table("here")) == 50
+
+    def test_cache_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LOGE_CACHE", "off")
+        assert tuning.read_table("here") == ()
+        with pytest.raises(ValueError, match="LOGE_CACHE=off"):
+            tuning.write_entries("here", [ENTRY], "test")
+
+    def test_the_users_table_comes_first(self) -> None:
+        mine = Entry("one_launch", 16, 64, 16, True, OneLaunchConfig(128, 32, 32, 4, 2))
+        tuning.write_entries("nvidia_h200", [mine], "test")
+        assert dispatch.config_for("one_launch", torch.bfloat16, 64, 16, True, KNOWN[H200]) == mine.config
+        unaffected = dispatch.config_for("one_launch", torch.bfloat16, 256, 16, True, KNOWN[H200])
+        assert unaffected == shipped_config("sm_90", 256)
+
+    @pytest.mark.parametrize("kernel", ["one_launch", "two_launch", "forward"])
+    @pytest.mark.parametrize("bits", [16, 32])
+    def test_the_search_space_is_made_of_valid_entries(self, bits: int, kernel: str) -> None:
+        entries = tuple(Entry(kernel, bits, 128, 16, True, c) for c in tuning.search_space(kernel, bits, 128, 16))
+        assert 0 < len(entries) < 60
+        assert parse_table(to_json(entries, "here", "test"), "here") == entries
+
+
+def shipped_config(arch: str, rank: int) -> object:
+    entry = best_entry((shipped(arch),), "one_launch", 16, rank, 16, True)
+    return None if entry is None else entry.config
+
+
+class TestReasons:
+    CPU = torch.device("cpu")
+
+    def reason(self, monkeypatch: pytest.MonkeyPatch, interpret: bool = True, **problem: object) -> str | None:
+        monkeypatch.setattr(availability, "triton_missing", lambda: None)
+        monkeypatch.setattr(availability, "interpreter_broken", lambda: None)
+        if interpret:
+            monkeypatch.setenv("TRITON_INTERPRET", "1")
+        return availability.why_not(**({"dtype": torch.float32, "device": self.CPU, "R": 16, "P": 8} | problem))
+
+    def test_nothing_against_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.reason(monkeypatch) is None
+        assert self.reason(monkeypatch, dtype=torch.float16, lora_dtype=torch.float32) is None
+        assert self.reason(monkeypatch, R=0, need_dx=False) is None
+
+    @pytest.mark.parametrize(
+        ("problem", "words"),
+        [
+            ({"dtype": torch.float64}, "float64"),
+            ({"dtype": torch.bfloat16}, "bfloat16"),
+            ({"R": 10000}, "R=10000"),
+            ({"P": 65}, "P=65"),
+            ({"R": 0}, "without factors"),
+            ({"lora_dtype": torch.float16}, "lora_A and lora_B"),
+            ({"device": torch.device("meta")}, "meta"),
+        ],
+    )
+    def test_reasons(self, problem: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        reason = self.reason(monkeypatch, **problem)
+        assert reason is not None
+        assert words in reason
+
+    def test_no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        reason = self.reason(monkeypatch, interpret=False)
+        assert reason is not None
+        assert "no CUDA GPU" in reason
+
+    @pytest.mark.parametrize(
+        ("version", "old"), [("3.5.1", True), ("3.6.0", False), ("3.10.0+git1", False), ("2.9", True)]
+    )
+    def test_versions(self, version: str, old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(availability.metadata, "version", lambda name: version)
+        reason = availability.triton_missing.__wrapped__()
+        assert (reason is not None and "too old" in reason) == old
+
+    def test_without_triton(self) -> None:
+        script = (
+            "import sys\n"
+            "sys.modules['triton'] = None\n"
+            "from importlib import metadata\n"
+            "found = metadata.version\n"
+            "def version(name):\n"
+            "    if name == 'triton':\n"
+            "        raise metadata.PackageNotFoundError(name)\n"
+            "    return found(name)\n"
+            "metadata.version = version\n"
+            "import torch\n"
+            "from loge_kernels import triton_kernels as tk\n"
+            "assert tk.unavailable() == 'Triton is not installed', tk.unavailable()\n"
+            "why = tk.why_not(dtype=torch.float32, device=torch.device('cuda'), R=16, P=8)\n"
+            "assert why == 'Triton is not installed', why\n"
+            "assert tk.explain(8192, 4096, 4096, 128, 16, device='NVIDIA H200').candidates\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
