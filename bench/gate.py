@@ -1,41 +1,23 @@
 """The correctness gate: no figure is printed for a candidate whose results are wrong.
 
-Every result is compared with its formula in float64 on the same operands. The yardstick is the same formula in plain
-PyTorch at the candidate's precision, product by product with each intermediate rounded to the dtype (16-bit products
-accumulate in float32), and the rule is
-
-    error <= 2 * yardstick's error + tiny,    for the Frobenius norm and for the largest element.
-
-`tiny` is 4 units of roundoff of the dtype, relative to the result's norm, respectively its largest element. dA and dB
-are compared in full; y and dX on as many rows, spread evenly with the first and last among them, as `_FLOPS` allows,
-and every element of them must be finite.
+Every result is compared with its formula in float64 on the same operands, by the rule of `loge_kernels.accuracy`. The
+yardstick is the same formula in plain PyTorch at the candidate's precision, product by product with each intermediate
+rounded to the dtype (16-bit products accumulate in float32). dA and dB are compared in full; y and dX on as many rows,
+spread evenly with the first and last among them, as `_FLOPS` allows, and every element of them must be finite.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+
+from loge_kernels.accuracy import Verdict, judge
 
 from .operands import Operands
 
 # Float64 work per checked result: about a second of it on two CPU cores, a fraction of one on a data-centre GPU.
 _FLOPS = {"cpu": 2e10, "cuda": 2e13}
 _BLOCK = 1 << 24  # elements of one operand held in float64 at a time
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """One result: its error and the largest one allowed, both relative; the worse of the two norms."""
-
-    result: str
-    error: float
-    allowed: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.allowed  # False for NaN
 
 
 class Gate:
@@ -45,9 +27,9 @@ class Gate:
         self._operands = operands
         self._expected: dict[tuple[str, int | None], tuple[Tensor, Tensor, Tensor | None]] = {}
 
-    def check(self, results: dict[str, Tensor], rank: int | None, adapter: bool = True) -> list[Verdict]:
+    def check(self, results: dict[str, Tensor], rank: int | None, adapter: bool = True) -> dict[str, Verdict]:
         """A verdict per result ("y", "dx", "dA", "dB"); `rank` None: the exact formula; no `adapter`: x Wᵀ, dY W."""
-        return [self._verdict(name, value, rank, adapter) for name, value in results.items()]
+        return {name: self._verdict(name, value, rank, adapter) for name, value in results.items()}
 
     @torch.no_grad()
     def _verdict(self, name: str, value: Tensor, rank: int | None, adapter: bool) -> Verdict:
@@ -55,18 +37,9 @@ class Gate:
         if key not in self._expected:
             self._expected[key] = self._expect(name, rank, adapter)
         exact, yardstick, rows = self._expected[key]
-        if tuple(value.shape) != self._operands.shape_of(name):
-            return Verdict(name, float("inf"), 0.0)
-        if not torch.isfinite(value).all():
-            return Verdict(name, float("nan"), 0.0)
-        error = (value if rows is None else value[rows]).double() - exact
-        reference_error = yardstick.double() - exact
-        tiny = 4 * torch.finfo(self._operands.dtype).eps / 2
-        verdicts = []
-        for norm in (torch.linalg.vector_norm, lambda t: t.abs().max()):
-            size = norm(exact).item() or 1.0
-            verdicts.append(Verdict(name, norm(error).item() / size, 2 * norm(reference_error).item() / size + tiny))
-        return max(verdicts, key=lambda verdict: verdict.error / verdict.allowed)
+        if tuple(value.shape) != self._operands.shape_of(name) or not torch.isfinite(value).all():
+            return Verdict(False, float("inf"))
+        return judge(value if rows is None else value[rows], yardstick, exact)
 
     def _expect(self, name: str, rank: int | None, adapter: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         o = self._operands

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from loge_kernels.accuracy import Verdict
 from loge_kernels.backends import check_name
 from loge_kernels.factors import resolve_rank
 from loge_kernels.products import slow_on_cpu
@@ -19,7 +20,7 @@ from loge_kernels.products import slow_on_cpu
 from . import output
 from .baselines import BASELINES, DIRECTIONS, Candidate, candidates, check_baselines
 from .environment import describe
-from .gate import Gate, Verdict
+from .gate import Gate
 from .memory import with_peak_memory
 from .operands import Operands, make_operands
 from .roofline import Ceilings, measure_ceilings, plain_rates, speedup_ceiling
@@ -105,7 +106,7 @@ class Row:
     roofline: float | None = None  # share of the roofline of this formula
     ceiling: float | None = None  # what the flops allow over the dense products
     speedup: dict[str, float] = field(default_factory=dict)  # over each baseline, by its kind
-    verdicts: list[Verdict] = field(default_factory=list)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
     peak_bytes: int | None = None
     factor_bytes: int = 0
 
@@ -266,7 +267,7 @@ def measure_candidates(
         except (RuntimeError, ValueError, TypeError) as error:
             refused[candidate.name] = str(error).splitlines()[0]
     peaks: dict[str, int] = {}
-    verdicts: dict[str, list[Verdict]] = {}
+    verdicts: dict[str, dict[str, Verdict]] = {}
 
     def around_first(name: str, call: Callable[[], Any]) -> Any:
         result, peaks[name] = with_peak_memory(call, device)
@@ -289,7 +290,7 @@ def measure_candidates(
         row = Row(case, name, candidate.kind, candidate.rank, "not run", refused.get(name, ""))
         row.factor_bytes = candidate.factor_bytes
         if name in timings:
-            _fill(row, candidate, timings[name], verdicts.get(name, []), ceilings, options.direction)
+            _fill(row, candidate, timings[name], verdicts.get(name, {}), ceilings, options.direction)
             row.peak_bytes = peaks.get(name)
         rows.append(row)
     _compare(rows, timings)
@@ -297,7 +298,7 @@ def measure_candidates(
 
 
 def _fill(
-    row: Row, candidate: Candidate, timing: Timing, verdicts: list[Verdict], ceilings: Ceilings, direction: str
+    row: Row, candidate: Candidate, timing: Timing, verdicts: dict[str, Verdict], ceilings: Ceilings, direction: str
 ) -> None:
     if timing.failure:
         row.note = timing.failure
@@ -307,10 +308,10 @@ def _fill(
     row.seconds, row.p10, row.p90 = timing.median, timing.quantile(0.1), timing.quantile(0.9)
     if timing.cold:
         row.note = "1 run, no warm-up"
-    wrong = [verdict for verdict in verdicts if not verdict.passed]
+    wrong = {result: verdict.ratio for result, verdict in verdicts.items() if not verdict.passed}
     if wrong:
         row.status = "wrong result"
-        row.note = "; ".join(f"{v.result}: error {v.error:.1e}, allowed {v.allowed:.1e}" for v in wrong)
+        row.note = "; ".join(f"{result}: {ratio:.1e} times the allowed error" for result, ratio in wrong.items())
         return
     row.status = "ok"
     row.tflops = candidate.work.flops / timing.median / 1e12

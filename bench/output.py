@@ -68,6 +68,10 @@ def print_heading(console: Console, report: dict[str, Any]) -> None:
     console.print(
         f"[bold]{environment['device']}[/bold], {environment['threads']} threads{busy}; {versions}", soft_wrap=True
     )
+    if load and report["environment"]["device_type"] == "cpu" and load[0] > 1.5:
+        console.print(
+            "other processes are using this CPU: times and ratios below are noisy", style="yellow", soft_wrap=True
+        )
     for dtype, ceilings in report["ceilings"].items():
         console.print(
             f"ceilings in {dtype}: copy {ceilings['copy'] / 1e9:.3g} GB/s, "
@@ -149,9 +153,8 @@ def _flat(row: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """One CSV line: nested values spread over columns, and what identifies the run on every line."""
     flat = {name: value for name, value in row.items() if name not in ("speedup", "verdicts")}
     flat |= {f"speedup_{name}": row.get("speedup", {}).get(name) for name in _BASELINES}
-    for verdict in row.get("verdicts", ()):
-        flat[f"error_{verdict['result']}"] = verdict["error"]
-        flat[f"allowed_{verdict['result']}"] = verdict["allowed"]
+    for result, verdict in row.get("verdicts", {}).items():
+        flat[f"error_ratio_{result}"] = verdict["ratio"]
     environment = report["environment"]
     flat |= {f"version_{name}": version for name, version in environment["versions"].items()}
     flat |= {name: environment[name] for name in ("device", "threads", "commit", "date")}

@@ -113,6 +113,9 @@ def bench_linear(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     direction: Annotated[str, typer.Option(help="forward+backward or backward.")] = "forward+backward",
     budget: Annotated[float, typer.Option(help="Seconds of measured rounds for each case.")] = 20.0,
+    slow_limit: Annotated[
+        float, typer.Option(help="Leave out a baseline predicted to take longer than this many seconds a call.")
+    ] = 180.0,
     json_file: JsonOption = None,
     csv: Annotated[Path | None, typer.Option(help="Also write the rows to this file, as CSV.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw speed-up against R into this file.")] = None,
@@ -136,12 +139,61 @@ def bench_linear(
             device=device,
             direction=direction,
             budget=budget,
+            slow_limit=slow_limit,
             json=json_file,
             csv=csv,
             png=png,
             **{name: value for name, value in given.items() if value},
         )
         return bool(micro.run(options)["passed"])
+
+    _exit(work)
+
+
+@bench_app.command("step")
+def bench_step(
+    hidden: Annotated[int, typer.Option(help="Width of the model.")] = 2048,
+    intermediate: Annotated[int, typer.Option(help="Width of its MLP.")] = 5632,
+    layers: Annotated[int, typer.Option(help="Blocks.")] = 4,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 32,
+    kv_heads: Annotated[int | None, typer.Option(help="Heads of keys and values; default: as many.")] = None,
+    vocab: Annotated[int, typer.Option(help="Size of the vocabulary.")] = 5824,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 2,
+    seq: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
+    rank: Annotated[str, typer.Option("--rank", "-R", help="R: an int, or a share of min(N, K).")] = "0.0625",
+    lora_rank: Annotated[int, typer.Option("--lora-rank", "-P", help="P, on every linear of the blocks.")] = 16,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16: a list.")] = None,
+    methods: Annotated[list[str] | None, typer.Option(help="Of peft, exact, loge: a list.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    budget: Annotated[float, typer.Option(help="Seconds of measured rounds for each dtype.")] = 120.0,
+    slow_limit: Annotated[float, typer.Option(help="Leave PEFT out above this many predicted seconds a step.")] = 180.0,
+    json_file: JsonOption = None,
+) -> None:
+    """A training step of a LLaMA-shaped model with random weights: PEFT's exact LoRA, the same through this package's
+    op, and the low-rank backward, in turn."""
+
+    def work() -> bool:
+        from .bench import step
+
+        given: dict[str, Any] = {"dtypes": tuple(_split(dtype)), "methods": tuple(_split(methods))}
+        options = step.StepOptions(
+            hidden=hidden,
+            intermediate=intermediate,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            vocab=vocab,
+            batch=batch,
+            seq=seq,
+            rank=_number("rank", rank),
+            lora_rank=lora_rank,
+            device=device,
+            budget=budget,
+            slow_limit=slow_limit,
+            json=json_file,
+            **{name: value for name, value in given.items() if value},
+        )
+        return bool(step.run(options)["passed"])
 
     _exit(work)
 

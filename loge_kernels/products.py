@@ -12,9 +12,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Elements of an operand converted to float32 at a time: 8 MiB of the one that streams, 16 MiB of the one that stays.
-_STREAMED = 1 << 21
+# Float32 elements held at a time: 16 MiB of the operand that stays (each repeat of the other costs a conversion), 4 MiB
+# of the one that streams past it and as much of the result.
 _RESIDENT = 1 << 22
+_STREAMED = 1 << 20
 
 
 @cache
@@ -34,7 +35,7 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     dtype = dtype or a.dtype
     if a.device.type == "cpu" and slow_on_cpu(a.dtype):
-        return _blocked(a, b, dtype)
+        return _blocked(a, b, torch.empty(a.shape[0], b.shape[1], dtype=dtype), add=False)
     if dtype == a.dtype:
         return a @ b
     if a.is_cuda:
@@ -42,18 +43,22 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return (a @ b).to(dtype)
 
 
-def _blocked(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def add_matmul_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`out += a @ b` in place, [I, L] += [I, J] @ [J, L]; all three share one dtype."""
+    if a.device.type == "cpu" and slow_on_cpu(a.dtype):
+        return _blocked(a, b, out, add=True)
+    return out.addmm_(a, b)
+
+
+def _blocked(a: Tensor, b: Tensor, out: Tensor, add: bool) -> Tensor:
     rows, inner = a.shape
     columns = b.shape[1]
-    out = torch.empty(rows, columns, dtype=dtype)
-    if inner == 0:
-        return out.zero_()
-    if rows * inner + columns * inner <= _STREAMED:
-        return out.copy_(a.float() @ b.float())
-    row_step = max(1, _STREAMED // inner)
-    column_step = max(1, _RESIDENT // inner)
+    column_step = max(1, min(columns, _RESIDENT // max(inner, 1)))
+    row_step = max(1, _STREAMED // max(inner, column_step, 1))
     for column in range(0, columns, column_step):
         resident = b[:, column : column + column_step].float()
         for row in range(0, rows, row_step):
-            out[row : row + row_step, column : column + column_step] = a[row : row + row_step].float() @ resident
+            block = a[row : row + row_step].float() @ resident
+            target = out[row : row + row_step, column : column + column_step]
+            (target.add_ if add else target.copy_)(block)
     return out

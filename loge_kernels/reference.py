@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .dropout import drop
 from .problem import BackwardProblem, Gradients
-from .products import matmul
+from .products import add_matmul_, matmul
 
 
 def forward(
@@ -51,8 +51,7 @@ def forward(
         return y, None
     adapter_input = drop(x, seed, dropout) if dropout > 0.0 and seed is not None else x
     xa = matmul(adapter_input, lora_A.to(x.dtype).t())
-    y += matmul(xa, (scaling * lora_B).to(x.dtype).t())
-    return y, xa
+    return add_matmul_(y, xa, (scaling * lora_B).to(x.dtype).t()), xa
 
 
 def backward(problem: BackwardProblem) -> Gradients:
@@ -105,8 +104,10 @@ def _input_gradient(p: BackwardProblem, T: Tensor | None, rank: int, lora_A: Ten
         dx = matmul(p.dy, p.weight)
     if lora_A is not None:
         assert T is not None
-        adapter = matmul(T[:, rank:], lora_A)
-        dx += drop(adapter, p.seed, p.dropout) if p.dropout > 0.0 and p.seed is not None else adapter
+        if p.dropout > 0.0 and p.seed is not None:
+            dx += drop(matmul(T[:, rank:], lora_A), p.seed, p.dropout)
+        else:
+            add_matmul_(dx, T[:, rank:], lora_A)
     return dx
 
 

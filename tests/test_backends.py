@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 
-import loge_kernels as loge
 import pytest
 import torch
+
+import loge_kernels as loge
 from loge_kernels import reference
 from loge_kernels.problem import BackwardProblem, Gradients
 

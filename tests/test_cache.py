@@ -12,9 +12,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import loge_kernels as loge
 import pytest
 import torch
+
+import loge_kernels as loge
 from loge_kernels import cache
 from loge_kernels.cache import cached_factors, fingerprint
 

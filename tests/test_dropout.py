@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from loge_kernels import dropout
 from loge_kernels.dropout import draw_seed, drop, keep_mask
 
@@ -17,8 +18,8 @@ def mix(h: np.ndarray) -> np.ndarray:
     return h ^ (h >> np.uint32(16))
 
 
-def formula(seed: int, offset: int, rows: int, columns: int, p: float) -> np.ndarray:
-    """The docstring's formula in numpy's own unsigned arithmetic."""
+def words(seed: int, offset: int, rows: int, columns: int) -> np.ndarray:
+    """The docstring's formula in numpy's own unsigned arithmetic, before the comparison."""
 
     def halves(word: int) -> tuple[np.ndarray, np.ndarray]:
         word %= 1 << 64
@@ -28,7 +29,11 @@ def formula(seed: int, offset: int, rows: int, columns: int, p: float) -> np.nda
     key = mix(seed_lo ^ mix(seed_hi ^ mix(offset_lo ^ mix(offset_hi ^ np.uint32(0x9E3779B9)))))
     row_key = mix(np.arange(rows, dtype=np.uint32) ^ key)
     col_key = mix(np.arange(columns, dtype=np.uint32) ^ np.uint32(0x85EBCA6B))
-    return mix(row_key[:, None] ^ col_key[None, :]) >= np.uint32(int(np.floor(p * 2.0**32)))
+    return mix(row_key[:, None] ^ col_key[None, :])
+
+
+def formula(seed: int, offset: int, rows: int, columns: int, p: float) -> np.ndarray:
+    return words(seed, offset, rows, columns) >= np.uint32(int(np.floor(p * 2.0**32)))
 
 
 def pair(seed: int, offset: int = 0) -> torch.Tensor:
@@ -39,6 +44,12 @@ def pair(seed: int, offset: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.5000001, 0.999, 1 - 2**-53])
 def test_mask_is_the_formula(seed: tuple[int, int], p: float) -> None:
     assert np.array_equal(keep_mask(pair(*seed), 37, 53, p).numpy(), formula(*seed, 37, 53, p))
+
+
+def test_a_word_on_the_threshold_is_kept() -> None:
+    word = int(words(3, 4, 5, 6)[2, 3])
+    assert keep_mask(pair(3, 4), 5, 6, word / 2**32)[2, 3]
+    assert not keep_mask(pair(3, 4), 5, 6, (word + 1) / 2**32)[2, 3]
 
 
 @pytest.mark.parametrize("slab", [1, 100, 53 * 7, 1 << 18])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -56,21 +57,26 @@ def tiny(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One cache for all: the decomposition of equal weights is not bit for bit the same from call to call."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOGE_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture
-def base(tiny, tmp_path, monkeypatch):
+def base(tiny, tmp_path):
     """Options of a run that takes about a second."""
-    monkeypatch.setenv("LOGE_CACHE", str(tmp_path / "cache"))
     return small_run(tiny, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
     """The run of `base`, uninterrupted: where it wrote, and its metrics."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOGE_CACHE", str(folder / "cache"))
-        asked = small_run(tiny, folder)
-        return Path(asked.out), go(asked)[0]
+    asked = small_run(tiny, tmp_path_factory.mktemp("whole"))
+    return Path(asked.out), go(asked)[0]
 
 
 def small_run(model, folder):
@@ -163,10 +169,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(base, whole, monkeypatch, 
     assert not (Path(base.out) / "metrics.json").exists()
     resumed, printed = go(base, resume=True)
     for name in ("lora", "loge"):
+        ours, theirs = (metrics["methods"][name] for metrics in (resumed, uninterrupted))
         for key in ("losses", "heldout_before", "heldout_after", "first_gradient_cosine"):
-            assert resumed["methods"][name][key] == uninterrupted["methods"][name][key], (name, key)
-        adapters = [Path(out) / name / "adapter_model.safetensors" for out in (base.out, whole_out)]
-        assert adapters[0].read_bytes() == adapters[1].read_bytes()
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-6), (name, key)
+        adapters = [load_file(Path(out) / name / "adapter_model.safetensors") for out in (base.out, whole_out)]
+        torch.testing.assert_close(*adapters, rtol=0, atol=1e-5)
     assert ("done before the interruption" in printed) == (method == "loge")
     with pytest.raises(FinetuneError, match="has finished"):
         go(base, resume=True)
@@ -349,6 +356,8 @@ def test_full_disk(base, monkeypatch, where):
     if where != "state":
         metrics, _ = go(base, resume=True)
         assert len(metrics["methods"]["loge"]["losses"]) == base.steps
+        for method in ("lora", "loge"):
+            assert (Path(base.out) / method / "adapter_model.safetensors").exists()
 
 
 def test_nearly_full_disk_is_noticed_before_training(base, monkeypatch):
@@ -462,6 +471,7 @@ def test_gguf_is_dequantised_once(base, tiny, tmp_path, monkeypatch):
         return AutoModelForCausalLM.from_pretrained(tiny), _tokenizer(base)
 
     monkeypatch.setattr(finetune.models, "_dequantise", dequantise)
+    monkeypatch.setenv("LOGE_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "tiny.gguf"
     file.write_bytes(b"anything")
     names = {finetune.models.load(dataclasses.replace(base, model=str(file)), torch.float32).name for _ in range(2)}

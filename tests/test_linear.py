@@ -8,11 +8,12 @@ import pickle
 import warnings
 from typing import Any
 
-import loge_kernels as loge
 import pytest
 import torch
-from loge_kernels import LoGELinear
 from torch import Tensor, nn
+
+import loge_kernels as loge
+from loge_kernels import LoGELinear
 
 LORA = {"lora_rank": 4, "lora_alpha": 6}
 

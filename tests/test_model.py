@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import loge_kernels as loge
 import models
 import pytest
 import torch
-from loge_kernels import LoGELinear
 from models import LINEARS, assert_close, gradients, llama, modules_of, stand_ins, use_surrogate
 from torch import Tensor, nn
+
+import loge_kernels as loge
+from loge_kernels import LoGELinear
 
 RANK = 0.25
 
@@ -256,6 +257,7 @@ def test_a_second_model_starts_from_the_cache(monkeypatch: pytest.MonkeyPatch) -
         ({"exact_fraction": -0.5}, ValueError, ["exact_fraction=-0.5", "[0, 1]"]),
         ({"backend": "nope"}, ValueError, ["backend='nope'", "'reference'"]),
         ({"targets": ["qproj"]}, ValueError, ["targets=['qproj']", "no linear layer", "'model.layers.0.self_attn.q_proj'"]),
+        ({"targets": ["proj"]}, ValueError, ["targets=['proj']", "no linear layer"]),
         ({"targets": []}, ValueError, ["targets=[]"]),
         ({"targets": "q_proj"}, ValueError, ["targets='q_proj'", "no linear layer"]),
         ({"targets": "(q"}, ValueError, ["targets='(q'", "regular expression"]),

@@ -8,13 +8,15 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-import loge_kernels as loge
 import pytest
 import torch
-from loge_kernels.dropout import draw_seed, keep_mask
 from surrogate import Case, assert_within_twice, case, gradients, heaviest
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+import loge_kernels as loge
+from loge_kernels import products, reference
+from loge_kernels.dropout import draw_seed, keep_mask
 
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
 
@@ -106,7 +108,8 @@ def test_strides_of_x_and_dy() -> None:
     expected = gradients(c)
     wide = torch.zeros(4, 3, 22, dtype=torch.float64)
     wide[..., ::2] = c.x.view(4, 3, 11)
-    for x, rows in ((wide[..., ::2], (4, 3)), (c.x.t().contiguous().t(), (12,))):
+    permuted = c.x.view(4, 3, 11).transpose(0, 1).contiguous().transpose(0, 1)  # no view of two dimensions
+    for x, rows in ((wide[..., ::2], (4, 3)), (permuted, (4, 3)), (c.x.t().contiguous().t(), (12,))):
         x = x.detach().requires_grad_()
         y = loge.linear(x, c.weight, factors(c), c.bias, c.lora_A, c.lora_B, c.scaling)
         y.backward(c.dy.t().contiguous().t().view(*rows, 13) if rows == (12,) else c.dy.view(*rows, 13))
@@ -173,6 +176,21 @@ def test_autocast_casts_like_torchs_own() -> None:
     for name, leaf in leaves.items():
         assert leaf.grad.dtype == torch.float32
         assert torch.equal(leaf.grad, expected[name].float()), name
+
+
+def test_products_run_outside_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What is computed in float32 on purpose must not be cast down again, nor take the slow 16-bit path of a CPU.
+    inside: list[bool] = []
+
+    def spy(*arguments: Any) -> Tensor:
+        inside.append(torch.is_autocast_enabled("cpu"))
+        return products.matmul(*arguments)
+
+    monkeypatch.setattr(reference, "matmul", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(case(dtype=torch.float32))
+    assert len(inside) > 4
+    assert not any(inside)
 
 
 def test_autocast_leaves_float64_alone() -> None:

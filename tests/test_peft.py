@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import loge_kernels as loge
 import models
 import peft
 import pytest
 import torch
-from loge_kernels import LoGELinear
-from loge_kernels.peft_layers import LoGELoraLinear
 from models import LINEARS, assert_close, gradients, llama, logits, lora, modules_of, stand_ins, use_surrogate
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+
+import loge_kernels as loge
+from loge_kernels import LoGELinear
+from loge_kernels.peft_layers import LoGELoraLinear
 
 RANK = 0.25
 POWER_OF_TWO = {"r": 4, "lora_alpha": 8}  # a scaling that does not round: outputs can be compared bit for bit

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from loge_kernels import products
-from loge_kernels.products import matmul
+from loge_kernels.products import add_matmul_, matmul
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -16,9 +17,9 @@ def blocked(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     calls: list[torch.dtype] = []
     original = products._blocked
 
-    def spy(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def spy(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> torch.Tensor:
         calls.append(a.dtype)
-        return original(a, b, dtype)
+        return original(a, b, out, add)
 
     monkeypatch.setattr(products, "slow_on_cpu", lambda dtype: dtype in HALVES)
     monkeypatch.setattr(products, "_blocked", spy)
@@ -73,6 +74,32 @@ def test_float32_result_keeps_what_16_bits_would_lose(dtype: torch.dtype, blocke
     got = matmul(a, b, torch.float32)
     assert got.dtype == torch.float32
     assert (got.double() - exact(a, b)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_add_in_place(dtype: torch.dtype, blocked: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_STREAMED", 50)
+    monkeypatch.setattr(products, "_RESIDENT", 70)
+    a, b, start = torch.randn(18, 40).to(dtype), torch.randn(40, 30).to(dtype), torch.randn(18, 30).to(dtype)
+    out = start.clone()
+    assert add_matmul_(out, a, b) is out
+    assert blocked == ([dtype] if dtype in HALVES else [])
+    truth = start.double() + exact(a, b)
+    assert ((out.double() - truth).abs() <= torch.finfo(dtype).eps * truth.abs() + 1e-4).all()
+
+
+@pytest.mark.skipif(not products.slow_on_cpu(torch.bfloat16), reason="this CPU multiplies bfloat16 itself")
+def test_temporaries_stay_small() -> None:
+    """A [2048, 4096] result takes 16 MiB in bfloat16; float32 temporaries of the whole would add 64."""
+    a, b = torch.ones(2048, 64, dtype=torch.bfloat16), torch.ones(64, 4096, dtype=torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        matmul(a, b)
+    total = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            peak = max(peak, total)
+    assert peak <= (16 + 4 + 4 + 2) << 20
 
 
 def test_empty_dimensions(blocked: list[torch.dtype]) -> None:

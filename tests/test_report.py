@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from loge_kernels import LayerReport, Report
 
 REPORT = Report(

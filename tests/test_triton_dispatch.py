@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+from loge_kernels import triton_kernels as tk
 from loge_kernels.triton_kernels import availability, dispatch, tuning
 from loge_kernels.triton_kernels.configs import (
     Entry,
@@ -26,8 +28,6 @@ from loge_kernels.triton_kernels.configs import (
 from loge_kernels.triton_kernels.devices import DEFAULT, KNOWN, device_spec, from_properties
 from loge_kernels.triton_kernels.model import Flags
 
-from loge_kernels import triton_kernels as tk
-
 H200 = "NVIDIA H200"
 ENTRY = Entry("one_launch", 16, 64, 16, True, OneLaunchConfig(64, 64, 64, 4, 3))
 
@@ -36,7 +36,7 @@ ENTRY = Entry("one_launch", 16, 64, 16, True, OneLaunchConfig(64, 64, 64, 4, 3))
 def fresh_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(tuning, "_warned", set())
-    for cached in (dispatch._tables, dispatch._form_configs, dispatch.explain):
+    for cached in (dispatch._tables, dispatch._form_configs, dispatch.explain, dispatch.forward_wins):
         cached.cache_clear()
 
 
@@ -76,6 +76,11 @@ class TestModel:
             assert explained.choice == "torch"
             assert set(explained.passed_over) == {"one_launch", "two_launch"}
 
+    def test_the_fused_forward_is_for_small_problems(self) -> None:
+        assert tk.forward_wins(64, 576, 576, 16, torch.bfloat16, H200)
+        assert not tk.forward_wins(16384, 8192, 8192, 16, torch.bfloat16, H200)
+        assert not tk.forward_wins(64, 576, 576, 16, torch.float64, H200)
+
     def test_sizes_choose_between_two_configurations_only(self) -> None:
         spec = KNOWN[H200]
         chosen = {
@@ -112,6 +117,16 @@ class TestDevices:
         assert spec.hbm_gbs == pytest.approx(0.9 * 4e9 * 2 * 8192 / 8 / 1e9)
         assert spec.tflops_16 > DEFAULT.tflops_16
         assert architecture(spec.capability) == "sm_90"
+
+    def test_less_shared_memory_leaves_smaller_tiles(self) -> None:
+        ada = from_properties(SimpleNamespace(name="NVIDIA L4", major=8, minor=9, multi_processor_count=58))
+        assert ada.shared_bytes == 101376
+        for R, P in ((16, 8), (128, 16), (256, 16), (256, 64)):
+            for aligned in (True, False):
+                one = dispatch.config_for("one_launch", torch.bfloat16, R, P, aligned, ada)
+                assert isinstance(one, OneLaunchConfig)
+        held = dispatch.config_for("one_launch", torch.bfloat16, 256, 16, True, ada)
+        assert held != dispatch.config_for("one_launch", torch.bfloat16, 256, 16, True, KNOWN["NVIDIA A100-SXM4-80GB"])
 
     def test_a_gpu_without_properties_has_defaults(self) -> None:
         spec = from_properties(SimpleNamespace(name="something", multi_processor_count=0))
@@ -240,7 +255,7 @@ class TestReasons:
         monkeypatch.setattr(availability, "interpreter_broken", lambda: None)
         if interpret:
             monkeypatch.setenv("TRITON_INTERPRET", "1")
-        return availability.why_not(**({"dtype": torch.float32, "device": self.CPU, "R": 16, "P": 8} | problem))
+        return tk.why_not(**({"dtype": torch.float32, "device": self.CPU, "R": 16, "P": 8} | problem))
 
     def test_nothing_against_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.reason(monkeypatch) is None
@@ -263,6 +278,15 @@ class TestReasons:
         reason = self.reason(monkeypatch, **problem)
         assert reason is not None
         assert words in reason
+
+    def test_a_device_with_too_little_shared_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        small = from_properties(SimpleNamespace(name="tiny", major=8, minor=6, shared_memory_per_block_optin=16384))
+        monkeypatch.setattr(dispatch, "device_spec", lambda device: small)
+        monkeypatch.setattr(availability, "interpreted", lambda: False)
+        monkeypatch.setattr(availability, "why_not", lambda **problem: None)
+        reason = tk.why_not(dtype=torch.float16, device=torch.device("cuda"), R=256, P=64)
+        assert reason is not None
+        assert "16384 bytes of shared memory" in reason
 
     def test_no_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

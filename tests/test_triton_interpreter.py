@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from loge_kernels.triton_kernels.configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig
-from loge_kernels.triton_kernels.model import Flags, Traffic, predicted_bytes
 from torch import Tensor
 
 from loge_kernels import reference
 from loge_kernels import triton_kernels as tk
 from loge_kernels.problem import BackwardProblem
+from loge_kernels.triton_kernels.configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig
+from loge_kernels.triton_kernels.model import Flags, Traffic, predicted_bytes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

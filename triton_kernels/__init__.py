@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .availability import unavailable, why_not
+from .availability import unavailable
 from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig
-from .dispatch import explain
+from .dispatch import explain, forward_wins, why_not
 from .model import Flags
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "backward",
     "explain",
     "forward",
+    "forward_wins",
     "unavailable",
     "why_not",
 ]

@@ -72,22 +72,32 @@ class Row:
 
 def jobs_for(arch: str, kernels: Iterable[str] | None = None) -> list[Job]:
     """Everything that the shipped table of an architecture can launch."""
-    jobs = []
-    for entry in shipped(arch):
-        if entry.kernel == "one_launch":
-            jobs += [Job(arch, "one_launch_backward", entry, entry.rank, variant) for variant in VARIANTS]
-        elif entry.kernel == "forward":
-            jobs.append(Job(arch, "fused_forward", entry, entry.rank, "full"))
-        else:
-            assert isinstance(entry.config, TwoLaunchConfig)
-            slab = entry.config.project_r
-            for kernel, rank in (
-                ("expand_slab", slab),
-                ("project", entry.rank),
-                ("expand_tiles", entry.rank),
-            ):
-                jobs.append(Job(arch, kernel, entry, rank, "full"))
+    jobs = [job for entry in shipped(arch) for job in _entry_jobs(arch, entry)]
     return [job for job in jobs if kernels is None or job.kernel in kernels]
+
+
+def _entry_jobs(arch: str, entry: Entry) -> list[Job]:
+    if entry.kernel == "one_launch":
+        return [Job(arch, "one_launch_backward", entry, entry.rank, variant) for variant in VARIANTS]
+    if entry.kernel == "forward":
+        return [Job(arch, "fused_forward", entry, entry.rank, "full")]
+    assert isinstance(entry.config, TwoLaunchConfig)
+    ranks = (("expand_slab", entry.config.project_r), ("project", entry.rank), ("expand_tiles", entry.rank))
+    return [Job(arch, kernel, entry, rank, "full") for kernel, rank in ranks]
+
+
+def entries_within(arch: str, shared_bytes: int) -> tuple[Entry, ...]:
+    """The shipped entries of an architecture that fit a device with less shared memory than it (sm_86, sm_89, sm_120
+    have 99 KiB), by what the compilers of the committed table needed."""
+    if shared_bytes >= ARCHITECTURES[arch].shared_bytes:
+        return shipped(arch)
+    tables = _recorded().values()
+
+    def needed(entry: Entry) -> int:
+        keys = [f"{arch} {job.name}" for job in _entry_jobs(arch, entry)]
+        return max((table[key]["shared"] for table in tables for key in keys if key in table), default=0)
+
+    return tuple(entry for entry in shipped(arch) if needed(entry) <= shared_bytes)
 
 
 def run(
@@ -141,7 +151,7 @@ def compile_job(job: Job) -> Row:
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers
     }
     target = GPUTarget("cuda", int(job.arch[3:]), 32)
-    source = ASTSource(kernel, signature, constants, attributes)  # type: ignore[no-untyped-call]
+    source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=options)
     sass, usage = _disassemble(compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
@@ -221,8 +231,11 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 def read_committed(triton_version: str) -> dict[str, dict[str, Any]]:
     """The committed rows of a Triton version, by "arch name"; empty for a version that was never recorded."""
-    recorded: dict[str, dict[str, dict[str, Any]]] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    return recorded.get(triton_version, {})
+    return _recorded().get(triton_version, {})
+
+
+def _recorded() -> dict[str, dict[str, dict[str, Any]]]:
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
 
 def differences(rows: Iterable[Row], triton_version: str) -> list[str]:
@@ -242,7 +255,7 @@ def differences(rows: Iterable[Row], triton_version: str) -> list[str]:
 
 def write_committed(rows: Iterable[Row], triton_version: str) -> None:
     """Record `rows` as this Triton version's; one line a kernel."""
-    table: dict[str, dict[str, dict[str, Any]]] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    table = _recorded()
     table[triton_version] = {_key(row): _numbers(row) for row in rows}
     versions = []
     for version in sorted(table):

@@ -8,6 +8,8 @@ which wgmma wants 64, or, for mma.sync, with the adapter's P as its rows, which 
 one shared-memory layout that asynchronous copies fill.
 """
 
+# mypy: disallow-incomplete-defs=False
+# The launch gives a kernel's arguments their types; only what must not follow the value is annotated.
 import triton
 import triton.language as tl
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from . import availability, tuning
+from . import availability, compile_check, tuning
 from .configs import (
     INTERPRETER_TABLE,
     Config,
     Entry,
+    ForwardConfig,
     OneLaunchConfig,
     TwoLaunchConfig,
     architecture,
@@ -24,8 +25,10 @@ from .devices import DEFAULT, DeviceSpec, device_spec
 from .model import (
     Estimate,
     Flags,
+    estimate_forward,
     estimate_one_launch,
     estimate_torch,
+    estimate_torch_forward,
     estimate_two_launch,
     useful_flops,
 )
@@ -56,7 +59,8 @@ class Explanation:
 def _tables(device: DeviceSpec) -> tuple[tuple[Entry, ...], ...]:
     """The user's own table first, then the one measured for this device, then the architecture's."""
     slug = device_slug(device.name)
-    return tuning.read_table(slug), shipped(slug), shipped(architecture(device.capability))
+    arch = architecture(device.capability)
+    return tuning.read_table(slug), shipped(slug), compile_check.entries_within(arch, device.shared_bytes)
 
 
 def config_for(kernel: str, dtype: torch.dtype, R: int, P: int, aligned: bool, device: DeviceSpec) -> Config | None:
@@ -86,12 +90,46 @@ def choose_config(
     if one is None or two is None:
         chosen = one or two
         if chosen is None:
-            raise ValueError(f"no shipped configuration holds R={R}, P={P} in {dtype}")
+            raise ValueError(f"no configuration for {device.name} holds R={R}, P={P} in {dtype}")
         return chosen
     size = dtype.itemsize
     first = estimate_one_launch(M, N, K, R, P, one, flags, device, size)
     second = estimate_two_launch(M, N, K, R, P, two, flags, device, size)
     return one if first.predicted_us <= second.predicted_us else two
+
+
+def why_not(
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    R: int,
+    P: int,
+    need_dx: bool = True,
+    lora_dtype: torch.dtype | None = None,
+) -> str | None:
+    """The reason why `backward` cannot run such a problem, or None. R = 0 without factors, P = 0 without adapter;
+    `lora_dtype` where it is not `dtype`."""
+    reason = availability.why_not(dtype=dtype, device=device, R=R, P=P, need_dx=need_dx, lora_dtype=lora_dtype)
+    if reason is None:
+        spec = device_spec(device)
+        rank = R if need_dx else 0
+        if any(_form_configs(dtype, rank, P, aligned, spec) == (None, None) for aligned in (True, False)):
+            reason = f"no tile for R={R}, P={P} fits the {spec.shared_bytes} bytes of shared memory of {spec.name}"
+    return reason
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_wins(
+    M: int, N: int, K: int, P: int, dtype: torch.dtype, device: torch.device | str | None, dropout: bool = False
+) -> bool:
+    """Whether the fused forward is predicted to beat cuBLAS's three products. It has to earn what a Triton loop loses
+    to cuBLAS on the frozen product, so it wins where that one is bound by memory: few rows, or a small layer."""
+    spec = device_spec(device)
+    config = config_for("forward", dtype, 16, P, K % 8 == 0, spec) if dtype in availability.DTYPES else None
+    if not isinstance(config, ForwardConfig):
+        return False
+    fused = estimate_forward(M, N, K, P, config, spec, dtype.itemsize)
+    return fused.predicted_us < estimate_torch_forward(M, N, K, P, spec, dropout, dtype.itemsize).predicted_us
 
 
 @functools.lru_cache(maxsize=4096)

@@ -4,6 +4,8 @@ The adapter rides on the tiles of x that the frozen product loads anyway: x is r
 y is written once.
 """
 
+# mypy: disallow-incomplete-defs=False
+# The launch gives a kernel's arguments their types; only what must not follow the value is annotated.
 import triton
 import triton.language as tl
 

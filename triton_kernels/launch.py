@@ -125,14 +125,22 @@ def backward(
 
     if rows:
         threshold, inv_keep = (_threshold(dropout), 1.0 / (1.0 - dropout)) if drops else (0, 1.0)
-        dy_sizes = (stride_dy_m, stride_dy_n)
-        x_sizes = (stride_x_m, stride_x_k)
         with _on(device):
             if isinstance(plan.config, OneLaunchConfig):
                 inputs = (dy, p_x, p_xa, p_left, p_right, p_A, p_B)
-                sizes = (M, N, K, *dy_sizes, *x_sizes)
+                sizes = (M, N, K, stride_dy_m, stride_dy_n, stride_x_m, stride_x_k)
                 one_launch_backward[(rows,)](
-                    *inputs, p_dx, p_dA, p_dB, p_db, p_seed, *sizes, scaling, threshold, inv_keep, **plan.constants
+                    *inputs,
+                    p_dx,
+                    p_dA,
+                    p_dB,
+                    p_db,
+                    p_seed,
+                    *sizes,
+                    float(scaling),
+                    threshold,
+                    inv_keep,
+                    **plan.constants,
                 )
             else:
                 splits = max(1, cdiv(N, plan.n_chunk))
@@ -141,13 +149,15 @@ def backward(
                 t_shape = (layers, rows * plan.config.block_m, plan.constants["WIDTH"])
                 t = t_allocate(t_shape, dtype=torch.float32, device=device)
                 tiles = max(1, cdiv(R, plan.constants["BR"]))
-                sizes = (M, N, plan.n_chunk, *dy_sizes)
-                project[(rows, tiles, splits)](dy, p_xa, p_left, p_B, t, p_dB, p_db, *sizes, scaling, **plan.constants)
+                n_sizes = (M, N, plan.n_chunk, stride_dy_m, stride_dy_n)
+                project[(rows, tiles, splits)](
+                    dy, p_xa, p_left, p_B, t, p_dB, p_db, *n_sizes, float(scaling), **plan.constants
+                )
                 if need_dx or need_dA:
                     expand = expand_slab if keeps_t(R, plan.config) else expand_tiles
-                    sizes = (M, K, plan.k_chunk, layers, *x_sizes)
+                    k_sizes = (M, K, plan.k_chunk, layers, stride_x_m, stride_x_k)
                     expand[(cdiv(K, plan.k_chunk), rows)](
-                        t, p_x, p_right, p_A, p_dx, p_dA, p_seed, *sizes, threshold, inv_keep, **plan.expand
+                        t, p_x, p_right, p_A, p_dx, p_dA, p_seed, *k_sizes, threshold, inv_keep, **plan.expand
                     )
     # Without lora_A or lora_B their gradients are not asked for.
     return (

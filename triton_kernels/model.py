@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .configs import OneLaunchConfig, TwoLaunchConfig, padded
+from .configs import Config, ForwardConfig, OneLaunchConfig, TwoLaunchConfig, padded
 from .devices import DeviceSpec
 
 # What a Triton loop reaches of a matrix rate that cuBLAS attains; not measured, see the status table of the README.
@@ -41,7 +41,7 @@ class Estimate:
     """What one candidate costs: unique bytes (HBM), all bytes (L2), flops with padding, and the predicted time."""
 
     form: str
-    config: OneLaunchConfig | TwoLaunchConfig | None
+    config: Config | None
     hbm_bytes: int
     l2_bytes: int
     flops: int
@@ -218,6 +218,34 @@ def estimate_torch(
         time += elements * itemsize / (device.hbm_gbs * 1e3) + device.launch_us
         total += elements * itemsize
     return Estimate("torch", None, total, total, flops, 0, 0.0, time)
+
+
+def estimate_forward(
+    M: int, N: int, K: int, P: int, config: ForwardConfig, device: DeviceSpec, itemsize: int = 2
+) -> Estimate:
+    """`fused_forward`: tiles of x and W from L2, the adapter's columns recomputed in every column of tiles."""
+    rows, columns = cdiv(M, config.block_m), cdiv(N, config.block_n)
+    hbm = (M * K + N * K + M * N + (N + K + M) * P) * itemsize
+    l2 = (columns * M * K + rows * N * K + columns * P * K * rows + M * N) * itemsize
+    flops = 2 * rows * config.block_m * (N * K + columns * padded(P) * K + N * padded(P))
+    blocks = rows * columns
+    time = _kernel_time(blocks, hbm, l2, flops, device, itemsize) + device.launch_us
+    return Estimate("forward", config, hbm, l2, flops, blocks, blocks / device.sms, time)
+
+
+def estimate_torch_forward(
+    M: int, N: int, K: int, P: int, device: DeviceSpec, dropout: bool, itemsize: int = 2
+) -> Estimate:
+    """`x Wᵀ`, `x Aᵀ` and the product with Bᵀ that adds to y, as cuBLAS calls; dropout reads and writes x."""
+    matrix = (device.tflops_16 if itemsize == 2 else device.tflops_32) * 1e6
+    steps = [(M * K + N * K + M * N, M * N * K), (M * K + P * K + M * P, M * P * K), (2 * M * N + M * P, M * N * P)]
+    steps += [(2 * M * K, 0)] * dropout
+    time = sum(
+        max(moved * itemsize / (device.hbm_gbs * 1e3), 2 * multiplied / matrix) + device.launch_us
+        for moved, multiplied in steps
+    )
+    total = sum(moved for moved, _ in steps) * itemsize
+    return Estimate("torch", None, total, total, 2 * sum(multiplied for _, multiplied in steps), 0, 0.0, time)
 
 
 def _kernel_time(blocks: int, hbm: int, l2: int, flops: int, device: DeviceSpec, itemsize: int) -> float:

@@ -2,9 +2,11 @@
 
 A block owns BM rows. It walks N once, reading dY for T, dB and db alike, and then K once, writing dX and reading x for
 dA. dA, dB and db are summed over blocks by fp32 atomics, or, for a deterministic result, stored once per block
-(`[blocks, ...]`) and summed in a fixed order by `reduce.py`.
+(`[blocks, ...]`) and summed in a fixed order afterwards.
 """
 
+# mypy: disallow-incomplete-defs=False
+# The launch gives a kernel's arguments their types; only what must not follow the value is annotated.
 import triton
 import triton.language as tl
 

@@ -7,6 +7,8 @@ layers in order, so that the result has the same bits from run to run. T lies be
 [layers, rows · BM, WIDTH], WIDTH = the padded R and then the padded P: whole tiles, so that neither kernel masks them.
 """
 
+# mypy: disallow-incomplete-defs=False
+# The launch gives a kernel's arguments their types; only what must not follow the value is annotated.
 import triton
 import triton.language as tl
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from .. import model as loge
 from ..factors import Factors
@@ -90,8 +91,8 @@ class _Job:
         if self.device.type == "cuda":
             where = torch.cuda.get_device_name(self.device)
         self._say(
-            f"Model: {self.name}, {self.parameters / 1e6:.0f} M parameters in {self.options.dtype} on {where}; "
-            f"LoRA rank {self.options.lora_rank}, {self.trainable / 1e6:.2f} M trained "
+            f"Model: {self.name}, {self.parameters / 1e6:.3g} M parameters in {self.options.dtype} on {where}; "
+            f"LoRA rank {self.options.lora_rank}, {self.trainable / 1e6:.3g} M trained "
             f"({time.perf_counter() - start:.0f} s)"
         )
         train, heldout = len(self.corpus.train), len(self.corpus.heldout)
@@ -119,12 +120,12 @@ class _Job:
         saved = self.saved.get(method)
         if saved is not None and saved.record.heldout_after is not None:
             self._say(f"{results.TITLES[method]}: done before the interruption")
+            # A full disk may have stopped the run between the state and the adapter.
+            self._set_adapter({name: saved.tensors[f"adapter.{name}"] for name in self.start})
+            self._write_adapter(method)
             return
         record = Record() if saved is None else saved.record
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                if name in self.start:
-                    p.copy_(self.start[name])
+        self._set_adapter(self.start)
         if method == "loge":
             record.report = self._apply()
             factors = [module for module in self.model.modules() if isinstance(module, Factors)]
@@ -133,6 +134,7 @@ class _Job:
             trainer = Trainer(self.model, self.corpus, self.options, record)
             if saved is not None:
                 trainer.restore(saved.tensors)
+                self._say(f"{results.TITLES[method]}: going on after step {len(record.losses)}")
             with stop_on_interrupt() as stop:
                 self._steps(method, trainer, stop)
                 record.heldout_after = self._evaluate(f"{results.TITLES[method]} held-out", stop, trainer, method)
@@ -186,7 +188,16 @@ class _Job:
         tensors = {name: tensor.cpu().clone() for name, tensor in trainer.tensors().items()}
         self.saved[method] = state.Saved(trainer.record, self.shared, tensors)
         state.save(self.out, method, self.saved[method])
+        self._write_adapter(method)
+
+    def _write_adapter(self, method: str) -> None:
         files.write_directory(self.out / method, lambda folder: models.save_adapter(self.model, folder))
+
+    @torch.no_grad()
+    def _set_adapter(self, values: dict[str, Tensor]) -> None:
+        for name, p in self.model.named_parameters():
+            if name in values:
+                p.copy_(values[name])
 
     def _apply(self) -> dict[str, Any]:
         self._say("Factorising the frozen weights (kept for the next run) ...")

@@ -108,7 +108,9 @@ class Trainer:
                 kept = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
                 # AdamW keeps its step count on the CPU and its moments beside the parameter.
                 self._optimizer.state[p] = {
-                    key: value if key == "step" else value.to(p) for key, value in kept.items() if value is not None
+                    key: value.clone() if key == "step" else value.to(p, copy=True)
+                    for key, value in kept.items()
+                    if value is not None
                 }
 
     def _gradients(self) -> list[Tensor]:

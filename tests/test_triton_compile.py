@@ -1,0 +1,83 @@
+"""The shipped configurations, compiled ahead of time without a GPU, against the committed table of resources."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import pytest
+
+from loge_kernels.triton_kernels import compile_check
+from loge_kernels.triton_kernels.compile_check import ARCHITECTURES, Row, compile_job, jobs_for
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled in Triton's interpreter"),
+]
+
+
+def triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [
+        ("sm_80", "one_launch_backward 16-bit R<=64 P<=16 aligned plain"),
+        ("sm_90", "one_launch_backward 16-bit R<=256 P<=16 aligned plain"),
+    ],
+)
+def test_one_configuration_of_each_architecture(arch: str, name: str) -> None:
+    job = next(job for job in jobs_for(arch) if job.name == name)
+    row = compile_job(job)
+    assert row.problems == ()
+    assert compile_check.differences([row], triton_version()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_every_configuration(arch: str) -> None:
+    rows = compile_check.run([arch])
+    assert [row for row in rows if row.problems] == []
+    assert compile_check.differences(rows, triton_version()) == []
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.9.0"])
+def test_the_committed_table_is_whole_and_clean(version: str) -> None:
+    committed = compile_check.read_committed(version)
+    jobs = {f"{arch} {job.name}": (arch, job) for arch in ARCHITECTURES for job in jobs_for(arch)}
+    assert set(committed) == set(jobs)
+    for key, numbers in committed.items():
+        arch, job = jobs[key]
+        row = Row(arch=arch, name=job.name, **numbers)
+        assert list(compile_check._problems(job, row, ARCHITECTURES[arch])) == [], key
+
+
+def test_a_difference_is_reported() -> None:
+    job = jobs_for("sm_90")[0]
+    numbers = compile_check.read_committed("3.9.0")[f"sm_90 {job.name}"]
+    row = Row(arch="sm_90", name=job.name, **numbers)
+    assert compile_check.differences([row], "3.9.0") == []
+    worse = Row(arch="sm_90", name=job.name, **(numbers | {"registers": 1}))
+    assert len(compile_check.differences([worse], "3.9.0")) == 1
+    assert compile_check.differences([worse], "0.0.0") == []
+
+
+def test_unknown_architectures_raise() -> None:
+    with pytest.raises(ValueError, match="sm_70"):
+        compile_check.run(["sm_70"])
+
+
+def test_sizes_do_not_specialise() -> None:
+    """Every runtime number has a type of its own and no specialisation: a new M, N, K or stride compiles nothing."""
+    from loge_kernels.triton_kernels.forward import fused_forward
+    from loge_kernels.triton_kernels.one_launch import one_launch_backward
+    from loge_kernels.triton_kernels.two_launch import expand_slab, expand_tiles, project
+
+    for kernel in (one_launch_backward, project, expand_slab, expand_tiles, fused_forward):
+        numbers = [p for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")]
+        assert {"M", "scaling" if kernel in (project, fused_forward) else "M"} <= {p.name for p in numbers}
+        assert all(p.do_not_specialize for p in numbers)
+        assert {p.annotation_type for p in numbers} <= {"i32", "i64", "fp32"}
