@@ -121,7 +121,8 @@ def backward(
     dA = allocate((*lead, P, K), dtype=torch.float32, device=device) if need_dA else None
     dB = allocate((*lead, N, P), dtype=torch.float32, device=device) if need_dB else None
     db = allocate((*lead, N), dtype=torch.float32, device=device) if need_dbias else None
-    p_dx, p_dA, p_dB, p_db = (dy if output is None else output for output in (dx, dA, dB, db))
+    p_dx, p_dA = dy if dx is None else dx, dy if dA is None else dA
+    p_dB, p_db = dy if dB is None else dB, dy if db is None else db
 
     if rows:
         threshold, inv_keep = (_threshold(dropout), 1.0 / (1.0 - dropout)) if drops else (0, 1.0)
