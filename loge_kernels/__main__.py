@@ -49,28 +49,35 @@ def main() -> None:
 @app.command()
 def info(json_file: JsonOption = None) -> None:
     """Versions, devices, backends and where the cache lies."""
-    from .backends import backends
-    from .cache import cache_dir
 
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    facts: dict[str, Any] = {
-        "loge_kernels": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{name: _version(name) for name in ("triton", "transformers", "peft")},
-        "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "gpu": ", ".join(devices) or "none",
-        "cache": str(cache_dir() or "off"),
-        "backends": [{"name": row.name, "available": row.available, "reason": row.reason} for row in backends()],
-    }
-    table = Table(show_header=False)
-    for name, value in facts.items():
-        if name != "backends":
-            table.add_row(name, str(value))
-    for row in facts["backends"]:
-        table.add_row(f"backend {row['name']}", ("available: " if row["available"] else "not here: ") + row["reason"])
-    Console().print(table)
-    _write_json(json_file, facts)
+    def work() -> bool:
+        from .backends import backends
+        from .cache import cache_dir
+
+        devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        facts: dict[str, Any] = {
+            "loge_kernels": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{name: _version(name) for name in ("triton", "transformers", "peft")},
+            "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+            "gpu": ", ".join(devices) or "none",
+            "cache": str(cache_dir() or "off"),
+            "backends": [{"name": row.name, "available": row.available, "reason": row.reason} for row in backends()],
+        }
+        table = Table(show_header=False)
+        for name, value in facts.items():
+            if name != "backends":
+                table.add_row(name, str(value))
+        for row in facts["backends"]:
+            table.add_row(
+                f"backend {row['name']}", ("available: " if row["available"] else "not here: ") + row["reason"]
+            )
+        Console().print(table)
+        _write_json(json_file, facts)
+        return True
+
+    _exit(work)
 
 
 @app.command()

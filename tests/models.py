@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import loge_kernels as loge
 
 VOCABULARY = 50
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -114,7 +118,61 @@ def use_surrogate(model: nn.Module, stand_ins: dict[str, Tensor]) -> None:
 
 def stand_ins(model: nn.Module, names: list[str], rank: int | float = 0.25) -> dict[str, Tensor]:
     """left @ right of each named layer, computed anew."""
-    import loge_kernels as loge
-
     made = {name: loge.factorize(model.get_submodule(name).weight, rank) for name in names}
     return {name: factors.left @ factors.right for name, factors in made.items()}
+
+
+# PEFT models in pairs: one converted, one of PEFT alone with the surrogate's gradient
+
+RANK = 0.25
+POWER_OF_TWO = {"r": 4, "lora_alpha": 8}  # a scaling that does not round: outputs can be compared bit for bit
+
+
+def bases(model: nn.Module) -> list[str]:
+    """The names of the frozen linear layers inside PEFT's LoRA layers."""
+    return [f"{name}.base_layer" for name in modules_of(model, lambda module: isinstance(module, LoraLinear))]
+
+
+def twins(rank: int | float = RANK, **options: Any) -> tuple[Any, Any, loge.Report]:
+    """A converted PEFT model, and PEFT's own of the same numbers whose base layers have a surrogate gradient."""
+    model, other = lora(**options), lora(**options)
+    report = loge.apply(model, rank)
+    use_surrogate(other, stand_ins(other, bases(other), rank))
+    return model, other, report
+
+
+def paths(report: loge.Report) -> set[str]:
+    return {row.path for row in report.layers if row.name.rpartition(".")[2] in LINEARS}
+
+
+def input_gradient(model: Any) -> Tensor:
+    """The gradient of the embeddings: there even when no adapter is active."""
+    embeddings = model.get_input_embeddings()(tokens()).detach().requires_grad_()
+    model(inputs_embeds=embeddings, labels=tokens()).loss.backward()
+    model.zero_grad()
+    assert embeddings.grad is not None
+    return embeddings.grad
+
+
+def assert_low_rank_of_its_weights(model: Any, other: Any) -> None:
+    """`model`'s input gradient is that of `other` with fresh factors of `other`'s weights as they are."""
+    twin = copy.deepcopy(other)
+    use_surrogate(twin, stand_ins(twin, bases(twin), RANK))
+    assert_close({"x": input_gradient(model)}, {"x": input_gradient(twin)}, 1e-3)
+
+
+def two(adapters: Callable[[Any], None] = lambda model: None, after: bool = False) -> tuple[Any, Any]:
+    """Converted and surrogate twins with adapters "default" and "second", made before or after `apply`."""
+    model, other = lora(), lora()
+    second = LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "up_proj"])
+    if after:
+        loge.apply(model, RANK)
+    for one in (model, other):
+        torch.manual_seed(21)
+        one.add_adapter("second", second)
+        randomised(one)
+        adapters(one)
+    if not after:
+        loge.apply(model, RANK)
+    use_surrogate(other, stand_ins(other, bases(other), RANK))
+    return model, other

@@ -10,6 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+import loge_kernels as loge
+
+NAMES = ("x", "weight", "bias", "lora_A", "lora_B")  # what may need a gradient
+
 
 @dataclass
 class Case:
@@ -24,6 +28,9 @@ class Case:
     lora_B: Tensor | None  # [N, P]
     dy: Tensor  # [M, N]
     scaling: float = 0.7
+
+    def factors(self) -> loge.Factors | None:
+        return None if self.left is None or self.right is None else loge.Factors(self.left, self.right)
 
     def to(self, dtype: torch.dtype) -> Case:
         """Copies in `dtype`."""
@@ -65,11 +72,7 @@ def gradients(c: Case, scale: Tensor | None = None, exact_rows: Tensor | None = 
 
     `scale` [M, K] multiplies the adapter's input (the dropout mask over 1 - p); `exact_rows` bool [M].
     """
-    leaves = {
-        name: t.detach().clone().requires_grad_()
-        for name in ("x", "weight", "bias", "lora_A", "lora_B")
-        if (t := getattr(c, name)) is not None
-    }
+    leaves = {name: t.detach().clone().requires_grad_() for name in NAMES if (t := getattr(c, name)) is not None}
     x, W = leaves["x"], leaves["weight"]
     dense = x @ W.detach().t()
     through = dense if c.left is None or c.right is None else x @ (c.left @ c.right).t()

@@ -20,8 +20,8 @@ registry = import_module("loge_kernels.backends")
 class Fake:
     """A backend that records its problems and answers with the reference's gradients."""
 
-    def __init__(self, missing: str | None = None, refuses: str | None = None) -> None:
-        self.missing, self.refuses = missing, refuses
+    def __init__(self, missing: str | None = None, refuses: str | None = None, slower: str | None = None) -> None:
+        self.missing, self.refuses, self.slower = missing, refuses, slower
         self.problems: list[BackwardProblem] = []
 
     def backward(self, problem: BackwardProblem) -> Gradients:
@@ -31,18 +31,18 @@ class Fake:
 
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Fake], Fake]:
-    """Puts a fake first in the order of preference."""
+    """Puts a fake first in the order in which "auto" considers backends."""
 
     def put(name: str, fake: Fake) -> Fake:
         made = replace(
             registry._REGISTRY["reference"],
             unavailable=lambda: fake.missing,
             why_not=lambda problem: fake.refuses,
+            worse_than_next=lambda problem: fake.slower,
             backward=fake.backward,
             about="a fake",
         )
-        monkeypatch.setitem(registry._REGISTRY, name, made)
-        monkeypatch.setattr(registry, "_PREFERENCE", (name, *registry._PREFERENCE))
+        monkeypatch.setattr(registry, "_REGISTRY", {name: made, **registry._REGISTRY})
         return fake
 
     return put
@@ -142,20 +142,23 @@ def test_auto_says_once_what_it_took_and_why(
     taken = register("taken", Fake())
     picky = register("picky", Fake(refuses="M is odd"))
     absent = register("absent", Fake(missing="no such card"))
+    slow = register("slow", Fake(slower="cuBLAS wins at M = 3"))
     with caplog.at_level(logging.INFO, "loge_kernels"):
         assert torch.equal(step(), expected)
         assert torch.equal(step(), expected)
     (record,) = [r for r in caplog.records if r.name == "loge_kernels"]
-    for part in ("'taken'", "absent: no such card", "picky: M is odd"):
+    for part in ("'taken'", "absent: no such card", "picky: M is odd", "slow: cuBLAS wins at M = 3"):
         assert part in record.getMessage()
-    assert (len(taken.problems), picky.problems, absent.problems) == (2, [], [])
+    assert (len(taken.problems), picky.problems, absent.problems, slow.problems) == (2, [], [], [])
+    step("slow")  # a named backend runs, faster or not
+    assert len(slow.problems) == 1
 
 
 def test_auto_without_any_backend_raises(
     register: Callable[[str, Fake], Fake], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register("picky", Fake(refuses="M is odd"))
-    monkeypatch.setattr(registry, "_PREFERENCE", ("picky",))
+    monkeypatch.setattr(registry, "_REGISTRY", {"picky": registry._REGISTRY["picky"]})
     with pytest.raises(RuntimeError, match="picky: M is odd"):
         step()
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -64,7 +65,14 @@ def test_the_key_is_content_dtype_shape_and_rank(computed: list[tuple[Any, ...]]
     weight = torch.randn(20, 30)
     changed = weight.clone()
     changed[19, 29] += 1e-6
-    weights = [weight, changed, weight.view(30, 20), weight.double(), torch.zeros(4, 4), torch.zeros(4, 4).int().float().half()]
+    weights = [
+        weight,
+        changed,
+        weight.view(30, 20),
+        weight.double(),
+        torch.zeros(4, 4),
+        torch.zeros(4, 4).int().float().half(),
+    ]
     for other in weights:
         cached_factors(other, 4)
     cached_factors(weight, 5)
@@ -209,6 +217,24 @@ def test_threads_at_once(folder: Path) -> None:
         results = list(pool.map(lambda _: cached_factors(weight, 4), range(32)))
     for other in results:
         assert_equal(other, results[0])
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_writers_at_once_do_not_share_a_temporary_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight = torch.randn(20, 30)
+    together, write = Barrier(4, timeout=60), cache.save_file
+
+    def save(*arguments: Any, **options: Any) -> None:
+        together.wait()
+        write(*arguments, **options)
+        together.wait()
+
+    monkeypatch.setattr(cache, "save_file", save)
+    with caplog.at_level(logging.WARNING, "loge_kernels"), ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: cached_factors(weight, 4), range(4)))
+    assert caplog.records == []
     assert len(list(folder.iterdir())) == 1
 
 

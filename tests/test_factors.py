@@ -6,7 +6,6 @@ import copy
 import math
 import pickle
 import time
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -71,7 +70,9 @@ def test_svd_is_optimal(N: int, K: int, dtype: torch.dtype, iterations: list[tup
     assert factors.right.is_contiguous()
     assert error(factors, weight) == pytest.approx(s[12:].norm().item(), rel=max(1e-5, torch.finfo(dtype).eps))
     assert factors.energy == pytest.approx((s[:12].square().sum() / s.square().sum()).item(), abs=1e-5)
-    torch.testing.assert_close(factors.left.double().t() @ factors.left.double(), torch.eye(12).double(), rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        factors.left.double().t() @ factors.left.double(), torch.eye(12).double(), rtol=0, atol=0.02
+    )
     assert not iterations
 
 
@@ -276,9 +277,9 @@ def test_frozen_and_out_of_the_state_dict() -> None:
 
 
 @pytest.fixture
-def bound() -> Iterator[tuple[nn.Linear, loge.Factors]]:
+def bound() -> tuple[nn.Linear, loge.Factors]:
     layer = nn.Linear(18, 20)
-    yield layer, loge.factorize(layer.weight, 5)
+    return layer, loge.factorize(layer.weight, 5)
 
 
 def test_stale_after_any_counted_change(bound: tuple[nn.Linear, loge.Factors]) -> None:

@@ -67,7 +67,11 @@ def test_defaults_are_the_documented_ones() -> None:
 
 
 def test_adapter_starts_like_pefts() -> None:
-    for dtype, expected in ((torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+    for dtype, expected in (
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ):
         layer = LoGELinear.from_linear(nn.Linear(24, 20, dtype=dtype), 8, **LORA)
         assert (layer.lora_A.dtype, layer.lora_B.dtype) == (expected, expected)
         assert (layer.lora_A.shape, layer.lora_B.shape) == ((4, 24), (20, 4))

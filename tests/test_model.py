@@ -99,7 +99,8 @@ def test_an_int_rank_is_cut_to_each_layer() -> None:
     model = nn.Sequential(nn.Linear(200, 8), nn.Linear(8, 200)).requires_grad_(False)
     rows = loge.apply(model, 7).layers
     assert [row.rank for row in rows] == [7, 7]
-    assert [row.path for row in loge.apply(nn.Sequential(nn.Linear(200, 8)).requires_grad_(False), 30).layers] == ["exact"]
+    (row,) = loge.apply(nn.Sequential(nn.Linear(200, 8)).requires_grad_(False), 30).layers
+    assert row.path == "exact", "cut to 8, which costs more than the dense product"
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,7 @@ def test_a_second_model_starts_from_the_cache(monkeypatch: pytest.MonkeyPatch) -
         ({"subspace": "gradient"}, ValueError, ["subspace='gradient'"]),
         ({"exact_fraction": -0.5}, ValueError, ["exact_fraction=-0.5", "[0, 1]"]),
         ({"backend": "nope"}, ValueError, ["backend='nope'", "'reference'"]),
-        ({"targets": ["qproj"]}, ValueError, ["targets=['qproj']", "no linear layer", "'model.layers.0.self_attn.q_proj'"]),
+        ({"targets": ["qproj"]}, ValueError, ["targets=['qproj']", "no linear layer", "layers.0.self_attn.q_proj'"]),
         ({"targets": ["proj"]}, ValueError, ["targets=['proj']", "no linear layer"]),
         ({"targets": []}, ValueError, ["targets=[]"]),
         ({"targets": "q_proj"}, ValueError, ["targets='q_proj'", "no linear layer"]),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from surrogate import Case, assert_within_twice, case, gradients, heaviest
+from surrogate import NAMES, Case, assert_within_twice, case, gradients, heaviest
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -18,18 +18,12 @@ import loge_kernels as loge
 from loge_kernels import products, reference
 from loge_kernels.dropout import draw_seed, keep_mask
 
-NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
-
-
-def factors(c: Case) -> loge.Factors | None:
-    return None if c.left is None or c.right is None else loge.Factors(c.left, c.right)
-
 
 def run(c: Case, need: tuple[str, ...] = NAMES, **options: Any) -> dict[str, Tensor]:
     """y and the gradients of `need` through the op; leaves are fresh."""
     leaves = {n: t.detach().requires_grad_(n in need) for n in NAMES if (t := getattr(c, n)) is not None}
     extra = [leaves.get(n) for n in NAMES[2:]]
-    y = loge.linear(leaves["x"], leaves["weight"], factors(c), *extra, c.scaling, **options)
+    y = loge.linear(leaves["x"], leaves["weight"], c.factors(), *extra, c.scaling, **options)
     if any(leaf.requires_grad for leaf in leaves.values()):
         y.backward(c.dy)
     return {"y": y.detach(), **{n: t.grad for n, t in leaves.items() if t.grad is not None}}
@@ -37,7 +31,8 @@ def run(c: Case, need: tuple[str, ...] = NAMES, **options: Any) -> dict[str, Ten
 
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
     for name, tensor in got.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        limits = {"rtol": tolerance, "atol": tolerance}
+        torch.testing.assert_close(tensor, expected[name], **limits, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def drawn_mask(c: Case, p: float) -> Tensor:
@@ -96,7 +91,7 @@ def test_leading_dimensions(lead: tuple[int, ...]) -> None:
     rows = int(torch.tensor(lead).prod()) if lead else 1
     c = case(M=rows)
     x = c.x.view(*lead, c.x.shape[1]).requires_grad_()
-    y = loge.linear(x, c.weight, factors(c), c.bias, c.lora_A, c.lora_B, c.scaling)
+    y = loge.linear(x, c.weight, c.factors(), c.bias, c.lora_A, c.lora_B, c.scaling)
     assert y.shape == (*lead, c.weight.shape[0])
     y.backward(c.dy.view(y.shape))
     expected = gradients(c)
@@ -111,11 +106,11 @@ def test_strides_of_x_and_dy() -> None:
     permuted = c.x.view(4, 3, 11).transpose(0, 1).contiguous().transpose(0, 1)  # no view of two dimensions
     for x, rows in ((wide[..., ::2], (4, 3)), (permuted, (4, 3)), (c.x.t().contiguous().t(), (12,))):
         x = x.detach().requires_grad_()
-        y = loge.linear(x, c.weight, factors(c), c.bias, c.lora_A, c.lora_B, c.scaling)
+        y = loge.linear(x, c.weight, c.factors(), c.bias, c.lora_A, c.lora_B, c.scaling)
         y.backward(c.dy.t().contiguous().t().view(*rows, 13) if rows == (12,) else c.dy.view(*rows, 13))
         assert_same({"x": x.grad.reshape(12, 11)}, expected)
     x = c.x.clone().requires_grad_()
-    loge.linear(x, c.weight, factors(c), c.bias, c.lora_A, c.lora_B, c.scaling).sum().backward()  # an expanded dY
+    loge.linear(x, c.weight, c.factors(), c.bias, c.lora_A, c.lora_B, c.scaling).sum().backward()  # an expanded dY
     c.dy = torch.ones_like(c.dy)
     assert_same({"x": x.grad}, gradients(c))
 
@@ -169,7 +164,7 @@ def test_autocast_casts_like_torchs_own() -> None:
     expected = run(half)
     leaves = {n: getattr(c, n).clone().requires_grad_() for n in NAMES}
     with torch.autocast("cpu", torch.bfloat16):
-        y = loge.linear(leaves["x"], leaves["weight"], factors(c), *(leaves[n] for n in NAMES[2:]), c.scaling)
+        y = loge.linear(leaves["x"], leaves["weight"], c.factors(), *(leaves[n] for n in NAMES[2:]), c.scaling)
         assert y.dtype == torch.bfloat16
         y.backward(half.dy)  # inside the block, as many training loops do
     assert torch.equal(y, expected["y"])
@@ -213,7 +208,7 @@ def kept(c: Case, need: tuple[str, ...], **options: Any) -> tuple[list[Tensor], 
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = loge.linear(leaves["x"], leaves["weight"], factors(c), *(leaves.get(n) for n in NAMES[2:]), **options)
+        y = loge.linear(leaves["x"], leaves["weight"], c.factors(), *(leaves.get(n) for n in NAMES[2:]), **options)
     y.backward(c.dy)
     return saved, leaves
 
@@ -258,7 +253,7 @@ def test_backward_does_not_read_the_weight() -> None:
     c = case()
     expected = gradients(c)
     x, A = c.x.requires_grad_(), c.lora_A.requires_grad_()
-    y = loge.linear(x, c.weight, factors(c), c.bias, A, c.lora_B, c.scaling)
+    y = loge.linear(x, c.weight, c.factors(), c.bias, A, c.lora_B, c.scaling)
     c.weight.data.fill_(float("nan"))
     y.backward(c.dy)
     assert_same({"x": x.grad, "lora_A": A.grad}, expected)
@@ -267,7 +262,7 @@ def test_backward_does_not_read_the_weight() -> None:
 def test_a_changed_input_is_noticed() -> None:
     c = case()
     x, A = c.x.clone(), c.lora_A.requires_grad_()
-    y = loge.linear(x, c.weight, factors(c), c.bias, A, c.lora_B)
+    y = loge.linear(x, c.weight, c.factors(), c.bias, A, c.lora_B)
     x.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward(c.dy)
@@ -281,7 +276,7 @@ def test_checkpointing_draws_the_same_mask(reentrant: bool) -> None:
         return {n: getattr(c, n).clone().requires_grad_() for n in ADAPTER}
 
     def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return loge.linear(x, c.weight, factors(c), c.bias, A, B, c.scaling, dropout=0.5)
+        return loge.linear(x, c.weight, c.factors(), c.bias, A, B, c.scaling, dropout=0.5)
 
     plain, again = leaves(), leaves()
     torch.manual_seed(3)
@@ -323,65 +318,6 @@ def test_says_once_that_the_weight_has_changed(autocast: bool) -> None:
     with torch.no_grad():
         weight.mul_(2.0)
     assert len(call()) == 1
-
-
-# torch.library and torch.compile
-
-LINEAR_CASES: dict[str, dict[str, Any]] = {
-    "all": {},
-    "dropout": {"dropout": 0.5},
-    "exact": {"R": None},
-    "exact, no adapter": {"R": None, "P": None},
-    "exact rows": {"exact_fraction": 0.5},
-    "no bias, one row": {"bias": False, "M": 1},
-}
-
-
-@pytest.mark.parametrize("options", LINEAR_CASES.values(), ids=LINEAR_CASES)
-def test_opcheck_linear(options: dict[str, Any]) -> None:
-    options = dict(options)
-    dropout, fraction = options.pop("dropout", 0.0), options.pop("exact_fraction", 0.0)
-    c = case(dtype=torch.float32, **options)
-    leaves = [None if t is None else t.requires_grad_() for t in (c.bias, c.lora_A, c.lora_B)]
-    seed = torch.tensor([1, 2]) if dropout else None
-    arguments = (c.x.requires_grad_(), c.weight.requires_grad_(), c.left, c.right, *leaves)
-    torch.library.opcheck(
-        torch.ops.loge_kernels.linear.default, (*arguments, 0.5, dropout, seed, fraction, "reference")
-    )
-
-
-@pytest.mark.parametrize("needs", [(True,) * 5, (True, False, False, True, True), (False, False, True, False, True)])
-def test_opcheck_backward(needs: tuple[bool, ...]) -> None:
-    c = case(dtype=torch.bfloat16)
-    A, B = c.lora_A.float(), c.lora_B.float()
-    xa = c.x @ c.lora_A.t()
-    operands = (c.dy, c.x, xa, c.weight, c.left, c.right, A, B)
-    constants = (0.5, 0.25, torch.tensor([1, 2]), 0.0)
-    torch.library.opcheck(torch.ops.loge_kernels.linear_backward.default, (*operands, *constants, *needs, "reference"))
-
-
-@pytest.mark.parametrize(
-    ("options", "keywords"),
-    [({}, {"dropout": 0.5}), ({"R": None}, {}), ({}, {"exact_fraction": 0.4}), ({"P": None, "bias": False}, {})],
-)
-def test_compiled_is_eager(options: dict[str, Any], keywords: dict[str, Any]) -> None:
-    torch._dynamo.reset()
-    c = case(M=8, **options)
-    made = factors(c)
-
-    def layer(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
-        given = dict(zip((n for n in NAMES[2:] if getattr(c, n) is not None), rest, strict=True))
-        return loge.linear(x.relu(), weight, made, scaling=0.7, **given, **keywords).sigmoid()
-
-    results = []
-    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
-        leaves = [t.clone().requires_grad_() for n in NAMES if (t := getattr(c, n)) is not None]
-        torch.manual_seed(9)
-        y = function(*leaves)
-        y.backward(c.dy)
-        results.append([y.detach(), *(t.grad for t in leaves)])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
 
 
 # Errors

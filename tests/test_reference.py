@@ -28,7 +28,9 @@ SHAPES = {
 }
 
 
-def problem(c: Case, dropout: float = 0.0, exact_fraction: float = 0.0, needs: tuple[str, ...] = NEEDS) -> BackwardProblem:
+def problem(
+    c: Case, dropout: float = 0.0, exact_fraction: float = 0.0, needs: tuple[str, ...] = NEEDS
+) -> BackwardProblem:
     p = 0 if c.lora_A is None else c.lora_A.shape[0]
     seed = SEED if dropout else None
     _, xa = reference.forward(c.x, c.weight, c.bias, c.lora_A, c.lora_B, c.scaling, dropout, seed)

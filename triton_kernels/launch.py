@@ -184,14 +184,15 @@ def _make_plan(
 ) -> Plan:
     """Decide, and remember the decision."""
     spec, flags = device_spec(device), Flags(*needs)
-    config = forced or dispatch.choose_config(M, N, K, R, P, dtype, flags, aligned_n and aligned_k, spec)
+    aligned = aligned_n and aligned_k  # both or neither: what ships is compiled and checked in these two kinds
+    config = forced or dispatch.choose_config(M, N, K, R, P, dtype, flags, aligned, spec)
     rows = cdiv(M, config.block_m)
     if isinstance(config, OneLaunchConfig):
-        constants = one_launch_constants(R, P, dtype, flags, aligned_n, aligned_k, config, spec)
+        constants = one_launch_constants(R, P, dtype, flags, aligned, aligned, config, spec)
         plan = Plan(flags, config, rows, constants, {}, N, K)
     else:
-        constants = project_constants(R, P, dtype, flags, aligned_n, config, spec)
-        expand = expand_constants(R, P, dtype, flags, aligned_k, config, spec)
+        constants = project_constants(R, P, dtype, flags, aligned, config, spec)
+        expand = expand_constants(R, P, dtype, flags, aligned, config, spec)
         n_chunk = n_chunk_of(M, N, R, config, spec.sms)
         plan = Plan(flags, config, rows, constants, expand, n_chunk, k_chunk_of(M, K, R, config, spec.sms))
     if len(_plans) >= _MOST_PLANS:

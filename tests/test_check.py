@@ -1,0 +1,104 @@
+"""The harness: green on the reference, red on any result made wrong, honest about what a backend declines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from loge_kernels import backends as registry
+from loge_kernels import check, reference
+from loge_kernels.problem import BackwardProblem, Gradients
+
+CPU = torch.device("cpu")
+
+
+def with_backward(monkeypatch: pytest.MonkeyPatch, change: Any, **functions: Any) -> None:
+    """Let `change(problem, gradients)` spoil what the reference backend returns."""
+    import sys
+
+    table = sys.modules["loge_kernels.backends"]._REGISTRY  # type: ignore[attr-defined]
+
+    def backward(problem: BackwardProblem) -> Gradients:
+        gradients = reference.backward(problem)
+        change(problem, gradients)
+        return gradients
+
+    monkeypatch.setitem(table, "reference", replace(table["reference"], backward=backward, **functions))
+
+
+def failed(report: check.CheckReport) -> set[str]:
+    return {row.result for row in report.rows if row.failed}
+
+
+def test_reference_passes_in_every_dtype() -> None:
+    report = check.run("reference", sample=40)
+    assert report.passed
+    assert {row.dtype for row in report.rows} == set(check.DTYPES)
+    assert {row.result for row in report.rows} == {"y", *check.GRADIENTS}
+    assert report.to_dict()["passed"] is True
+
+
+def test_grid_covers_what_it_promises() -> None:
+    cases = list(check.grid())
+    assert {0, 1} <= {case.M for case in cases}
+    assert any(case.R % 2 for case in cases)
+    assert any(case.P % 2 for case in cases if case.P)
+    assert {case.mode for case in cases} == {"low-rank", "exact", "exact rows"}
+    for feature in ("bias", "dropout", "contiguous"):
+        assert {getattr(case, feature) for case in cases} == {False, True}
+    assert len({case.wanted for case in cases}) >= 2 ** len(check.GRADIENTS) - 1
+
+
+@pytest.mark.parametrize("name", ["dx", "dweight", "dbias", "dA", "dB"])
+@pytest.mark.parametrize("fault", ["scaled", "one element", "nan"])
+def test_a_wrong_gradient_is_seen(name: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(problem: BackwardProblem, gradients: Gradients) -> None:
+        tensor = getattr(gradients, name)
+        if tensor is None or tensor.numel() == 0:
+            return
+        if fault == "scaled":
+            tensor *= 1.02
+        else:
+            tensor.view(-1)[-1] += float("nan") if fault == "nan" else 0.5 * tensor.abs().max()
+
+    with_backward(monkeypatch, spoil)
+    report = check.run("reference", dtypes=("float32",), sample=60)
+    assert not report.passed
+    assert failed(report) == {{"dx": "x", "dweight": "weight", "dbias": "bias", "dA": "lora_A", "dB": "lora_B"}[name]}
+
+
+def test_declined_cases_are_counted_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_backward(monkeypatch, lambda *_: None, why_not=lambda problem: "never today")
+    report = check.run("reference", dtypes=("float32",), sample=10)
+    assert not report.passed  # nothing was run
+    assert sum(report.declined.values()) >= 10
+    assert all("never today" in reason for reason in report.declined)
+
+
+def test_describe_names_the_case() -> None:
+    case = check.Case(7, 33, 21, 5, 3, "low-rank", True, True, False, ("x", "lora_A"))
+    text = check.describe(case)
+    for word in ("M=7", "N=33", "K=21", "R=5", "P=3", "bias", "dropout", "strided", "x+lora_A"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"backend": "nope"}, ("backend='nope'", "reference")),
+        ({"dtypes": ("int8",)}, ("dtype='int8'", "float32")),
+        ({"device": "quantum"}, ("device='quantum'",)),
+        ({"sample": 0}, ("sample=0", "at least 1")),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the words are checked below)
+        check.run(**arguments)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_every_available_backend_is_checked() -> None:
+    names = {row.name for row in registry() if row.available}
+    assert {row.backend for row in check.run(dtypes=("float32",), sample=1).rows} == names

@@ -1,0 +1,80 @@
+"""The commands as a user types them: output, JSON, exit status and one line on bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from loge_kernels.__main__ import app
+from typer.testing import CliRunner
+
+runner = CliRunner()
+
+
+def test_module_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "loge_kernels", "--help"], capture_output=True, text=True, timeout=120, check=True
+    )
+    for command in ("info", "check", "bench", "finetune"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", [("info",), ("check",), ("bench", "linear"), ("bench", "step"), ("finetune",)])
+def test_help(command: tuple[str, ...]) -> None:
+    result = runner.invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert "--json" in result.output
+
+
+def test_info(tmp_path: Path) -> None:
+    file = tmp_path / "info.json"
+    result = runner.invoke(app, ["info", "--json", str(file)], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    facts = json.loads(file.read_text())
+    assert {row["name"] for row in facts["backends"]} >= {"reference", "triton"}
+    assert facts["torch"] in result.output
+
+
+def test_check(tmp_path: Path) -> None:
+    file = tmp_path / "check.json"
+    result = runner.invoke(app, ["check", "--dtype", "float32", "--sample", "8", "--json", str(file)])
+    assert result.exit_code == 0
+    assert json.loads(file.read_text())["passed"] is True
+
+
+def test_check_fails_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    for slack in ("FACTOR", "_RMS_ULP", "_MAX_ULP"):
+        monkeypatch.setattr(f"loge_kernels.accuracy.{slack}", 0.0)
+    result = runner.invoke(app, ["check", "--dtype", "float32", "--sample", "8"])
+    assert result.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["check", "--backend", "nope"], ["backend='nope'", "reference"]),
+        (["bench", "no-such-model"], ["no-such-model", "LLaMA-2-7B"]),
+        (["bench", "16,16,16", "--rank", "many"], ["--rank 'many' is not a number"]),
+        (["finetune", "--text", "/no/such/file"], ["--text '/no/such/file'"]),
+        (["info", "--json", "/no/such/folder/info.json"], ["/no/such/folder"]),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "loge_kernels", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert all(word in line for word in words)
+    assert "Traceback" not in done.stderr
+
+
+def test_bench_without_a_subcommand_is_linear(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    arguments = ["bench", "32,48,40", "-R", "16", "-P", "4", "--dtype", "float32", "--device", "cpu", "--budget", "0.2"]
+    result = runner.invoke(app, [*arguments, "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert json.loads(file.read_text())["benchmark"] == "linear"

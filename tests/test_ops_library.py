@@ -1,0 +1,68 @@
+"""The registered operators under torch.library's own checks and under torch.compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from surrogate import NAMES, case
+from torch import Tensor
+
+import loge_kernels as loge
+
+LINEAR_CASES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "dropout": {"dropout": 0.5},
+    "exact": {"R": None},
+    "exact, no adapter": {"R": None, "P": None},
+    "exact rows": {"exact_fraction": 0.5},
+    "no bias, one row": {"bias": False, "M": 1},
+}
+
+
+@pytest.mark.parametrize("options", LINEAR_CASES.values(), ids=LINEAR_CASES)
+def test_opcheck_linear(options: dict[str, Any]) -> None:
+    options = dict(options)
+    dropout, fraction = options.pop("dropout", 0.0), options.pop("exact_fraction", 0.0)
+    c = case(dtype=torch.float32, **options)
+    leaves = [None if t is None else t.requires_grad_() for t in (c.bias, c.lora_A, c.lora_B)]
+    seed = torch.tensor([1, 2]) if dropout else None
+    arguments = (c.x.requires_grad_(), c.weight.requires_grad_(), c.left, c.right, *leaves)
+    torch.library.opcheck(
+        torch.ops.loge_kernels.linear.default, (*arguments, 0.5, dropout, seed, fraction, "reference")
+    )
+
+
+@pytest.mark.parametrize("needs", [(True,) * 5, (True, False, False, True, True), (False, False, True, False, True)])
+def test_opcheck_backward(needs: tuple[bool, ...]) -> None:
+    c = case(dtype=torch.bfloat16)
+    A, B = c.lora_A.float(), c.lora_B.float()
+    xa = c.x @ c.lora_A.t()
+    operands = (c.dy, c.x, xa, c.weight, c.left, c.right, A, B)
+    constants = (0.5, 0.25, torch.tensor([1, 2]), 0.0)
+    torch.library.opcheck(torch.ops.loge_kernels.linear_backward.default, (*operands, *constants, *needs, "reference"))
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords"),
+    [({}, {"dropout": 0.5}), ({"R": None}, {}), ({}, {"exact_fraction": 0.4}), ({"P": None, "bias": False}, {})],
+)
+def test_compiled_is_eager(options: dict[str, Any], keywords: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    c = case(M=8, **options)
+    made = c.factors()
+
+    def layer(x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+        given = dict(zip((n for n in NAMES[2:] if getattr(c, n) is not None), rest, strict=True))
+        return loge.linear(x.relu(), weight, made, scaling=0.7, **given, **keywords).sigmoid()
+
+    results = []
+    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        leaves = [t.clone().requires_grad_() for n in NAMES if (t := getattr(c, n)) is not None]
+        torch.manual_seed(9)
+        y = function(*leaves)
+        y.backward(c.dy)
+        results.append([y.detach(), *(t.grad for t in leaves)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)

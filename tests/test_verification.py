@@ -1,0 +1,54 @@
+"""What "auto" may choose: only what has passed on this device, with these versions."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from loge_kernels import verification
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LOGE_CACHE", str(tmp_path))
+    verification.is_verified.cache_clear()
+    return tmp_path / "verified.json"
+
+
+def test_recorded_and_read_back(cache: Path) -> None:
+    assert not verification.is_verified("triton", CPU)
+    verification.record("triton", CPU)
+    assert verification.is_verified("triton", CPU)
+    assert not verification.is_verified("cuda", CPU)
+    verification.record("cuda", CPU)
+    assert len(json.loads(cache.read_text())["verified"]) == 2
+
+
+def test_another_version_is_not_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    verification.record("triton", CPU)
+    verification.is_verified.cache_clear()
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    assert not verification.is_verified("triton", CPU)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"verified": 3}', "{"])
+def test_a_damaged_file_verifies_nothing(text: str, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache.write_text(text)
+    with caplog.at_level(logging.WARNING, "loge_kernels"):
+        assert not verification.is_verified("triton", CPU)
+    assert "damaged" in caplog.text
+    verification.record("triton", CPU)
+    assert verification.is_verified("triton", CPU)
+
+
+def test_without_a_cache_it_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("LOGE_CACHE", "off")
+    with caplog.at_level(logging.WARNING, "loge_kernels"):
+        verification.record("triton", CPU)
+    assert "LOGE_CACHE=off" in caplog.text
+    assert not verification.is_verified("triton", CPU)
