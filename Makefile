@@ -8,6 +8,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Where make gpu writes JSON, CSV, PNG and the log.
+RESULTS ?= gpu-results
 # Extra arguments of the command behind demo, test, test-all, check and bench.
 ARGS ?=
 
@@ -17,7 +19,7 @@ TRITON := triton==3.9.0; sys_platform == "linux" and platform_machine == "x86_64
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all lint ruff mypy clang-format format check bench clean host
+.PHONY: help setup demo test test-all lint ruff mypy clang-format format check bench gpu clean host
 
 ifeq ($(strip $(VENV)),)
 RUN := $(PYTHON)
@@ -85,6 +87,9 @@ format: $(BASE) $(LINT) ## rewrite the sources as ruff and clang-format want the
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 	$(if $(CUDA_SOURCES),$(CLANG_FORMAT) -i $(CUDA_SOURCES))
+
+gpu: $(BASE) ## everything that needs a GPU, offline: make gpu PYTHON=... VENV= RESULTS=dir [QUICK=1]
+	$(RUN) -m loge_kernels.bench.gpu --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
 
 clean: ## remove caches and build output, not the virtual environment
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -15,5 +15,5 @@ for name, folder in MAPPED.items():
 setup(
     packages=packages,
     package_dir=MAPPED,
-    package_data={"loge_kernels": ["py.typed"], "loge_kernels.triton_kernels": ["configs/*.json"]},
+    package_data={"loge_kernels": ["py.typed"], "loge_kernels.triton_kernels": ["configs/*.json", "resources.json"]},
 )

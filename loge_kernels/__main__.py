@@ -88,23 +88,66 @@ def check(
         list[str] | None, typer.Option(help="float32, float16, bfloat16; repeat or separate by commas.")
     ] = None,
     sample: Annotated[int | None, typer.Option(help="Take this many cases of the grid instead of all.")] = None,
+    part: Annotated[str, typer.Option(help="Take the i-th of n equal parts of the grid: i/n.")] = "1/1",
+    compile_for: Annotated[
+        str | None,
+        typer.Option(
+            "--compile",
+            help="Instead: compile every shipped Triton configuration for these architectures (sm_80,sm_90), without a "
+            "GPU, and check spills, shared memory and tensor-core instructions.",
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Hold every backend against float64 dense autograd, over awkward shapes and every combination of features."""
     from . import check as harness
 
     def work() -> bool:
+        if compile_for is not None:
+            return _check_compiled(_split([compile_for]), json_file)
         dtypes = tuple(_split(dtype)) or None
+        index, _, count = part.partition("/")
+        if not (index.isdigit() and count.isdigit()):
+            raise ValueError(f"--part {part!r} is not of the form i/n")
         with Progress(transient=True, console=Console(stderr=True)) as progress:
             task = progress.add_task("checking", total=None)
             report = harness.run(
-                backend, device, dtypes, lambda what: progress.update(task, description=what, advance=1), sample
+                backend,
+                device,
+                dtypes,
+                lambda what: progress.update(task, description=what, advance=1),
+                sample,
+                (int(index), int(count)),
             )
         report.print(Console())
         _write_json(json_file, report.to_dict())
         return report.passed
 
     _exit(work)
+
+
+def _check_compiled(archs: Sequence[str], json_file: Path | None) -> bool:
+    from dataclasses import asdict
+
+    from .triton_kernels import compile_check
+
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
+        task = progress.add_task("compiling", total=None)
+        rows = compile_check.run(archs, progress=lambda done, total: progress.update(task, completed=done, total=total))
+    changed = compile_check.differences(rows, _version("triton"))
+    table = Table(title=f"Triton {_version('triton')}, compiled without a GPU", title_justify="left")
+    for heading in ("arch", "kernel", "registers", "spills", "shared bytes", "HMMA", "HGMMA", "verdict"):
+        table.add_column(heading, justify="left" if heading in ("arch", "kernel", "verdict") else "right")
+    for row in rows:
+        verdict = f"[red]{'; '.join(row.problems)}[/red]" if row.problems else "[green]ok[/green]"
+        numbers = (row.registers, row.spills, row.shared, row.hmma, row.hgmma)
+        table.add_row(row.arch, row.name, *map(str, numbers), verdict)
+    console = Console()
+    console.print(table)
+    for line in changed:
+        console.print(f"differs from the committed table: {line}")
+    _write_json(json_file, {"rows": [asdict(row) for row in rows], "differences": changed})
+    return not changed and not any(row.problems for row in rows)
 
 
 @bench_app.command("linear")

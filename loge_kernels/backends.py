@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from . import reference, triton_backend
 from .problem import BackwardProblem, Gradients
 from .verification import is_verified
@@ -114,6 +116,39 @@ def requested(backend: str | None) -> str:
         return _override
     from_environment = os.environ.get("LOGE_BACKEND")
     return "auto" if not from_environment else check_name(from_environment, "LOGE_BACKEND")
+
+
+def run_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    name: str,
+) -> tuple[Tensor, Tensor | None]:
+    """y [M, N] and xa [M, P] (None without an adapter): PyTorch's products, or Triton's fused forward.
+
+    The fused one is taken by "auto" where it is verified on this GPU and predicted to win, and by "triton" wherever it
+    can run.
+    """
+    if lora_A is not None and lora_B is not None and _fused_forward(x, weight, lora_A, dropout, name):
+        return triton_backend.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seed)
+    return reference.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seed)
+
+
+def _fused_forward(x: Tensor, weight: Tensor, lora_A: Tensor, dropout: float, name: str) -> bool:
+    if name == "triton":
+        return triton_backend.forward_why_not(x, lora_A) is None
+    return (
+        name == "auto"
+        and x.is_cuda
+        and is_verified("triton", x.device)
+        and triton_backend.forward_why_not(x, lora_A) is None
+        and triton_backend.forward_wins(x, weight, lora_A, dropout)
+    )
 
 
 def obstacle(problem: BackwardProblem, name: str) -> str | None:

@@ -141,10 +141,11 @@ def run(
     dtypes: tuple[str, ...] | None = None,
     progress: Callable[[str], None] | None = None,
     sample: int | None = None,
+    part: tuple[int, int] = (1, 1),
 ) -> CheckReport:
     """Check one backend, or every available one, on `device` in the given dtypes (names of `DTYPES`; all by default).
 
-    `sample` takes that many cases, spread evenly over the grid. On a GPU a backend that passes the whole grid in every
+    `sample` takes that many cases, spread evenly over the grid; `part=(i, n)` takes the i-th of n equal parts. On a GPU a backend that passes the whole grid in every
     dtype is recorded as verified there. Raises ValueError for an unknown backend, device or dtype.
     """
     names = [row.name for row in backends() if row.available]
@@ -160,6 +161,9 @@ def run(
         if sample < 1:
             raise ValueError(f"sample={sample} must be at least 1")
         cases = cases[:: max(1, len(cases) // sample)]
+    if not 1 <= part[0] <= part[1]:
+        raise ValueError(f"part={part[0]}/{part[1]} is not one of 1/n to n/n")
+    cases = cases[part[0] - 1 :: part[1]]
     report = CheckReport()
     for name, dtype in itertools.product(names, chosen):
         rows = {result: Row(name, dtype, result) for result in ("y", *GRADIENTS)}
@@ -177,7 +181,7 @@ def run(
             if progress is not None:
                 progress(f"{name} {dtype}")
         report.rows.extend(row for row in rows.values() if row.cases or row.declined)
-    if target.type == "cuda" and sample is None and set(chosen) == set(DTYPES):
+    if target.type == "cuda" and sample is None and part == (1, 1) and set(chosen) == set(DTYPES):
         for name in names:
             if all(row.failed == 0 for row in report.rows if row.backend == name):
                 record(name, target)

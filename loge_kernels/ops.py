@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .backends import requested, run_backward
+from .backends import requested, run_backward, run_forward
 from .dropout import draw_seed
 from .factors import Factors
 from .problem import BackwardProblem
@@ -199,7 +198,7 @@ def _forward(
     exact_fraction: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    y, xa = reference.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seed)
+    y, xa = run_forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seed, backend)
     return y, x.new_empty(0) if xa is None else xa
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from . import triton_kernels as kernels
 from .problem import BackwardProblem, Gradients
 from .products import matmul
@@ -59,3 +61,35 @@ def slower_than_torch(p: BackwardProblem) -> str | None:
     flags = kernels.Flags(p.need_dx, p.need_dA, p.need_dB, p.need_dbias, p.dropout > 0.0, p.deterministic)
     choice = kernels.explain(M, N, K, R, P, p.dy.dtype, p.dy.device, flags).choice
     return "PyTorch's products are predicted to be faster" if choice == "torch" else None
+
+
+def forward_why_not(x: Tensor, lora_A: Tensor | None) -> str | None:
+    """Why the fused forward cannot run these operands, or None."""
+    if lora_A is None:
+        return "without an adapter the forward is one dense product"
+    if x.numel() == 0:
+        return "nothing to compute"
+    return kernels.why_not(
+        dtype=x.dtype, device=x.device, R=0, P=lora_A.shape[0], need_dx=False, lora_dtype=lora_A.dtype
+    )
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y [M, N] and xa [M, P] in one launch that reads x once."""
+    y, xa = kernels.forward(x, weight, bias, lora_A, lora_B, scaling, dropout=dropout, seed=seed)
+    return y, xa
+
+
+def forward_wins(x: Tensor, weight: Tensor, lora_A: Tensor, dropout: float) -> bool:
+    """Whether the cost model predicts the fused forward to beat cuBLAS's three products."""
+    N, K = weight.shape
+    return kernels.forward_wins(x.shape[0], N, K, lora_A.shape[0], x.dtype, x.device, dropout > 0.0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from loge_kernels import backends as registry
 from loge_kernels import check, reference
 from loge_kernels.problem import BackwardProblem, Gradients

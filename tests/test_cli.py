@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from loge_kernels.__main__ import app
 from typer.testing import CliRunner
+
+from loge_kernels.__main__ import app
 
 runner = CliRunner()
 

@@ -72,7 +72,7 @@ def test_unknown_architectures_raise() -> None:
 
 def test_sizes_do_not_specialise() -> None:
     """Every runtime number has a type of its own and no specialisation: a new M, N, K or stride compiles nothing."""
-    from loge_kernels.triton_kernels.forward import fused_forward
+    from loge_kernels.triton_kernels.fused_forward import fused_forward
     from loge_kernels.triton_kernels.one_launch import one_launch_backward
     from loge_kernels.triton_kernels.two_launch import expand_slab, expand_tiles, project
 

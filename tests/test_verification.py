@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from loge_kernels import verification
 
 CPU = torch.device("cpu")

@@ -173,7 +173,7 @@ def compile_job(job: Job) -> Row:
 
 def _source(job: Job, device: DeviceSpec) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, the element type behind each pointer, and the constexpr arguments of a job."""
-    from .forward import fused_forward
+    from .fused_forward import fused_forward
     from .one_launch import one_launch_backward
     from .two_launch import expand_slab, expand_tiles, project
 

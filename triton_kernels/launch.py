@@ -18,7 +18,7 @@ from . import dispatch
 from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig
 from .constants import expand_constants, forward_constants, keeps_t, one_launch_constants, project_constants
 from .devices import device_spec
-from .forward import fused_forward
+from .fused_forward import fused_forward
 from .model import Flags, cdiv, k_chunk_of, n_chunk_of
 from .one_launch import one_launch_backward
 from .two_launch import expand_slab, expand_tiles, project
