@@ -145,8 +145,9 @@ def run(
 ) -> CheckReport:
     """Check one backend, or every available one, on `device` in the given dtypes (names of `DTYPES`; all by default).
 
-    `sample` takes that many cases, spread evenly over the grid; `part=(i, n)` takes the i-th of n equal parts. On a GPU a backend that passes the whole grid in every
-    dtype is recorded as verified there. Raises ValueError for an unknown backend, device or dtype.
+    `sample` takes that many cases, spread evenly over the grid; `part=(i, n)` takes the i-th of n equal parts. On a GPU
+    a backend that passes the whole grid in every dtype is recorded as verified there. Raises ValueError for an unknown
+    backend, device or dtype.
     """
     names = [row.name for row in backends() if row.available]
     if backend is not None and check_name(backend, "backend") != "auto":
