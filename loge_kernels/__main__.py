@@ -167,6 +167,13 @@ def bench_linear(
         float, typer.Option(help="Leave out a baseline predicted to take longer than this many seconds a call.")
     ] = 180.0,
     json_file: JsonOption = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Instead: measure the Triton configurations for these problems and keep the best in the user's cache.",
+        ),
+    ] = False,
     csv: Annotated[Path | None, typer.Option(help="Also write the rows to this file, as CSV.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw speed-up against R into this file.")] = None,
 ) -> None:
@@ -184,6 +191,14 @@ def bench_linear(
             "lora_ranks": tuple(_numbers("lora-rank", lora_rank)),
             "dtypes": tuple(_split(dtype)),
         }
+        given = {name: value for name, value in given.items() if value}
+        if tune:
+            from .bench import tune as tuner
+
+            wanted = tuner.TuneOptions(
+                shapes=tuple(shapes or ()), device=device, budget=budget, json=json_file, **given
+            )
+            return bool(tuner.run(wanted)["passed"])
         options = micro.MicroOptions(
             shapes=tuple(shapes or ()),
             device=device,
@@ -193,7 +208,7 @@ def bench_linear(
             json=json_file,
             csv=csv,
             png=png,
-            **{name: value for name, value in given.items() if value},
+            **given,
         )
         return bool(micro.run(options)["passed"])
 

@@ -98,12 +98,25 @@ class Factors(nn.Module):
         self._warned = True
         return True
 
-    def refresh(self, weight: Tensor) -> None:
-        """Recompute the factors from `weight` [N, K] with the same method and rank, in place."""
-        fresh = factorize(weight, self.rank, self.method)
+    def refresh(self, weight: Tensor, covariance: Tensor | None = None) -> None:
+        """Recompute the factors from `weight` [N, K] with the same method and rank, in place.
+
+        `covariance` as in `factorize`, for "gradient". Raises ValueError for factors that were given by hand.
+        """
+        if self.method not in METHODS:
+            raise ValueError("these factors were given by hand: make new ones from the weight as it is now")
+        self.become(factorize(weight, self.rank, self.method, covariance), weight)
+
+    def become(self, fresh: Factors, weight: Tensor) -> None:
+        """Take over the values of `fresh`, factors of `weight`."""
         self.left.data, self.right.data = fresh.left.data, fresh.right.data
         self.energy = fresh.energy
         self.bind(weight)
+
+    @property
+    def follows_from_weight(self) -> bool:
+        """Whether the weight alone is enough to recompute these factors."""
+        return self.method in ("svd", "random")
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled; a copy is bound to its own weight again by the module that holds it.

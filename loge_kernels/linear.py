@@ -126,7 +126,8 @@ class LoGELinear(nn.Linear):
     def refresh(self) -> None:
         """Recompute the factors, if any, from the weight as it is now."""
         if self.factors is not None:
-            self.factors.refresh(self.weight)
+            fresh = cached_factors(self.weight, self.factors.rank, self.factors.method)
+            self.factors.become(fresh, self.weight)
 
     def current_factors(self) -> Factors | None:
         """The factors, made anew first when a frozen weight has changed under them."""
@@ -136,8 +137,8 @@ class LoGELinear(nn.Linear):
         if not factors.stale(self.weight):
             if not factors.bound:
                 factors.bind(self.weight)  # this layer is a copy, its factors were copied with its weight
-        elif not self.weight.requires_grad or factors.replaced(self.weight):
-            factors.refresh(self.weight)
+        elif factors.follows_from_weight and (not self.weight.requires_grad or factors.replaced(self.weight)):
+            self.refresh()
         return factors
 
     def forward(self, input: Tensor) -> Tensor:

@@ -143,7 +143,11 @@ def _sites(model: nn.Module, targets: Targets) -> Iterator[_Site]:
         if not wanted(path):
             continue
         adapter = wrapper if lora_linear is not None and type(wrapper) is lora_linear else None
-        yield _Site(path, module, adapter, _obstacle(module, head, explicit))
+        obstacle = _obstacle(module, head, explicit)
+        if obstacle is None and wrapper is not None and adapter is None:
+            kind = f"{type(wrapper).__module__}.{type(wrapper).__name__}"
+            obstacle = f"its adapter is a {kind}: factors could not follow the weight when that merges"
+        yield _Site(path, module, adapter, obstacle)
 
 
 def _obstacle(module: nn.Linear, head: nn.Module | None, explicit: bool) -> str | None:
@@ -151,6 +155,8 @@ def _obstacle(module: nn.Linear, head: nn.Module | None, explicit: bool) -> str 
         return "is a LoGELinear of its own"
     if type(module) is not nn.Linear:
         return f"is a {type(module).__module__}.{type(module).__name__}, not a plain torch.nn.Linear"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance (an offloading hook?)"
     if module.weight.is_meta:
         return "its weight is on the meta device: load the model first"
     if not module.weight.dtype.is_floating_point:
@@ -202,7 +208,7 @@ def _matcher(targets: Targets) -> Any:
         except re.error as error:
             raise ValueError(f"targets={targets!r} is not a regular expression: {error}") from None
         return lambda path: pattern.fullmatch(path) is not None
-    names = list(targets)
+    names = list(targets) if isinstance(targets, Iterable) else [targets]
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"targets={names!r}; give module names, or one string, a regular expression")
     return lambda path: any(path == name or path.endswith(f".{name}") for name in names)

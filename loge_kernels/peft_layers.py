@@ -18,7 +18,7 @@ from .ops import linear
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(
+    return "forward" in vars(module) or bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
@@ -50,8 +50,8 @@ class LoGELoraLinear(LoraLinear):
             return f"LoRA variant {type(self.lora_variant[name]).__name__}"
         if type(A) is not nn.Linear or type(B) is not nn.Linear or B.bias is not None:
             return "adapter has a bias or is not a plain linear layer"
-        if type(dropout) not in (nn.Dropout, nn.Identity):
-            return f"adapter dropout is a {type(dropout).__name__}"
+        if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
+            return f"adapter dropout is {dropout}"
         if A.weight.dtype not in (self.base_layer.weight.dtype, torch.float32) or A.weight.dtype != B.weight.dtype:
             return f"adapter is {A.weight.dtype} over a {self.base_layer.weight.dtype} base"
         if type(self.base_layer) is not LoGELinear or any(map(_hooked, (self.base_layer, A, B, dropout))):
@@ -79,15 +79,27 @@ class LoGELoraLinear(LoraLinear):
             base.backend,
         )
 
-    # PEFT writes the merged weight through `.data`, which torch does not count as a change.
+    # PEFT writes the weight through `.data`, which torch does not count as a change: in merges, also in one that fails
+    # at its second adapter, and where an adapter starts from a decomposition of the weight (PiSSA, OLoRA, ...).
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        super().merge(*args, **kwargs)
-        self._invalidate()
+        try:
+            super().merge(*args, **kwargs)
+        finally:
+            self._invalidate()
 
     def unmerge(self) -> None:
-        super().unmerge()
-        self._invalidate()
+        try:
+            super().unmerge()
+        finally:
+            self._invalidate()
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(*args, **kwargs)
+        config = kwargs.get("config", args[3] if len(args) > 3 else None)
+        start = kwargs.get("init_lora_weights", getattr(config, "init_lora_weights", True))
+        if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva"):
+            self._invalidate()
 
     def _invalidate(self) -> None:
         base: Any = self.base_layer

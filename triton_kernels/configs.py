@@ -167,9 +167,11 @@ def architecture(capability: tuple[int, int]) -> str:
 def best_entry(
     tables: tuple[tuple[Entry, ...], ...], kernel: str, bits: int, rank: int, adapter: int, aligned: bool
 ) -> Entry | None:
-    """The tightest entry of the first table that has one; ranks are padded ones."""
-    for table in tables:
-        fitting = [entry for entry in table if entry.serves(kernel, bits, rank, adapter, aligned)]
-        if fitting:
-            return min(fitting, key=lambda entry: (entry.rank, entry.adapter))
-    return None
+    """The tightest entry of all tables, the earlier table's where two are equally tight; ranks are padded ones."""
+    fitting = [
+        (entry.rank, entry.adapter, order, entry)
+        for order, table in enumerate(tables)
+        for entry in table
+        if entry.serves(kernel, bits, rank, adapter, aligned)
+    ]
+    return min(fitting, key=lambda found: found[:3])[3] if fitting else None
