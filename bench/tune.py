@@ -348,7 +348,7 @@ def _forget_choices() -> None:
     """Have the dispatcher read the tables again: this process holds choices made before the new one was written."""
     from loge_kernels.triton_kernels import launch
 
-    for cached in (dispatch._tables, dispatch._form_configs, dispatch.forward_wins, dispatch.explain):
+    for cached in (dispatch._tables, dispatch.form_configs, dispatch.forward_wins, dispatch.explain):
         cached.cache_clear()
     launch._plans.clear()
     launch._forward_constants.clear()

@@ -36,7 +36,7 @@ ENTRY = Entry("one_launch", 16, 64, 16, True, OneLaunchConfig(64, 64, 64, 4, 3))
 def fresh_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(tuning, "_warned", set())
-    for cached in (dispatch._tables, dispatch._form_configs, dispatch.explain, dispatch.forward_wins):
+    for cached in (dispatch._tables, dispatch.form_configs, dispatch.explain, dispatch.forward_wins):
         cached.cache_clear()
 
 

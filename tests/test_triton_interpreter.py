@@ -440,3 +440,42 @@ class TestTraffic:
         assert recorder.of(p.dy) == Traffic(loaded=p.dy.numel() * 4)
         assert recorder.of(p.x) == Traffic(loaded=p.x.numel() * 4)
         assert recorder.of(gradients["dx"]) == Traffic(stored=p.x.numel() * 4)
+
+
+class Spy:
+    """A kernel that notes its launches."""
+
+    def __init__(self, kernel: Any, name: str, launched: list[str]) -> None:
+        self.kernel, self.name, self.launched = kernel, name, launched
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launched.append(self.name)
+        return self.kernel[grid]
+
+
+class TestFirstCall:
+    __test__ = INTERPRETED
+
+    def test_compiles_both_forms_of_a_kind_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Sizes choose between two forms; the one that the first call does not need is compiled by it all the same."""
+        from loge_kernels.triton_kernels import launch
+
+        launched: list[str] = []
+        for name in ("one_launch_backward", "project"):
+            monkeypatch.setattr(launch, name, Spy(getattr(launch, name), name, launched))
+        monkeypatch.setattr(launch, "_plans", {})
+        monkeypatch.setattr(launch, "_kinds", set())
+        monkeypatch.setattr(launch, "compiles_both_forms", True)
+        p = problem(40, 56, 48, 16, 8)
+        computed = run(p, None)
+        assert sorted(launched) == ["one_launch_backward", "project"]
+        plain, exact = reference.backward(p), reference.backward(in_double(p))
+        for name, value in computed.items():
+            assert_close(name, value, getattr(plain, name), getattr(exact, name))
+        for M, N, K in ((40, 56, 48), (24, 56, 48), (40, 64, 96)):
+            launched.clear()
+            run(problem(M, N, K, 16, 8), None)
+            assert len(launched) == 1
+        launched.clear()
+        run(problem(40, 56, 48, 32, 8), None)  # another R is another kind
+        assert len(launched) == 2

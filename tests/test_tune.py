@@ -113,7 +113,7 @@ class TestTuning:
         def chosen() -> Config | None:
             with monkeypatch.context() as context:
                 context.delenv("TRITON_INTERPRET")  # where the interpreter's own table serves everything
-                return dispatch._form_configs(torch.float32, 16, 4, True, SPEC)[0]
+                return dispatch.form_configs(torch.float32, 16, 4, True, SPEC)[0]
 
         shipped = chosen()
         assert shipped not in (ONE, OTHER)

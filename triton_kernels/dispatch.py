@@ -71,7 +71,7 @@ def config_for(kernel: str, dtype: torch.dtype, R: int, P: int, aligned: bool, d
 
 
 @functools.cache
-def _form_configs(
+def form_configs(
     dtype: torch.dtype, R: int, P: int, aligned: bool, device: DeviceSpec
 ) -> tuple[OneLaunchConfig | None, TwoLaunchConfig | None]:
     one = config_for("one_launch", dtype, R, P, aligned, device) if R <= availability.MAX_ONE_LAUNCH_RANK else None
@@ -86,7 +86,7 @@ def choose_config(
 ) -> OneLaunchConfig | TwoLaunchConfig:
     """The configuration, and by its type the form, with the least predicted time. Each form has one configuration a
     (R, P, dtype, aligned), so that sizes choose between two compiled kernels and never ask for a third."""
-    one, two = _form_configs(dtype, R, P, aligned, device)
+    one, two = form_configs(dtype, R, P, aligned, device)
     if one is None or two is None:
         chosen = one or two
         if chosen is None:
@@ -113,7 +113,7 @@ def why_not(
     if reason is None:
         spec = device_spec(device)
         rank = R if need_dx else 0
-        if any(_form_configs(dtype, rank, P, aligned, spec) == (None, None) for aligned in (True, False)):
+        if any(form_configs(dtype, rank, P, aligned, spec) == (None, None) for aligned in (True, False)):
             reason = f"no tile for R={R}, P={P} fits the {spec.shared_bytes} bytes of shared memory of {spec.name}"
     return reason
 
@@ -157,7 +157,7 @@ def explain(
         reason = f"R={R}, P={P} exceed {availability.MAX_RANK}, {availability.MAX_ADAPTER}"
         passed_over["one_launch"] = passed_over["two_launch"] = reason
     else:
-        one, two = _form_configs(dtype, R, P, N % 8 == 0 and K % 8 == 0, spec)
+        one, two = form_configs(dtype, R, P, N % 8 == 0 and K % 8 == 0, spec)
         if one is not None:
             candidates.append(estimate_one_launch(M, N, K, R, P, one, flags, spec, dtype.itemsize))
         else:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import availability, dispatch
 from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig
 from .constants import expand_constants, forward_constants, keeps_t, one_launch_constants, project_constants
 from .devices import device_spec
@@ -43,6 +43,8 @@ class Plan:
 _MOST_PLANS = 8192
 _NOTHING = contextlib.nullcontext()
 _plans: dict[tuple[Any, ...], Plan] = {}
+_kinds: set[tuple[Any, ...]] = set()
+compiles_both_forms = not availability.interpreted()
 _forward_constants: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
@@ -113,6 +115,27 @@ def backward(
     plan = _plans.get(key)
     if plan is None:
         plan = _make_plan(*key)
+        other = _form_to_compile(plan.config, R, P, dtype, device, needs, aligned_n and aligned_k) if M else None
+        if config is None and other is not None:
+            row = slice(0, 1)
+            backward(
+                dy[row],
+                None if x is None else x[row],
+                None if xa is None else xa[row],
+                left,
+                right,
+                lora_A,
+                lora_B,
+                scaling,
+                dropout=dropout,
+                seed=seed,
+                need_dx=need_dx,
+                need_dA=need_dA,
+                need_dB=need_dB,
+                need_dbias=need_dbias,
+                deterministic=deterministic,
+                config=other,
+            )
     rows = plan.rows
 
     lead = (rows,) if deterministic else ()
@@ -199,6 +222,25 @@ def _make_plan(
         _plans.clear()
     _plans[(M, N, K, R, P, dtype, device, needs, aligned_n, aligned_k, forced)] = plan
     return plan
+
+
+def _form_to_compile(
+    chosen: OneLaunchConfig | TwoLaunchConfig,
+    R: int,
+    P: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    needs: tuple[bool, bool, bool, bool, bool, bool],
+    aligned: bool,
+) -> OneLaunchConfig | TwoLaunchConfig | None:
+    """The form that other sizes of this kind may need, at the kind's first call: compiling it now, on one row, keeps
+    every later call free of compilation. Nothing to compile in the interpreter."""
+    kind = (R, P, dtype, device, needs, aligned)
+    if not compiles_both_forms or kind in _kinds:
+        return None
+    _kinds.add(kind)
+    forms = dispatch.form_configs(dtype, R, P, aligned, device_spec(device))
+    return next((form for form in forms if form is not None and form != chosen), None)
 
 
 def forward(
