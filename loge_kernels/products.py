@@ -12,9 +12,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Float32 elements held at a time: 16 MiB of the operand that stays (each repeat of the other costs a conversion), 4 MiB
+# Float32 elements held at a time: 8 MiB of the operand that stays (each repeat of the other costs a conversion), 4 MiB
 # of the one that streams past it and as much of the result.
-_RESIDENT = 1 << 22
+_RESIDENT = 1 << 21
 _STREAMED = 1 << 20
 
 
@@ -61,4 +61,6 @@ def _blocked(a: Tensor, b: Tensor, out: Tensor, add: bool) -> Tensor:
             block = a[row : row + row_step].float() @ resident
             target = out[row : row + row_step, column : column + column_step]
             (target.add_ if add else target.copy_)(block)
+            del block
+        del resident  # or it would still be there while its successor is made
     return out
