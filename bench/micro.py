@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from .gate import Gate
 from .memory import with_peak_memory
 from .operands import Operands, make_operands
 from .roofline import Ceilings, measure_ceilings, plain_rates, speedup_ceiling
-from .shapes import Shape, parse_shapes
+from .rows import Case, Row
+from .shapes import parse_shapes
 from .timing import Timing, TimingOptions, clock_for, interleave
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -70,52 +71,6 @@ class MicroOptions:
     json: Path | None = None
     csv: Path | None = None
     png: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One shape, M, P and dtype, with the ranks to measure on it."""
-
-    shape: Shape
-    M: int
-    P: int
-    dtype: str
-    ranks: tuple[int, ...]
-
-    @property
-    def title(self) -> str:
-        return f"{self.shape.name}: M={self.M} N={self.shape.N} K={self.shape.K} P={self.P} {self.dtype}"
-
-
-@dataclass(slots=True)
-class Row:
-    """The measurement of one candidate of one case; `status` is "ok", "wrong result" or "not run"."""
-
-    case: Case
-    candidate: str
-    kind: str
-    rank: int | None
-    status: str
-    note: str
-    runs: int = 0
-    seconds: float | None = None  # median
-    p10: float | None = None
-    p90: float | None = None
-    tflops: float | None = None
-    gbytes_per_second: float | None = None
-    roofline: float | None = None  # share of the roofline of this formula
-    ceiling: float | None = None  # what the flops allow over the dense products
-    speedup: dict[str, float] = field(default_factory=dict)  # over each baseline, by its kind
-    verdicts: dict[str, Verdict] = field(default_factory=dict)
-    peak_bytes: int | None = None
-    factor_bytes: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able, the case's fields first."""
-        case, row = self.case, asdict(self)
-        del row["case"]
-        shape = {"shape": case.shape.name, "M": case.M, "N": case.shape.N, "K": case.shape.K, "P": case.P}
-        return {**shape, "dtype": case.dtype, **row}
 
 
 def run(options: MicroOptions, console: Console | None = None) -> dict[str, Any]:

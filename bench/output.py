@@ -7,15 +7,14 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from .micro import Row
+from .rows import Row
 
 _BASELINES = ("dense", "peft", "exact", "unfused")
 _WIDEST = 200  # columns
