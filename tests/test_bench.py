@@ -87,6 +87,14 @@ class FakeClock:
         return list(tickets)
 
 
+def test_medians_quantiles_and_ratios() -> None:
+    slow, fast = timing.Timing([4.0, 90.0, 6.0, 5.0, 1.0]), timing.Timing([2.0, 45.0, 3.0, 2.5, 0.5])
+    assert slow.median == 5.0
+    assert (slow.quantile(0.0), slow.quantile(0.5), slow.quantile(1.0)) == (1.0, 5.0, 90.0)
+    assert slow.quantile(0.125) == 2.5
+    assert fast.faster_than(slow) == pytest.approx(2.0)
+
+
 def test_calls_are_interleaved_and_the_first_round_is_not_measured() -> None:
     order: list[str] = []
     inspected: list[str] = []

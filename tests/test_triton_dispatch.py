@@ -322,3 +322,14 @@ class TestReasons:
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_tightest_entry_of_all_tables_serves_and_the_users_wins_a_tie() -> None:
+    def entry(rank: int, block_n: int) -> Entry:
+        return Entry("one_launch", 16, rank, 16, True, OneLaunchConfig(64, block_n, 64, 4, 3))
+
+    user, shipped_table = (entry(256, 32),), (entry(64, 64), entry(256, 128))
+    tables = (user, shipped_table)
+    assert best_entry(tables, "one_launch", 16, 64, 16, True) == entry(64, 64)
+    assert best_entry(tables, "one_launch", 16, 256, 16, True) == entry(256, 32)
+    assert best_entry(tables, "one_launch", 16, 512, 16, True) is None

@@ -1,0 +1,88 @@
+"""The adapter between the op and the Triton kernels, and what "auto" makes of it, in the interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import loge_kernels as loge
+from loge_kernels import triton_backend
+from loge_kernels.problem import BackwardProblem
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+def interpreted(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+
+
+@needs_triton
+def test_the_harness_through_the_op(tmp_path: Path) -> None:
+    file = tmp_path / "check.json"
+    command = ["-m", "loge_kernels", "check", "--backend", "triton", "--dtype", "float32", "--part", "2/7"]
+    done = interpreted([*command, "--json", str(file)])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    report = json.loads(file.read_text())
+    assert {row["result"] for row in report["rows"] if row["cases"]} == {"y", "x", "weight", "bias", "lora_A", "lora_B"}
+    reasons = " ".join(report["declined"])
+    assert "exact_fraction" in reasons
+    assert "dense product" in reasons
+
+
+@needs_triton
+def test_auto_leaves_the_cpu_to_torch_and_says_why() -> None:
+    code = (
+        "import logging, torch, loge_kernels as loge; logging.basicConfig(level=logging.INFO);"
+        "x = torch.randn(3, 16, requires_grad=True); w = torch.randn(20, 16);"
+        "loge.linear(x, w, loge.factorize(w, 16)).sum().backward()"
+    )
+    done = interpreted(["-c", code])
+    assert "backend 'auto' uses 'reference' (triton: on the CPU it runs in an interpreter" in done.stderr
+
+
+def problem(exact_fraction: float = 0.0, left: bool = True) -> BackwardProblem:
+    factors = loge.factorize(torch.randn(20, 18), 16) if left else None
+    return BackwardProblem(
+        dy=torch.randn(4, 20),
+        x=torch.randn(4, 18),
+        xa=None,
+        weight=torch.randn(20, 18),
+        left=None if factors is None else factors.left,
+        right=None if factors is None else factors.right,
+        lora_A=None,
+        lora_B=None,
+        scaling=1.0,
+        dropout=0.0,
+        seed=None,
+        exact_fraction=exact_fraction,
+        need_dx=True,
+        need_dweight=False,
+        need_dbias=False,
+        need_dA=False,
+        need_dB=False,
+        deterministic=False,
+    )
+
+
+def test_reasons() -> None:
+    assert "exact_fraction" in (triton_backend.why_not(problem(exact_fraction=0.5)) or "")
+    if find_spec("triton") is None:
+        assert triton_backend.unavailable() == "Triton is not installed"
+    elif not torch.cuda.is_available():
+        assert "no CUDA GPU" in (triton_backend.unavailable() or "")
+        with pytest.raises(ValueError, match="backend='triton' cannot run here: no CUDA GPU"):
+            loge.linear(torch.randn(2, 4), torch.randn(5, 4), None, backend="triton")
+
+
+def test_explain_prints_the_candidates() -> None:
+    text = str(loge.explain(8192, 4096, 4096, 256, 16, torch.bfloat16, "NVIDIA H200"))
+    for word in ("one_launch", "two_launch", "torch", "HBM MB", "NVIDIA H200"):
+        assert word in text
