@@ -142,7 +142,7 @@ def _check_compiled(archs: Sequence[str], json_file: Path | None) -> bool:
         verdict = f"[red]{'; '.join(row.problems)}[/red]" if row.problems else "[green]ok[/green]"
         numbers = (row.registers, row.spills, row.shared, row.hmma, row.hgmma)
         table.add_row(row.arch, row.name, *map(str, numbers), verdict)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(table)
     for line in changed:
         console.print(f"differs from the committed table: {line}")
