@@ -38,6 +38,13 @@ def cache_dir() -> Path | None:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loge_kernels"
 
 
+def make_private(directory: Path) -> None:
+    """Create a directory and what is missing above it, each for its owner alone (mkdir's mode covers the last only)."""
+    for level in reversed((directory, *directory.parents)):
+        if not level.exists():
+            level.mkdir(mode=0o700, exist_ok=True)
+
+
 def cached_factors(weight: Tensor, rank: int | float, method: str = "svd") -> Factors:
     """`factorize(weight, rank, method)`, from the cache where this content was factorised before.
 
@@ -84,7 +91,7 @@ def _store(path: Path, factors: Factors) -> None:
     written costs time, not results, so the reason is logged and the work goes on."""
     temporary = None
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(path.parent)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         os.close(handle)
         header = json.dumps({"format": _FORMAT, "energy": factors.energy})

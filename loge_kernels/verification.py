@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .cache import cache_dir
+from .cache import cache_dir, make_private
 
 logger = logging.getLogger("loge_kernels")
 
@@ -36,7 +36,7 @@ def record(backend: str, device: torch.device) -> None:
         logger.warning("LOGE_CACHE=off: the passed check is not recorded, and 'auto' will not choose %r", backend)
         return
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(directory)
         names = sorted({*_read(), environment(backend, device)})
         handle, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
         with os.fdopen(handle, "w") as file:

@@ -138,6 +138,7 @@ def test_readable_by_the_owner_alone(folder: Path) -> None:
         os.umask(previous)
     (path,) = folder.iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 

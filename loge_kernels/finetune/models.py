@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..cache import cache_dir
+from ..cache import cache_dir, make_private
 from .options import FinetuneError, FinetuneOptions
 
 logger = logging.getLogger("loge_kernels")
@@ -175,7 +175,7 @@ def _dequantise(path: Path) -> tuple[Any, Any]:
 
 def _keep(kept: Path, model: Any, tokenizer: Any) -> None:
     """Write the model aside and rename the folder; another process that did the same first wins."""
-    kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_private(kept.parent)
     aside = Path(tempfile.mkdtemp(dir=kept.parent, prefix=".new-"))
     try:
         with _quiet():
