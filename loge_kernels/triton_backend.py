@@ -53,10 +53,12 @@ def backward(p: BackwardProblem) -> Gradients:
 
 def slower_than_torch(p: BackwardProblem) -> str | None:
     """The cost model's reason to prefer the PyTorch composition for this problem, or None."""
-    if p.left is None or not p.need_dx:
+    if p.left is None or p.right is None:
+        return "without factors dX is a dense product"
+    if not p.need_dx:
         return "without dX there is no chain to fuse"
     M, N = p.dy.shape
-    R, K = p.left.shape[1], p.right.shape[1] if p.right is not None else 0
+    R, K = p.right.shape
     P = 0 if p.lora_B is None else p.lora_B.shape[1]
     flags = kernels.Flags(p.need_dx, p.need_dA, p.need_dB, p.need_dbias, p.dropout > 0.0, p.deterministic)
     choice = kernels.explain(M, N, K, R, P, p.dy.dtype, p.dy.device, flags).choice
