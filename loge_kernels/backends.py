@@ -159,13 +159,23 @@ def obstacle(problem: BackwardProblem, name: str) -> str | None:
 def run_backward(problem: BackwardProblem, name: str) -> Gradients:
     """The gradients of `problem` by backend `name`, or by the preferred one that can run it when `name` is "auto".
 
-    Raises ValueError with the backend's reason when a named backend cannot run this problem.
+    An exact step (exact_fraction 1) is dense products, which PyTorch computes whatever the name. Raises ValueError with
+    the backend's reason when a named backend cannot run this problem.
     """
+    if problem.left is not None and problem.exact_fraction == 1.0:
+        return reference.backward(problem)
+    gradients = _choose(problem, name)(problem)
+    if problem.rows is not None and gradients.dx is not None:
+        reference.add_residual_(gradients.dx, problem)
+    return gradients
+
+
+def _choose(problem: BackwardProblem, name: str) -> Callable[[BackwardProblem], Gradients]:
     if name != "auto":
         reason = obstacle(problem, name)
         if reason is not None:
             raise ValueError(f"backend={name!r} cannot run this backward pass: {reason}; use backend='auto'")
-        return _REGISTRY[name].backward(problem)
+        return _REGISTRY[name].backward
     passed_over: list[str] = []
     for candidate, implementation in _REGISTRY.items():
         reason = (
@@ -173,7 +183,7 @@ def run_backward(problem: BackwardProblem, name: str) -> Gradients:
         )
         if reason is None:
             _announce(candidate, passed_over)
-            return implementation.backward(problem)
+            return implementation.backward
         passed_over.append(f"{candidate}: {reason}")
     raise RuntimeError("no backend can run this backward pass: " + "; ".join(passed_over))
 

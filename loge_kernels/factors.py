@@ -1,18 +1,20 @@
 """Low-rank factors of a frozen weight: what stands for W in the activation gradient, and how it is computed.
 
     left [N, R], right [R, K],   W ≈ left · right
+    and, on request, rows [Q], residual [Q, K]:   W[rows] = left[rows] · right + residual
 
 "svd" is the truncated singular value decomposition, left = U_r and right = S_r V_rᵀ (Zhang et al., Applied Sciences
 2025, 15(1), 82, section 4.1): full for small weights, randomised subspace iteration for large ones (Halko, Martinsson
 and Tropp, SIAM Review 2011, algorithm 4.4). "gradient" projects onto the subspace that keeps most of E‖dY W‖² for a
-given C = E[dYᵀ dY]. "random" projects onto a random subspace, a control for experiments.
+given C = E[dYᵀ dY]. "random" projects onto a random subspace, a control for experiments. The residual makes the rows
+that the factors miss most exact (CE-LoRA, arXiv 2502.01378).
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,13 +37,23 @@ class Factors(nn.Module):
 
     `left` [N, R] and `right` [R, K] are frozen parameters: they move with the module that holds them, DDP never
     broadcasts them, and they stay out of its state dict. `rank` is R; `method` says how they were computed; `energy` is
-    the captured share ‖left·right‖² / ‖W‖² in [0, 1] (for "gradient", of E‖dY W‖²).
+    the captured share ‖left·right‖² / ‖W‖² in [0, 1] (for "gradient", of E‖dY W‖²). `rows` int64 [Q], ascending, and
+    `residual` [Q, K], another frozen parameter, are None without a residual (`with_residual`).
     """
 
     left: nn.Parameter
     right: nn.Parameter
+    residual: nn.Parameter | None
 
-    def __init__(self, left: Tensor, right: Tensor, method: str = "given", energy: float = math.nan) -> None:
+    def __init__(
+        self,
+        left: Tensor,
+        right: Tensor,
+        method: str = "given",
+        energy: float = math.nan,
+        rows: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> None:
         super().__init__()
         if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
             raise ValueError(
@@ -49,6 +61,10 @@ class Factors(nn.Module):
             )
         self.left = nn.Parameter(left, requires_grad=False)
         self.right = nn.Parameter(right, requires_grad=False)
+        _check_residual(left, right, rows, residual)
+        self.rows = rows
+        self.residual = None if residual is None else nn.Parameter(residual, requires_grad=False)
+        self.importance: Tensor | None = None  # [N], by which the rows were chosen
         self.method = method
         self.energy = energy
         self._source: weakref.ref[Tensor] | None = None
@@ -59,8 +75,49 @@ class Factors(nn.Module):
     def rank(self) -> int:
         return self.left.shape[1]
 
+    @property
+    def cost(self) -> float:
+        """Multiplications of dX through these factors, over those of the dense product."""
+        (N, R), K = self.left.shape, self.right.shape[1]
+        return (R * (N + K) + (0 if self.rows is None else self.rows.shape[0] * K)) / (N * K)
+
     def extra_repr(self) -> str:
-        return f"{self.left.shape[0]}x{self.right.shape[1]}, rank={self.rank}, {self.method}, energy={self.energy:.3f}"
+        rows = "" if self.rows is None else f"{self.rows.shape[0]} exact rows, "
+        size = f"{self.left.shape[0]}x{self.right.shape[1]}, rank={self.rank}"
+        return f"{size}, {rows}{self.method}, energy={self.energy:.3f}"
+
+    @torch.no_grad()
+    def with_residual(self, weight: Tensor, count: int, importance: Tensor | None = None) -> Factors:
+        """Factors with the same `left` and `right` that stand for `count` rows of `weight` [N, K] exactly.
+
+        Chosen are the rows with the largest importance[n] · ‖W[n] - left[n] right‖², where `importance` [N] is E dY_n²
+        from calibration (None: ones). `energy` grows by the share of the missing part, so weighted, that these rows
+        carry. The new factors are bound to `weight`, and choose again whenever they are computed anew.
+
+        Raises ValueError for a count outside 1..N and for another shape of weight or importance.
+
+        Source: CE-LoRA, arXiv 2502.01378.
+        """
+        N, K = self.left.shape[0], self.right.shape[1]
+        if weight.shape != (N, K):
+            raise ValueError(f"weight has shape {tuple(weight.shape)}; expected {(N, K)}, as the factors")
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= N:
+            raise ValueError(f"count={count!r} is no number of rows of a weight [{N}, {K}]; give 1 to {N}")
+        if importance is not None and importance.shape != (N,):
+            raise ValueError(f"importance has shape {tuple(importance.shape)}; expected ({N},), one number a row")
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        missing = torch.addmm(weight.detach().to(dtype), self.left.to(dtype), self.right.to(dtype), alpha=-1.0)
+        scores = missing.square().sum(1)
+        if importance is not None:
+            scores *= importance.to(scores)
+        rows = torch.topk(scores, count).indices.sort().values
+        total = scores.sum()
+        carried = (scores[rows].sum() / total).item() if total > 0 else 0.0
+        energy = 1.0 - (1.0 - self.energy) * (1.0 - min(1.0, carried))
+        residual = missing[rows].to(self.left.dtype)
+        made = Factors(self.left.detach(), self.right.detach(), self.method, energy, rows, residual)
+        made.importance = importance
+        return made.bind(weight)
 
     # Staleness. A tensor counts its in-place changes in `_version`: optimizer steps, load_state_dict and merges that
     # write the parameter bump it. Writes through `.data` do not; who makes them calls `invalidate`.
@@ -92,8 +149,11 @@ class Factors(nn.Module):
 
         Another tensor than the one these factors were computed from (a cast, a copy) is taken at the caller's word.
         """
-        changed = not self.replaced(weight) and self.stale(weight)
-        if self._warned or not changed:
+        # Asked at every call: `replaced` and `stale` written out.
+        source = self._source
+        if self._warned or (source is not None and source() is not weight):
+            return False
+        if self._version != _CHANGED and (source is None or weight._version == self._version):
             return False
         self._warned = True
         return True
@@ -101,15 +161,27 @@ class Factors(nn.Module):
     def refresh(self, weight: Tensor, covariance: Tensor | None = None) -> None:
         """Recompute the factors from `weight` [N, K] with the same method and rank, in place.
 
-        `covariance` as in `factorize`, for "gradient". Raises ValueError for factors that were given by hand.
+        `covariance` as in `factorize`, for "gradient"; its diagonal then is the importance of the residual's rows.
+        Raises ValueError for factors that were given by hand.
         """
         if self.method not in METHODS:
             raise ValueError("these factors were given by hand: make new ones from the weight as it is now")
-        self.become(factorize(weight, self.rank, self.method, covariance), weight)
+        fresh = factorize(weight, self.rank, self.method, covariance)
+        if self.rows is not None and covariance is not None:
+            fresh = fresh.with_residual(weight, self.rows.shape[0], covariance.diagonal())
+        self.become(fresh, weight)
 
     def become(self, fresh: Factors, weight: Tensor) -> None:
-        """Take over the values of `fresh`, factors of `weight`."""
+        """Take over the values of `fresh`, factors of `weight`. Where these factors have a residual and `fresh` has
+        none, as many rows are chosen for it by the same importance."""
+        if self.rows is not None and fresh.rows is None:
+            fresh = fresh.with_residual(weight, self.rows.shape[0], self.importance)
         self.left.data, self.right.data = fresh.left.data, fresh.right.data
+        if self.rows is None or self.residual is None or fresh.rows is None or fresh.residual is None:
+            self.rows, self.residual = fresh.rows, fresh.residual
+        else:
+            self.rows.data, self.residual.data = fresh.rows, fresh.residual.data
+        self.importance = fresh.importance
         self.energy = fresh.energy
         self.bind(weight)
 
@@ -123,6 +195,13 @@ class Factors(nn.Module):
         weight = None if self._source is None else self._source()
         stale = self._version == _CHANGED if self._source is None else weight is None or self.stale(weight)
         return {**self.__dict__, "_source": None, "_version": _CHANGED if stale else 0}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
+        super()._apply(fn, recurse)
+        if self.rows is not None:
+            # No parameter, which FSDP could not flatten with the others, and no buffer, which DDP would broadcast.
+            self.rows = fn(self.rows)
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Factors follow from the weight: a checkpoint has the same keys with and without them."""
@@ -204,6 +283,20 @@ def _check(weight: Tensor, method: str, covariance: Tensor | None) -> None:
             raise ValueError(f"covariance has shape {tuple(covariance.shape)}; expected ({N}, {N}) for this weight")
         if not torch.isfinite(covariance).all():
             raise ValueError("covariance contains NaN or inf")
+
+
+def _check_residual(left: Tensor, right: Tensor, rows: Tensor | None, residual: Tensor | None) -> None:
+    if rows is None and residual is None:
+        return
+    if rows is None or residual is None:
+        raise ValueError("rows and residual go together: give both or neither")
+    if rows.dtype != torch.int64 or rows.dim() != 1:
+        raise ValueError(f"rows is {rows.dtype} of shape {tuple(rows.shape)}; expected torch.int64 [Q]")
+    if residual.shape != (rows.shape[0], right.shape[1]):
+        raise ValueError(f"residual has shape {tuple(residual.shape)}; expected {(rows.shape[0], right.shape[1])}")
+    N = left.shape[0]
+    if rows.numel() and (rows[0] < 0 or rows[-1] >= N or (rows.diff() <= 0).any()):
+        raise ValueError(f"rows must ascend, without repeats, within 0..{N - 1}")
 
 
 def _share(part: Tensor, whole: Tensor) -> float:

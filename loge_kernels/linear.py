@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from .backends import check_name
 from .cache import cached_factors
+from .eight_bit import EightBitWeight
 from .factors import Factors
 from .ops import linear
 
-_ADDED = ("factors", "lora_A", "lora_B", "scaling", "lora_dropout", "exact_fraction", "backend")
+_ADDED = ("factors", "eight_bit", "lora_A", "lora_B", "scaling", "lora_dropout", "exact_fraction", "backend")
 
 
 class LoGELinear(nn.Linear):
@@ -22,13 +23,15 @@ class LoGELinear(nn.Linear):
     `factors` stands for the weight in the activation gradient (None: the exact dense product). They follow a frozen
     weight: when it has changed under them (a loaded state dict, a merged adapter), the next training forward computes
     them anew. For a trainable weight, which changes at every step, the layer warns once; call `refresh()` when they
-    should follow.
+    should follow. `exact_dtype` ("float8", "int8" or None) is what the frozen path's dense products run in; the 8-bit
+    copy of the weight is made at its first use, and anew whenever the weight has changed.
 
     `LoGELinear(in_features, out_features)` alone is an exact layer without adapter; `from_linear` makes one from a
     pre-trained layer.
     """
 
     factors: Factors | None
+    eight_bit: EightBitWeight | None
     _converted: bool
     lora_A: nn.Parameter | None  # [P, K]
     lora_B: nn.Parameter | None  # [N, P]
@@ -54,6 +57,7 @@ class LoGELinear(nn.Linear):
         lora_dropout: float = 0.0,
         exact_fraction: float = 0.0,
         backend: str | None = None,
+        exact_dtype: str | None = None,
     ) -> LoGELinear:
         """A layer that shares the storage of `linear`'s weight and bias, both frozen, with factors and an adapter.
 
@@ -62,7 +66,7 @@ class LoGELinear(nn.Linear):
             rank: the factors' rank (an int up to min(N, K), or a share in (0, 1]); None for the exact gradient.
             lora_rank: the adapter's rank P; 0 for no adapter.
             lora_alpha: the adapter is scaled by lora_alpha / lora_rank.
-            lora_dropout, exact_fraction, backend: as in `loge_kernels.linear`.
+            lora_dropout, exact_fraction, backend, exact_dtype: as in `loge_kernels.linear`.
 
         Raises:
             ValueError, TypeError: with the argument, its value and what would work.
@@ -76,16 +80,24 @@ class LoGELinear(nn.Linear):
         layer.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-        layer._adopt(None if factors is None else factors.bind(layer.weight), exact_fraction, backend)
+        layer._adopt(None if factors is None else factors.bind(layer.weight), exact_fraction, backend, exact_dtype)
         layer.lora_dropout = _probability("lora_dropout", lora_dropout)
         if lora_rank > 0:
             layer._add_adapter(lora_rank, lora_alpha)
         layer.train(linear.training)
         return layer
 
-    def _adopt(self, factors: Factors | None, exact_fraction: float = 0.0, backend: str | None = None) -> None:
+    def _adopt(
+        self,
+        factors: Factors | None,
+        exact_fraction: float = 0.0,
+        backend: str | None = None,
+        exact_dtype: str | None = None,
+    ) -> None:
         """The attributes that this class has beyond `nn.Linear`, without an adapter."""
         self.factors = factors
+        self.eight_bit = None
+        self.exact_dtype = exact_dtype
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
         self.scaling = 1.0
@@ -104,12 +116,17 @@ class LoGELinear(nn.Linear):
 
     @classmethod
     def convert_(
-        cls, linear: nn.Linear, factors: Factors | None, exact_fraction: float = 0.0, backend: str | None = None
+        cls,
+        linear: nn.Linear,
+        factors: Factors | None,
+        exact_fraction: float = 0.0,
+        backend: str | None = None,
+        exact_dtype: str | None = None,
     ) -> None:
         """Make a plain `nn.Linear` one of these, in place: same object, same parameters, hooks and names."""
         linear.__class__ = cls
         assert isinstance(linear, cls)
-        linear._adopt(factors, exact_fraction, backend)
+        linear._adopt(factors, exact_fraction, backend, exact_dtype)
         linear._converted = True
 
     def revert_(self) -> None:
@@ -123,8 +140,27 @@ class LoGELinear(nn.Linear):
         """Whether this layer was an `nn.Linear` before `convert_`."""
         return getattr(self, "_converted", False)
 
+    @property
+    def exact_dtype(self) -> str | None:
+        """What the frozen path's dense products run in: "float8", "int8", or None for the weight's own dtype."""
+        return None if self.eight_bit is None else self.eight_bit.dtype
+
+    @exact_dtype.setter
+    def exact_dtype(self, name: str | None) -> None:
+        if name != self.exact_dtype:
+            self.eight_bit = None if name is None else EightBitWeight(name)
+
+    def invalidate(self) -> None:
+        """Declare the weight changed in a way that torch does not count (through `.data`)."""
+        if self.factors is not None:
+            self.factors.invalidate()
+        if self.eight_bit is not None:
+            self.eight_bit.invalidate()
+
     def refresh(self) -> None:
         """Recompute the factors, if any, from the weight as it is now."""
+        if self.eight_bit is not None:
+            self.eight_bit.invalidate()
         if self.factors is not None:
             fresh = cached_factors(self.weight, self.factors.rank, self.factors.method)
             self.factors.become(fresh, self.weight)
@@ -153,6 +189,7 @@ class LoGELinear(nn.Linear):
             self.lora_dropout if self.training else 0.0,
             self.exact_fraction,
             self.backend,
+            self.eight_bit,
         )
 
     def extra_repr(self) -> str:

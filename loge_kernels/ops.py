@@ -1,4 +1,4 @@
-"""The differentiable op: argument checks, autograd and the torch.library registration.
+"""The differentiable op: autograd and the torch.library registration.
 
 Two operators are registered, `loge_kernels::linear` and `loge_kernels::linear_backward`, with fake implementations
 for torch.compile and the autograd formula of `reference.py`. In eager mode the same functions run through one
@@ -9,31 +9,59 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arguments import check
 from .backends import requested, run_backward, run_forward
 from .dropout import draw_seed
+from .eight_bit import EightBitWeight, announce, why_not
 from .factors import Factors
 from .problem import BackwardProblem
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
 _LIBRARY = torch.library.Library("loge_kernels", "DEF")
 _ARGUMENTS = (
-    "Tensor x, Tensor weight, Tensor? left, Tensor? right, Tensor? bias, Tensor? lora_A, Tensor? lora_B, "
-    "float scaling, float dropout, Tensor? seed, float exact_fraction, str backend"
+    "Tensor x, Tensor weight, Tensor? left, Tensor? right, Tensor? rows, Tensor? residual, Tensor? dense, "
+    "Tensor? dense_scale, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, float dropout, Tensor? seed, "
+    "float exact_fraction, str backend"
 )
 _LIBRARY.define(f"linear({_ARGUMENTS}) -> (Tensor y, Tensor xa)")
 _LIBRARY.define(
-    "linear_backward(Tensor dy, Tensor? x, Tensor? xa, Tensor? weight, Tensor? left, Tensor? right, Tensor? lora_A, "
-    "Tensor? lora_B, float scaling, float dropout, Tensor? seed, float exact_fraction, bool need_dx, "
-    "bool need_dweight, bool need_dbias, bool need_dA, bool need_dB, str backend) "
+    "linear_backward(Tensor dy, Tensor? x, Tensor? xa, Tensor? weight, Tensor? left, Tensor? right, Tensor? rows, "
+    "Tensor? residual, Tensor? dense, Tensor? dense_scale, Tensor? lora_A, Tensor? lora_B, float scaling, "
+    "float dropout, Tensor? seed, float exact_fraction, bool need_dx, bool need_dweight, bool need_dbias, "
+    "bool need_dA, bool need_dB, str backend) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB)"
 )
+
+# A plain global, not a thread's own: autograd runs the backward of CUDA tensors in threads of its own.
+_cheap_depth = 0
+
+
+@contextmanager
+def cheap_backward() -> Iterator[None]:
+    """Send the backward passes that run in the block through the factors, exact steps included.
+
+    A forward with factors and `exact_fraction=1.0` keeps what both products need, so one graph can be differentiated
+    twice: once in this block, `torch.autograd.grad(..., retain_graph=True)`, and once outside it, exactly. Layers
+    without factors and fractions below 1 are not affected. The block holds for the whole process, other threads
+    included, and may be nested.
+    """
+    global _cheap_depth
+    _cheap_depth += 1
+    try:
+        yield
+    finally:
+        _cheap_depth -= 1
+
+
+def in_cheap_backward() -> bool:
+    """Whether a `cheap_backward` block is active."""
+    return _cheap_depth > 0
 
 
 def linear(
@@ -47,6 +75,7 @@ def linear(
     dropout: float = 0.0,
     exact_fraction: float = 0.0,
     backend: str | None = None,
+    exact_dtype: str | EightBitWeight | None = None,
 ) -> Tensor:
     """A linear layer with an exact forward and a low-rank activation gradient: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ.
 
@@ -59,20 +88,26 @@ def linear(
         scaling: the adapter's factor s (PEFT's alpha / r).
         dropout: probability, in [0, 1), of zeroing an element of the adapter's input. The mask is a function of a
             seed drawn from torch's generator for x's device, so it is the same when checkpointing recomputes.
-        exact_fraction: share of the rows in [0, 1], those of largest ‖dY‖, whose dX is the dense product.
+        exact_fraction: share of the rows in [0, 1], those of largest ‖dY‖, whose dX is the dense product; 1 makes an
+            exact step, in which no factors are used (but see `cheap_backward`).
         backend: a name of `backends()`, or None for the one in force (`use_backend`, LOGE_BACKEND, "auto").
+        exact_dtype: None, or "float8" or "int8" to take the dense products of the frozen path in 8 bits, where
+            there are any (no factors, or exact_fraction > 0). A name quantises the weight at each call; an
+            `EightBitWeight` keeps the copy from call to call. Where the device or the shape does not allow it, the
+            product is taken in x's dtype and the logger says so once.
 
     Returns:
         y [..., N] in x's dtype (autocast's, under autocast).
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or range; the message names it, its value and
-            what would work.
+            what would work; exact_dtype with float64.
 
     Source: Zhang et al., Applied Sciences 2025, 15(1), 82 (LoGE); formulae in `loge_kernels.reference`.
     """
     if factors is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled():
         _warn_when_stale(factors, weight)
+    given = weight
     device_type = x.device.type
     if _autocasts(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
@@ -82,19 +117,30 @@ def linear(
             lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     left: Tensor | None = None
     right: Tensor | None = None
+    rows: Tensor | None = None
+    residual: Tensor | None = None
+    dense: Tensor | None = None
+    dense_scale: Tensor | None = None
     if factors is not None:
-        left, right = factors.left, factors.right
+        left, right, rows, residual = factors.left, factors.right, factors.rows, factors.residual
         if left.dtype != x.dtype:
             left, right = left.to(x.dtype), right.to(x.dtype)
-    _check(x, weight, left, right, bias, lora_A, lora_B, dropout, exact_fraction)
+            residual = None if residual is None else residual.to(x.dtype)
+    check(x, weight, left, right, rows, residual, bias, lora_A, lora_B, dropout, exact_fraction)
+    if exact_dtype is not None:
+        reads_dense = left is None or exact_fraction > 0.0
+        dense, dense_scale = _eight_bit(exact_dtype, x, given, reads_dense)
     seed = draw_seed(x.device) if dropout > 0.0 and lora_A is not None else None
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     call = torch.ops.loge_kernels.linear if torch.compiler.is_compiling() else _Linear.apply
     y, _ = call(
-        rows,
+        x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x,
         weight,
         left,
         right,
+        rows,
+        residual,
+        dense,
+        dense_scale,
         bias,
         lora_A,
         lora_B,
@@ -116,6 +162,29 @@ def _warn_when_stale(factors: Factors, weight: Tensor) -> None:
         )
 
 
+def _eight_bit(
+    exact_dtype: str | EightBitWeight, x: Tensor, weight: Tensor, reads_dense: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The weight's 8-bit copy and its scales; None and None where dX reads no dense product, or it cannot run.
+
+    float8 crosses the operators' boundary as its bits, in uint8: torch's own operator checks cannot compare float8.
+    """
+    copy = exact_dtype if isinstance(exact_dtype, EightBitWeight) else EightBitWeight(exact_dtype)
+    if x.dtype == torch.float64:
+        raise TypeError(
+            f"exact_dtype={copy.dtype!r} with x in torch.float64; 8 bits are for float32, float16 and bfloat16"
+        )
+    if not (reads_dense and x.requires_grad and torch.is_grad_enabled()):
+        return None, None
+    reason = why_not(copy.dtype, x.device, *weight.shape)
+    if reason is None:
+        tensor, scale = copy.current(weight)
+        return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor, scale
+    if not torch.compiler.is_compiling():
+        announce(copy.dtype, reason, x.dtype)
+    return None, None
+
+
 def _autocasts(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
@@ -135,60 +204,16 @@ def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    dropout: float,
-    exact_fraction: float,
-) -> None:
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}; supported are float32, float16, bfloat16 and float64")
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected two dimensions [N, K]")
-    N, K = weight.shape
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be K = {K}, as in weight [{N}, {K}]")
-    _same("weight", weight, x, (N, K))
-    if bias is not None:
-        _same("bias", bias, x, (N,))
-    if left is not None and right is not None:
-        R = right.shape[0] if right.dim() == 2 else 0
-        _same("factors.left", left, x, (N, R))
-        _same("factors.right", right, x, (R, K))
-    if (lora_A is None) != (lora_B is None):
-        raise ValueError("lora_A and lora_B go together: give both or neither")
-    if lora_A is not None and lora_B is not None:
-        P = lora_A.shape[0] if lora_A.dim() == 2 else 0
-        float32_too = x.dtype in (torch.float16, torch.bfloat16)
-        _same("lora_A", lora_A, x, (P, K), float32_too)
-        _same("lora_B", lora_B, x, (N, P), float32_too)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout={dropout!r} is not a probability in [0, 1)")
-    if not 0.0 <= exact_fraction <= 1.0:
-        raise ValueError(f"exact_fraction={exact_fraction!r} is not a share of the rows in [0, 1]")
-
-
-def _same(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], float32_too: bool = False) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
-    if tensor.dtype != x.dtype and not (float32_too and tensor.dtype == torch.float32):
-        also = " or torch.float32" if float32_too else ""
-        raise TypeError(f"{name} has dtype {tensor.dtype}; expected {x.dtype}{also}, for x is {x.dtype}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, where x is")
-
-
 @_without_autocast
 def _forward(
     x: Tensor,
     weight: Tensor,
     left: Tensor | None,
     right: Tensor | None,
+    rows: Tensor | None,
+    residual: Tensor | None,
+    dense: Tensor | None,
+    dense_scale: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
@@ -202,12 +227,10 @@ def _forward(
     return y, x.new_empty(0) if xa is None else xa
 
 
-def _forward_fake(
-    x: Tensor, weight: Tensor, left: Any, right: Any, bias: Any, lora_A: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    rows = x.shape[0]
-    xa = x.new_empty(0) if lora_A is None else x.new_empty(rows, lora_A.shape[0])
-    return x.new_empty(rows, weight.shape[0]), xa
+def _forward_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    M, lora_A = x.shape[0], rest[7]
+    xa = x.new_empty(0) if lora_A is None else x.new_empty(M, lora_A.shape[0])
+    return x.new_empty(M, weight.shape[0]), xa
 
 
 @_without_autocast
@@ -218,6 +241,10 @@ def _backward(
     weight: Tensor | None,
     left: Tensor | None,
     right: Tensor | None,
+    rows: Tensor | None,
+    residual: Tensor | None,
+    dense: Tensor | None,
+    dense_scale: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
@@ -231,6 +258,10 @@ def _backward(
     need_dB: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if exact_fraction == 1.0 and left is not None and in_cheap_backward():
+        exact_fraction = 0.0
+    if dense is not None and dense.dtype == torch.uint8:
+        dense = dense.view(torch.float8_e4m3fn)
     problem = BackwardProblem(
         dy=dy,
         x=x,
@@ -250,6 +281,10 @@ def _backward(
         need_dA=need_dA,
         need_dB=need_dB,
         deterministic=torch.are_deterministic_algorithms_enabled(),
+        rows=rows,
+        residual=residual,
+        dense=dense,
+        dense_scale=dense_scale,
     )
     g = run_backward(problem, backend)
     # An op's outputs may not share storage, so each absent gradient is an empty tensor of its own.
@@ -264,6 +299,10 @@ def _backward_fake(
     weight: Tensor | None,
     left: Tensor | None,
     right: Tensor | None,
+    rows: Tensor | None,
+    residual: Tensor | None,
+    dense: Tensor | None,
+    dense_scale: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
@@ -277,10 +316,10 @@ def _backward_fake(
     need_dB: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, N = dy.shape
-    width = next(t for t in (right, weight, x, lora_A, dy) if t is not None).shape[1]
+    M, N = dy.shape
+    width = next(t for t in (right, weight, dense, x, lora_A, dy) if t is not None).shape[1]
     return (
-        dy.new_empty((rows, width) if need_dx else 0),
+        dy.new_empty((M, width) if need_dx else 0),
         dy.new_empty((N, width) if need_dweight else 0),
         dy.new_empty(N if need_dbias else 0),
         lora_A.new_empty(lora_A.shape) if need_dA and lora_A is not None else dy.new_empty(0),
@@ -291,18 +330,23 @@ def _backward_fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep what backward reads and nothing else: x and xa where a gradient needs them, never a frozen weight that
     factors stand for."""
-    x, weight, left, right, _, lora_A, lora_B, scaling, dropout, seed, exact_fraction, backend = inputs
+    x, weight, left, right, rows, residual, dense, dense_scale, _, lora_A, lora_B = inputs[:11]
+    scaling, dropout, seed, exact_fraction, backend = inputs[11:]
     need = ctx.needs_input_grad
-    need_dx, need_dweight, need_dA, need_dB = need[0], need[1], need[5], need[6]
-    ctx.need = need_dx, need_dweight, need[4], need_dA, need_dB
+    need_dx, need_dweight, need_dA, need_dB = need[0], need[1], need[9], need[10]
+    ctx.need = need_dx, need_dweight, need[8], need_dA, need_dB
     ctx.set_materialize_grads(False)
-    reads_weight = need_dx and (left is None or exact_fraction > 0.0)
+    reads_dense = need_dx and (left is None or exact_fraction > 0.0)
     ctx.save_for_backward(
         x if need_dweight or need_dA else None,
         output[1] if need_dB else None,
-        weight if reads_weight else None,
+        weight if reads_dense and dense is None else None,
         left if need_dx else None,
         right if need_dx else None,
+        rows if need_dx else None,
+        residual if need_dx else None,
+        dense if reads_dense else None,
+        dense_scale if reads_dense else None,
         lora_A if need_dx or need_dA else None,
         lora_B if need_dx or need_dA or need_dB else None,
         seed,
@@ -312,15 +356,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, dy: Tensor | None, _dxa: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 12
-    x, xa, weight, left, right, lora_A, lora_B, seed = ctx.saved_tensors
+        return (None,) * 16
+    *tensors, seed = ctx.saved_tensors
     scaling, dropout, exact_fraction, backend = ctx.constants
     call: Any = torch.ops.loge_kernels.linear_backward if torch.compiler.is_compiling() else _backward
-    results = call(
-        dy, x, xa, weight, left, right, lora_A, lora_B, scaling, dropout, seed, exact_fraction, *ctx.need, backend
-    )
+    results = call(dy, *tensors, scaling, dropout, seed, exact_fraction, *ctx.need, backend)
     dx, dweight, dbias, dA, dB = (t if need else None for t, need in zip(results, ctx.need, strict=True))
-    return dx, dweight, None, None, dbias, dA, dB, None, None, None, None, None
+    return dx, dweight, None, None, None, None, None, None, dbias, dA, dB, None, None, None, None, None
 
 
 class _Linear(torch.autograd.Function):

@@ -77,6 +77,7 @@ class LoGELoraLinear(LoraLinear):
             dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
             base.exact_fraction,
             base.backend,
+            base.eight_bit,
         )
 
     # PEFT writes the weight through `.data`, which torch does not count as a change: in merges, also in one that fails
@@ -103,5 +104,4 @@ class LoGELoraLinear(LoraLinear):
 
     def _invalidate(self) -> None:
         base: Any = self.base_layer
-        if base.factors is not None:
-            base.factors.invalidate()
+        base.invalidate()

@@ -50,6 +50,11 @@ def add_matmul_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return out.addmm_(a, b)
 
 
+def float32_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b`, [I, J] @ [J, L] -> [I, L] in float32, of operands in any narrower dtype, taken in float32."""
+    return _blocked(a, b, torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device), add=False)
+
+
 def _blocked(a: Tensor, b: Tensor, out: Tensor, add: bool) -> Tensor:
     rows, inner = a.shape
     columns = b.shape[1]

@@ -16,9 +16,11 @@ The forward is exact. The backward sends the activation gradient of the frozen w
 
 With dropout the adapter's part of dX passes through the mask, `dX = T_R right + drop(T_P A)`. Without factors the
 frozen part is the dense `dY W`; with `exact_fraction` it is dense for the rows of largest ‖dY‖ and low-rank for the
-others.
+others; at `exact_fraction` 1 it is the dense product outright. Dense products run in 8 bits where the problem carries
+an 8-bit copy of W (`eight_bit`). Factors with a residual on rows J of W add `dY[:, J] · residual` (`add_residual_`).
 
-Source: LoGE, Zhang et al., Applied Sciences 2025, 15(1), 82, section 4; LoRA, arXiv 2106.09685.
+Source: LoGE, Zhang et al., Applied Sciences 2025, 15(1), 82, section 4; LoRA, arXiv 2106.09685; the residual rows,
+CE-LoRA, arXiv 2502.01378.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import eight_bit
 from .dropout import drop
 from .problem import BackwardProblem, Gradients
 from .products import add_matmul_, matmul
@@ -61,11 +64,12 @@ def backward(problem: BackwardProblem) -> Gradients:
     scaled_B = None if p.lora_B is None else (p.scaling * p.lora_B).to(p.dy.dtype)
     lora_A = None if p.lora_A is None else p.lora_A.to(p.dy.dtype)
 
-    projections = [] if p.left is None or not p.need_dx else [p.left]
+    low_rank = p.left is not None and p.need_dx and p.exact_fraction < 1.0
+    projections = [p.left] if p.left is not None and low_rank else []
     if scaled_B is not None and (p.need_dx or p.need_dA):
         projections.append(scaled_B)
     T = matmul(p.dy, torch.cat(projections, dim=1)) if projections else None  # [M, R + P]
-    rank = p.left.shape[1] if p.left is not None and p.need_dx else 0
+    rank = p.left.shape[1] if p.left is not None and low_rank else 0
 
     if p.need_dx:
         gradients.dx = _input_gradient(p, T, rank, lora_A)
@@ -89,19 +93,17 @@ def backward(problem: BackwardProblem) -> Gradients:
 
 def _input_gradient(p: BackwardProblem, T: Tensor | None, rank: int, lora_A: Tensor | None) -> Tensor:
     """dX [M, K]; T is dY [left | s·B] [M, rank + P], or None where there is neither factor nor adapter."""
-    if p.left is not None and p.right is not None:
+    if p.right is not None and p.exact_fraction < 1.0:
         assert T is not None
         masked = p.dropout > 0.0 and lora_A is not None
         if lora_A is not None and not masked and p.exact_fraction == 0.0:
             return matmul(T, torch.cat([p.right, lora_A]))
         dx = matmul(T[:, :rank], p.right)
         if p.exact_fraction > 0.0:
-            assert p.weight is not None
             heaviest = heaviest_rows(p.dy, p.exact_fraction)
-            dx[heaviest] = matmul(p.dy[heaviest], p.weight)
+            dx[heaviest] = _dense(p, p.dy[heaviest])
     else:
-        assert p.weight is not None
-        dx = matmul(p.dy, p.weight)
+        dx = _dense(p, p.dy)
     if lora_A is not None:
         assert T is not None
         if p.dropout > 0.0 and p.seed is not None:
@@ -109,6 +111,25 @@ def _input_gradient(p: BackwardProblem, T: Tensor | None, rank: int, lora_A: Ten
         else:
             add_matmul_(dx, T[:, rank:], lora_A)
     return dx
+
+
+def _dense(p: BackwardProblem, dy: Tensor) -> Tensor:
+    """dY · W [., K] for some or all rows of the problem's dY [., N]."""
+    if p.dense is not None:
+        assert p.dense_scale is not None
+        return eight_bit.multiply(dy, p.dense, p.dense_scale)
+    assert p.weight is not None
+    return matmul(dy, p.weight)
+
+
+def add_residual_(dx: Tensor, p: BackwardProblem) -> Tensor:
+    """dX += dY[:, rows] · residual, in place on dX [M, K]; the rows of dX that are exact already stay as they are."""
+    assert p.rows is not None
+    assert p.residual is not None
+    selected = p.dy.index_select(1, p.rows)  # [M, Q]
+    if p.exact_fraction > 0.0:
+        selected.index_fill_(0, heaviest_rows(p.dy, p.exact_fraction), 0.0)
+    return add_matmul_(dx, selected, p.residual)
 
 
 def heaviest_rows(dy: Tensor, fraction: float) -> Tensor:

@@ -83,7 +83,9 @@ def small_run(model, folder):
     text = folder / "text.py"
     text.write_text(TEXT)
     sizes = {"steps": 6, "batch": 2, "seq": 32, "lora_rank": 4}
-    return FinetuneOptions(model=str(model), text=(text,), lr=5e-3, device="cpu", out=folder / "out", **sizes)
+    return FinetuneOptions(
+        model=str(model), text=(text,), lr=5e-3, dtype="float32", device="cpu", out=folder / "out", **sizes
+    )
 
 
 def go(options, **changes):

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from surrogate import NAMES, case
+from surrogate import NAMES, Case, case
 from torch import Tensor
 
 import loge_kernels as loge
+from loge_kernels.eight_bit import EightBitWeight
 
 LINEAR_CASES: dict[str, dict[str, Any]] = {
     "all": {},
@@ -18,29 +19,51 @@ LINEAR_CASES: dict[str, dict[str, Any]] = {
     "exact, no adapter": {"R": None, "P": None},
     "exact rows": {"exact_fraction": 0.5},
     "no bias, one row": {"bias": False, "M": 1},
+    "residual": {"count": 4},
+    "exact step, residual": {"exact_fraction": 1.0, "count": 2},
+    "exact rows, residual, int8": {"exact_fraction": 0.5, "count": 2, "exact_dtype": "int8"},
+    "exact, int8": {"R": None, "exact_dtype": "int8"},
+    "exact, float8": {"R": None, "exact_dtype": "float8"},
 }
+Extras = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def extras(c: Case, count: int = 0, exact_dtype: str | None = None) -> Extras:
+    """rows, residual, dense and dense_scale of an op's arguments."""
+    made = c.factors()
+    if made is not None and count:
+        made = made.with_residual(c.weight.detach(), count)
+    rows, residual = (None, None) if made is None else (made.rows, made.residual)
+    dense, scale = (None, None) if exact_dtype is None else EightBitWeight(exact_dtype).current(c.weight)
+    if exact_dtype == "float8":
+        dense = dense.view(torch.uint8)  # as the op passes it on
+    return rows, residual, dense, scale
 
 
 @pytest.mark.parametrize("options", LINEAR_CASES.values(), ids=LINEAR_CASES)
 def test_opcheck_linear(options: dict[str, Any]) -> None:
     options = dict(options)
     dropout, fraction = options.pop("dropout", 0.0), options.pop("exact_fraction", 0.0)
+    count, exact_dtype = options.pop("count", 0), options.pop("exact_dtype", None)
     c = case(dtype=torch.float32, **options)
+    more = extras(c, count, exact_dtype)
     leaves = [None if t is None else t.requires_grad_() for t in (c.bias, c.lora_A, c.lora_B)]
     seed = torch.tensor([1, 2]) if dropout else None
-    arguments = (c.x.requires_grad_(), c.weight.requires_grad_(), c.left, c.right, *leaves)
+    weight = c.weight.requires_grad_(exact_dtype is None)
+    arguments = (c.x.requires_grad_(), weight, c.left, c.right, *more, *leaves)
     torch.library.opcheck(
         torch.ops.loge_kernels.linear.default, (*arguments, 0.5, dropout, seed, fraction, "reference")
     )
 
 
+@pytest.mark.parametrize("exact_dtype", [None, "float8", "int8"])
 @pytest.mark.parametrize("needs", [(True,) * 5, (True, False, False, True, True), (False, False, True, False, True)])
-def test_opcheck_backward(needs: tuple[bool, ...]) -> None:
+def test_opcheck_backward(needs: tuple[bool, ...], exact_dtype: str | None) -> None:
     c = case(dtype=torch.bfloat16)
     A, B = c.lora_A.float(), c.lora_B.float()
     xa = c.x @ c.lora_A.t()
-    operands = (c.dy, c.x, xa, c.weight, c.left, c.right, A, B)
-    constants = (0.5, 0.25, torch.tensor([1, 2]), 0.0)
+    operands = (c.dy, c.x, xa, c.weight, c.left, c.right, *extras(c, 3, exact_dtype), A, B)
+    constants = (0.5, 0.25, torch.tensor([1, 2]), 0.0 if exact_dtype is None else 0.4)
     torch.library.opcheck(torch.ops.loge_kernels.linear_backward.default, (*operands, *constants, *needs, "reference"))
 
 
