@@ -6,7 +6,9 @@ from .factors import Factors, factorize
 from .linear import LoGELinear
 from .model import apply, remove
 from .ops import cheap_backward, linear
+from .policy import Policy
 from .report import LayerReport, Report
+from .schedule import Schedule, schedule_of
 from .triton_kernels import explain
 
 __version__ = "0.1.0"
@@ -17,7 +19,9 @@ __all__ = [
     "Factors",
     "LayerReport",
     "LoGELinear",
+    "Policy",
     "Report",
+    "Schedule",
     "apply",
     "backends",
     "cheap_backward",
@@ -25,5 +29,6 @@ __all__ = [
     "factorize",
     "linear",
     "remove",
+    "schedule_of",
     "use_backend",
 ]

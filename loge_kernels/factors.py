@@ -6,8 +6,9 @@
 "svd" is the truncated singular value decomposition, left = U_r and right = S_r V_rᵀ (Zhang et al., Applied Sciences
 2025, 15(1), 82, section 4.1): full for small weights, randomised subspace iteration for large ones (Halko, Martinsson
 and Tropp, SIAM Review 2011, algorithm 4.4). "gradient" projects onto the subspace that keeps most of E‖dY W‖² for a
-given C = E[dYᵀ dY]. "random" projects onto a random subspace, a control for experiments. The residual makes the rows
-that the factors miss most exact (CE-LoRA, arXiv 2502.01378).
+given C = E[dYᵀ dY]. "random" projects onto a random subspace, a control for experiments. "dropped" has rank 0:
+nothing stands for W, and the gradient passes through the adapter and around the layer alone. The residual makes the
+rows that the factors miss most exact (CE-LoRA, arXiv 2502.01378).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-METHODS = ("svd", "gradient", "random")
+METHODS = ("svd", "gradient", "random", "dropped")
 
 RANK_STEP = 16  # tensor-core tiles: ranks given as a fraction are rounded to a multiple of this
 # Up to this many rows or columns (the smaller), LAPACK's full decomposition takes under two seconds on two cores.
@@ -188,7 +189,7 @@ class Factors(nn.Module):
     @property
     def follows_from_weight(self) -> bool:
         """Whether the weight alone is enough to recompute these factors."""
-        return self.method in ("svd", "random")
+        return self.method != "gradient" and self.method in METHODS
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled; a copy is bound to its own weight again by the module that holds it.
@@ -236,7 +237,7 @@ def factorize(weight: Tensor, rank: int | float, method: str = "svd", covariance
         weight: [N, K], a floating dtype, finite.
         rank: an int in 1..min(N, K), or a float in (0, 1] of min(N, K), rounded to a multiple of 16.
         method: "svd" (closest to the weight), "gradient" (closest for the dY that `covariance` describes) or "random"
-            (a control).
+            (a control). "dropped" has rank 0 whatever `rank` says.
         covariance: [N, N], C = E[dYᵀ dY]; for "gradient" only.
 
     Returns:
@@ -248,6 +249,8 @@ def factorize(weight: Tensor, rank: int | float, method: str = "svd", covariance
     """
     _check(weight, method, covariance)
     N, K = weight.shape
+    if method == "dropped":
+        return Factors(weight.new_empty(N, 0), weight.new_empty(0, K), method, 0.0).bind(weight)
     R = resolve_rank(rank, N, K)
     W = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     if method == "svd":

@@ -6,6 +6,7 @@ factors, `remove` changes it back. Names, parameters, hooks and the state dict s
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -16,10 +17,14 @@ import torch
 from rich.progress import track
 from torch import nn
 
+from . import schedule
 from .backends import check_name
 from .cache import cached_factors
+from .correction import BiasCorrection
+from .eight_bit import EightBitWeight
 from .factors import METHODS, Factors, resolve_rank
 from .linear import LoGELinear
+from .policy import Policy, average_cost, dense_cost, exact_every_within, preferred_exact_dtype
 from .report import LayerPath, LayerReport, Report
 
 Targets = str | Iterable[str] | None
@@ -37,10 +42,15 @@ class _Site:
 
 def apply(
     model: nn.Module,
-    rank: int | float = 1 / 8,
-    subspace: str = "svd",
+    rank: int | float | None = None,
+    subspace: str | None = None,
     targets: Targets = None,
+    budget: float | None = None,
+    exact_every: float | None = None,
+    exact_dtype: str | None = None,
     exact_fraction: float = 0.0,
+    residual: float = 0.0,
+    correction: float | None = 0.5,
     backend: str | None = None,
 ) -> Report:
     """Give the frozen linear layers of `model` a low-rank activation gradient, in place.
@@ -51,24 +61,41 @@ def apply(
     Args:
         model: any module; its layers are changed in place, its parameters are not.
         rank: an int (at most min(N, K) of each layer is taken), or a float in (0, 1], a share of min(N, K) rounded to
-            a multiple of 16. Where rank · (N + K) > N · K the layer stays exact: dense is cheaper.
-        subspace: "svd" (closest to the weight) or "random" (a control).
+            a multiple of 16; None: 1/8. Where rank · (N + K) > N · K the layer stays exact: dense is cheaper.
+        subspace: "svd" (closest to the weight; None means it, but see `budget`), "random" (a control), or "dropped":
+            no factors at all, cheap steps send the gradient through adapters and skip connections alone.
         targets: as PEFT's `target_modules`: a list of names (a layer's own or the end of its path), or a string, a
             regular expression that the whole path must match; "all-linear" or None: every frozen linear layer but the
             output head.
+        budget: at most this share of the dense dX flops of the converted layers, on average over the steps, products
+            in 8 bits counted half (`loge_kernels.policy`). Exact steps are made as frequent as it allows. With neither
+            rank nor subspace it is the best policy measured: "dropped" between exact steps, these in 8 bits where the
+            device has them, and every step exact from a budget of 0.5 on.
+        exact_every: one optimizer step in so many is exact, the first among them: any number from 1 up, 1.5 for two
+            steps in three. `loge_kernels.schedule_of(model)` holds the count, for checkpoints.
+        exact_dtype: "float8" or "int8" for the dense products of exact layers, rows and steps; None for the weight's.
         exact_fraction: share of the rows in [0, 1], heaviest ‖dY‖ first, whose dX is dense.
+        residual: share of each weight's rows in [0, 1], those that the factors miss most, kept exact (CE-LoRA).
+        correction: with exact steps, the decay in [0, 1) of the running mean of exact minus cheap adapter gradient that
+            is added in the cheap steps; None: none (needed for sharded parameters, and under `torch.compile` unless
+            `torch._functorch.config.donated_buffer` is False).
         backend: a name of `backends()`, or None for the one in force at each call.
 
     Returns:
-        A `Report`: name, shape, rank, captured energy, path, reason and flops saved of every linear layer.
+        A `Report`: name, shape, rank, captured energy, path, reason and flops saved of every linear layer, and the
+        policy of exact steps with its cost.
 
     Raises:
         ValueError, TypeError: a bad argument, a model with nothing to convert or already converted, a weight that is
-            not finite. The model is then as it was.
+            not finite, a budget below the cost of the factors. The model is then as it was.
 
     Source: Zhang et al., Applied Sciences 2025, 15(1), 82 (LoGE).
     """
+    if subspace is None:
+        subspace = "svd" if budget is None or rank is not None else "dropped"
+    rank = 1 / 8 if rank is None else rank
     _check(model, rank, subspace, exact_fraction, backend)
+    _check_exactness(model, budget, exact_every, exact_dtype, residual, correction)
     sites = list(_sites(model, targets))
     chosen = [site for site in sites if site.obstacle is None]
     if not chosen:
@@ -76,19 +103,31 @@ def apply(
     # Everything that can fail happens before the first layer is touched.
     factors: dict[str, Factors | None] = {}
     for site in _with_progress(chosen):
-        factors[site.name] = _factors(site, rank, subspace)
+        factors[site.name] = _factors(site, rank, subspace, residual)
+    if budget is not None and exact_dtype is None:
+        largest = max(chosen, key=lambda site: site.linear.weight.numel())
+        exact_dtype = preferred_exact_dtype(largest.linear.weight)
+    costs = {site.name: _costs(site, factors[site.name], exact_dtype, exact_fraction) for site in chosen}
+    policy = _policy(chosen, costs, budget, exact_every, exact_dtype, correction)
+    if policy.exact_every == 1.0:
+        factors = dict.fromkeys(factors)
     for site in chosen:
-        LoGELinear.convert_(site.linear, factors[site.name], exact_fraction, backend)
+        LoGELinear.convert_(site.linear, factors[site.name], exact_fraction, backend, exact_dtype)
         if site.adapter is not None:
             from .peft_layers import LoGELoraLinear
 
             LoGELoraLinear.convert_(site.adapter)
-    return Report(tuple(_row(site, factors.get(site.name)) for site in sites))
+    if policy.exact_every is not None and policy.exact_every > 1.0:
+        learned = None if policy.correction is None else BiasCorrection(model, policy.correction)
+        scheduled: list[Any] = [site.linear for site in chosen if factors[site.name] is not None]
+        schedule.attach(model, schedule.Schedule(model, scheduled, policy.exact_every, learned))
+    return Report(tuple(_row(site, factors.get(site.name), costs, policy) for site in sites), policy)
 
 
 def remove(model: nn.Module) -> None:
     """Undo `apply`: every converted layer is what it was, adapters and weights untouched. A model without converted
     layers is left alone."""
+    schedule.detach(model)
     modules = list(model.modules())
     if "peft" in sys.modules:
         from .peft_layers import LoGELoraLinear
@@ -110,7 +149,7 @@ def _check(model: nn.Module, rank: Any, subspace: str, exact_fraction: float, ba
     if subspace == "gradient":
         raise ValueError("subspace='gradient' needs gradient statistics: use factorize(method='gradient', covariance=)")
     if subspace not in METHODS:
-        raise ValueError(f"subspace={subspace!r} is unknown; choose 'svd' or 'random'")
+        raise ValueError(f"subspace={subspace!r} is unknown; choose 'svd', 'random' or 'dropped'")
     if not 0.0 <= exact_fraction <= 1.0:
         raise ValueError(f"exact_fraction={exact_fraction!r} is not a share of the rows in [0, 1]")
     if backend is not None:
@@ -118,6 +157,34 @@ def _check(model: nn.Module, rank: Any, subspace: str, exact_fraction: float, ba
     for name, module in model.named_modules():
         if isinstance(module, LoGELinear) and module.converted:
             raise ValueError(f"model is converted already (layer {name!r}); call loge_kernels.remove(model) first")
+
+
+def _check_exactness(
+    model: nn.Module,
+    budget: float | None,
+    exact_every: float | None,
+    exact_dtype: str | None,
+    residual: float,
+    correction: float | None,
+) -> None:
+    if exact_dtype is not None:
+        EightBitWeight(exact_dtype)  # its message
+    if budget is not None and not 0.0 < budget <= 1.0:
+        raise ValueError(f"budget={budget!r} is not a share of the dense flops in (0, 1]")
+    if exact_every is not None and not 1.0 <= exact_every < math.inf:
+        raise ValueError(f"exact_every={exact_every!r}: one step in so many is exact; give a number from 1 up")
+    if budget is not None and exact_every is not None:
+        raise ValueError(f"budget={budget!r} decides how often a step is exact; give it or exact_every={exact_every!r}")
+    if not 0.0 <= residual <= 1.0:
+        raise ValueError(f"residual={residual!r} is not a share of a weight's rows in [0, 1]")
+    if correction is None:
+        return
+    if not 0.0 <= correction < 1.0:
+        raise ValueError(f"correction={correction!r} is the decay of a running mean; give a number in [0, 1), or None")
+    if budget is not None or exact_every is not None:
+        for name, p in model.named_parameters():
+            if p.requires_grad and hasattr(p, "placements"):
+                raise ValueError(f"correction={correction!r}: {name} is sharded (FSDP); give correction=None")
 
 
 def _sites(model: nn.Module, targets: Targets) -> Iterator[_Site]:
@@ -170,24 +237,60 @@ def _obstacle(module: nn.Linear, head: nn.Module | None, explicit: bool) -> str 
     return None
 
 
-def _factors(site: _Site, rank: int | float, subspace: str) -> Factors | None:
+def _factors(site: _Site, rank: int | float, subspace: str, residual: float) -> Factors | None:
     """The site's factors, or None where the dense product costs less."""
     N, K = site.linear.weight.shape
     R = resolve_rank(min(rank, N, K) if isinstance(rank, int) else rank, N, K)
     if not torch.isfinite(site.linear.weight).all():
         raise ValueError(f"the weight of layer {site.name!r} contains NaN or inf; the model is unchanged")
-    return None if R * (N + K) > N * K else cached_factors(site.linear.weight, R, subspace)
+    if subspace == "dropped":
+        R = 0
+    rows = math.ceil(residual * N)
+    if R * (N + K) + rows * K > N * K:
+        return None
+    factors = cached_factors(site.linear.weight, R, subspace)
+    return factors.with_residual(site.linear.weight, rows) if rows else factors
 
 
-def _row(site: _Site, factors: Factors | None) -> LayerReport:
+def _costs(site: _Site, factors: Factors | None, exact_dtype: str | None, exact_fraction: float) -> tuple[float, float]:
+    """Of the layer's dX in a cheap and in an exact step."""
+    exact = dense_cost(site.linear.weight, exact_dtype)
+    return (exact if factors is None else factors.cost + exact_fraction * exact), exact
+
+
+def _policy(
+    sites: list[_Site],
+    costs: dict[str, tuple[float, float]],
+    budget: float | None,
+    exact_every: float | None,
+    exact_dtype: str | None,
+    correction: float | None,
+) -> Policy:
+    sizes = [site.linear.weight.numel() for site in sites]
+    cheap, exact = (
+        sum(size * costs[site.name][index] for size, site in zip(sizes, sites, strict=True)) / sum(sizes)
+        for index in (0, 1)
+    )
+    if budget is not None:
+        exact_every = exact_every_within(budget, cheap, exact, correction is not None)
+    exact_every = None if exact_every is None else float(exact_every)
+    if exact_every is None or exact_every == 1.0:
+        correction = None
+    return Policy(exact_every, exact_dtype, correction, average_cost(cheap, exact, exact_every, correction is not None))
+
+
+def _row(site: _Site, factors: Factors | None, costs: dict[str, tuple[float, float]], policy: Policy) -> LayerReport:
     N, K = site.linear.weight.shape
     if site.obstacle is not None:
         return LayerReport(site.name, (N, K), None, None, "skipped", site.obstacle, 0.0)
+    cheap, exact = costs[site.name]
+    if policy.exact_every == 1.0:
+        return LayerReport(site.name, (N, K), None, None, "exact", "every step is exact", 1.0 - exact)
+    saved = 1.0 - average_cost(cheap, exact, policy.exact_every, policy.correction is not None)
     if factors is None:
         reason = f"dense is cheaper at this rank (break-even at {N * K // (N + K)})"
-        return LayerReport(site.name, (N, K), None, None, "exact", reason, 0.0)
+        return LayerReport(site.name, (N, K), None, None, "exact", reason, saved)
     path, reason = _path(site)
-    saved = 1.0 - factors.rank * (N + K) / (N * K)
     return LayerReport(site.name, (N, K), factors.rank, factors.energy, path, reason, saved)
 
 

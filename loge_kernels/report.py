@@ -9,13 +9,15 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from .policy import Policy
+
 LayerPath = Literal["fused", "base", "plain", "exact", "skipped"]
 
 _PATHS = {
     "fused": "frozen weight and adapter in one op, low-rank dX",
     "base": "frozen weight low-rank, adapter as PEFT computes it",
     "plain": "frozen weight low-rank, no adapter",
-    "exact": "dense dX: a low-rank one would cost more",
+    "exact": "dense dX",
     "skipped": "not converted",
 }
 
@@ -23,7 +25,8 @@ _PATHS = {
 @dataclass(frozen=True, slots=True)
 class LayerReport:
     """One linear layer: `shape` is (N, K); `rank` and `energy` are None without factors; `flops_saved` is the share of
-    the layer's dense dX flops (2·M·N·K) that the backward pass no longer spends."""
+    the layer's dense dX flops (2·M·N·K) that the backward pass no longer spends, on average over the steps, with
+    products in 8 bits counted half."""
 
     name: str
     shape: tuple[int, int]
@@ -36,9 +39,11 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The layers that `apply` looked at, in the model's order. `str()` gives a table, `to_dict()` plain data."""
+    """The layers that `apply` looked at, in the model's order, and when their frozen path is exact. `str()` gives a
+    table, `to_dict()` plain data."""
 
     layers: tuple[LayerReport, ...]
+    policy: Policy
 
     @property
     def converted(self) -> tuple[LayerReport, ...]:
@@ -57,10 +62,15 @@ class Report:
         for layer in self.layers:
             counts[layer.path] = counts.get(layer.path, 0) + 1
         paths = ", ".join(f"{count} {path}" for path, count in counts.items())
-        return f"{len(self.layers)} linear layers: {paths}; {self.flops_saved:.0%} of their dense dX flops saved"
+        saved = f"{self.flops_saved:.0%} of their dense dX flops saved"
+        return f"{len(self.layers)} linear layers: {paths}; {saved}; {self.policy}"
 
     def to_dict(self) -> dict[str, Any]:
-        return {"layers": [asdict(layer) for layer in self.layers], "flops_saved": self.flops_saved}
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "policy": asdict(self.policy),
+            "flops_saved": self.flops_saved,
+        }
 
     def __str__(self) -> str:
         used = dict.fromkeys(layer.path for layer in self.layers)

@@ -55,6 +55,8 @@ def slower_than_torch(p: BackwardProblem) -> str | None:
     """The cost model's reason to prefer the PyTorch composition for this problem, or None."""
     if p.left is None or p.right is None:
         return "without factors dX is a dense product"
+    if p.right.shape[0] == 0:
+        return "the frozen path is dropped: rank 0"
     if not p.need_dx:
         return "without dX there is no chain to fuse"
     M, N = p.dy.shape

@@ -1,0 +1,197 @@
+"""Bias correction: what an exact step teaches the cheap steps after it.
+
+The cheap activation gradient is biased, and more steps do not lift a static bias. On an exact step the adapter gradient
+of the same batch is taken twice over one graph, once through the factors and once exactly; their difference d enters a
+running mean m <- decay m + (1 - decay) d (m = d at the first), and every cheap step adds m to its gradient. Memory: one
+adapter gradient, and a second during an exact step. Time: one more cheap backward in every exact step, from the input
+of the output head down.
+
+The idea is a control variate with stale means, as in SVRG (Johnson and Zhang, NeurIPS 2013), on the difference of two
+gradients of one batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
+
+from .ops import cheap_backward, in_cheap_backward
+
+logger = logging.getLogger("loge_kernels")
+
+
+class LossScaler(Protocol):
+    """What is asked of a `torch.amp.GradScaler`."""
+
+    def get_scale(self) -> float: ...
+
+
+class BiasCorrection:
+    """The running mean of exact minus cheap gradient of every trained parameter of `model`.
+
+    `exact`: whether the step under way is an exact one; its owner, the schedule, sets it. `scaler`: the
+    `torch.amp.GradScaler` of the training loop, where there is one: the mean is kept in unscaled units. `means`: by
+    parameter name, in the gradient's dtype. Parameters that begin to train after `apply` (an adapter added later) are
+    found at the next exact step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.exact = False
+        self.scaler: LossScaler | None = None
+        self.means: dict[str, Tensor] = {}
+        self._pending: dict[str, Tensor] = {}  # exact minus cheap, of the step under way
+        self._corrected: set[str] = set()  # parameters whose gradient of the step under way has its mean already
+        self._model = weakref.ref(model)
+        self._watched: dict[str, weakref.ref[Tensor]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._warned = False
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        if isinstance(head, nn.Module):
+            # The head stays exact: the two gradients part below it, and its backward is spared the second time.
+            self._handles.append(head.register_forward_pre_hook(_TapInput(self)))
+        else:
+            self._handles.append(model.register_forward_hook(_TapOutput(self)))
+
+    def detach(self) -> None:
+        """Take every hook back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._watched.clear()
+
+    def finish_step(self) -> None:
+        """After an optimizer step: the difference of an exact step enters the mean."""
+        self._corrected.clear()
+        pending, self._pending = self._pending, {}
+        if self.exact and not pending and not self._warned:
+            self._warned = True
+            logger.warning(
+                "bias correction saw no gradient in an exact step (sharded parameters? a head that is called by other "
+                "means than its module?): the cheap steps stay uncorrected"
+            )
+        for name, difference in pending.items():
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(difference)
+                difference /= torch.distributed.get_world_size()
+            before = self.means.get(name)
+            after = difference if before is None else before.lerp(difference, 1.0 - self.decay)
+            # A step whose loss overflowed teaches nothing; decided on the device, without waiting for it.
+            kept = torch.zeros_like(after) if before is None else before
+            self.means[name] = torch.where(after.isfinite().all(), after, kept)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The means by parameter name."""
+        return {name: mean.clone() for name, mean in self.means.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` gave. Raises ValueError for other names or shapes than this model's."""
+        parameters = self._watch()
+        for name, mean in state.items():
+            p = parameters.get(name)
+            if p is None or p.shape != mean.shape:
+                have = "no such trained parameter" if p is None else f"shape {tuple(p.shape)}"
+                raise ValueError(f"state: {name} has shape {tuple(mean.shape)}; this model has {have}")
+        self.means = {name: mean.to(parameters[name].device, copy=True) for name, mean in state.items()}
+
+    def _watch(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name, each with a hook on its gradient."""
+        model = self._model()
+        trained = {} if model is None else {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for name, p in trained.items():
+            known = self._watched.get(name)
+            if known is None or known() is not p:
+                self._watched[name] = weakref.ref(p)
+                self._handles.append(p.register_hook(_OnGradient(self, name)))
+        return trained
+
+    def _scale(self) -> float:
+        return 1.0 if self.scaler is None else self.scaler.get_scale()
+
+    def on_gradient(self, name: str, gradient: Tensor) -> Tensor | None:
+        """Of every backward pass that reaches the parameter: one per micro-batch."""
+        if in_cheap_backward():
+            return None
+        if self.exact:
+            if name in self._pending:  # only what the cheap pass reached, too
+                self._pending[name].add_(gradient, alpha=1.0 / self._scale())
+            return None
+        mean = self.means.get(name)
+        if mean is None or name in self._corrected:
+            return None
+        self._corrected.add(name)
+        return torch.add(gradient, mean.to(gradient.dtype), alpha=self._scale())
+
+    def tap(self, value: Any) -> Any:
+        """`value`, with the cheap pass before its backward if it is a tensor of an exact step."""
+        if not (self.exact and torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad):
+            return value
+        self._watch()
+        return _Tap.apply(value, self)
+
+    def learn_cheap(self, source: Tensor, gradient: Tensor) -> None:
+        """The cheap half of the difference, before autograd goes on with the exact one."""
+        model = self._model()
+        if model is None:
+            return
+        names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+        with cheap_backward():
+            cheap = torch.autograd.grad(source, parameters, gradient, retain_graph=True, allow_unused=True)
+        for name, part in zip(names, cheap, strict=True):
+            if part is None:
+                continue
+            if name not in self._pending:
+                self._pending[name] = torch.zeros_like(part)
+            self._pending[name].sub_(part, alpha=1.0 / self._scale())
+
+
+class _Hook:
+    """A hook that does not keep its correction alive; in a copied or unpickled model it does nothing."""
+
+    def __init__(self, correction: BiasCorrection | None = None, name: str = "") -> None:
+        self._correction = (lambda: None) if correction is None else weakref.ref(correction)
+        self._name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class _TapInput(_Hook):
+    @torch.compiler.disable
+    def __call__(self, head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        correction = self._correction()
+        return None if correction is None else tuple(correction.tap(value) for value in inputs)
+
+
+class _TapOutput(_Hook):
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        correction = self._correction()
+        return None if correction is None else tree_map(correction.tap, output)
+
+
+class _OnGradient(_Hook):
+    def __call__(self, gradient: Tensor) -> Tensor | None:
+        correction = self._correction()
+        return None if correction is None else correction.on_gradient(self._name, gradient)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; its backward runs the cheap pass over the graph of its input first."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, correction: BiasCorrection) -> Tensor:
+        ctx.correction, ctx.source = correction, value  # not saved: its graph, not its values, is read
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.correction.learn_cheap(ctx.source, gradient)
+        return gradient, None

@@ -1,0 +1,134 @@
+"""When the frozen path is exact: one optimizer step in n, counted without a call from the training loop.
+
+`apply(exact_every=n)` attaches a `Schedule` to the model. It follows the optimizer that holds the model's trained
+parameters through torch's own step hooks, so it works in any loop (Trainer, Accelerate, TRL, a handwritten one), under
+gradient accumulation, where a step is one optimizer step, and under DDP, where every rank counts alike. A step that a
+`GradScaler` skips is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .correction import BiasCorrection
+from .linear import LoGELinear
+
+# Not an attribute of the model: a copy of the model has no schedule, and its state dict and pickle know nothing of it.
+_schedules: weakref.WeakKeyDictionary[nn.Module, Schedule] = weakref.WeakKeyDictionary()
+
+
+class Schedule:
+    """How far a model's training is, as far as its backward depends on it.
+
+    step: optimizer steps taken so far.   exact_every: one step in so many is exact, the first among them; any number
+    from 1 up, 1.5 for two steps in three.   correction: the `BiasCorrection` that the exact steps feed, or None.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Iterable[LoGELinear], exact_every: float, correction: BiasCorrection | None
+    ) -> None:
+        self.step = 0
+        self.exact_every = exact_every
+        self.correction = correction
+        self._model = weakref.ref(model)
+        # Weak, or the schedule would keep alive the model that it is kept by.
+        self._layers = [(weakref.ref(layer), layer.exact_fraction) for layer in layers]
+        on_step = weakref.WeakMethod(self._on_optimizer_step)
+
+        def follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            method = on_step()
+            if method is not None:
+                method(optimizer)
+
+        self._handle = register_optimizer_step_post_hook(follow)
+        weakref.finalize(self, self._handle.remove)
+        self._prepare()
+
+    @property
+    def exact(self) -> bool:
+        """Whether the step under way takes the exact gradient."""
+        # The steps ceil(j n), j = 0, 1, …; the small number takes the rounding of 1 / (1 / n) out.
+        reached = math.floor(self.step / self.exact_every + 1e-9)
+        return self.step == 0 or reached > math.floor((self.step - 1) / self.exact_every + 1e-9)
+
+    def advance(self) -> None:
+        """Count an optimizer step: for loops whose optimizer is not a `torch.optim.Optimizer`; others are followed."""
+        if self.correction is not None:
+            self.correction.finish_step()
+        self.step += 1
+        self._prepare()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint needs: the step and the correction's means, as flat tensors (safetensors takes them)."""
+        state = {"step": torch.tensor(self.step)}
+        if self.correction is not None:
+            state |= {f"correction.{name}": mean for name, mean in self.correction.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises ValueError for a state without a step, or with means that do not fit; nothing is changed then.
+        """
+        if "step" not in state:
+            raise ValueError(f"state has no 'step'; expected what Schedule.state_dict() gave, got {sorted(state)[:3]}")
+        prefix = "correction."
+        means = {name[len(prefix) :]: mean for name, mean in state.items() if name.startswith(prefix)}
+        if means and self.correction is None:
+            raise ValueError("state holds the means of a bias correction, and this model was applied without one")
+        if self.correction is not None:
+            self.correction.load_state_dict(means)
+        self.step = int(state["step"])
+        self._prepare()
+
+    def detach(self) -> None:
+        """Stop following, and give every layer its own exact_fraction back."""
+        self._handle.remove()
+        for reference, fraction in self._layers:
+            layer = reference()
+            if layer is not None:
+                layer.exact_fraction = fraction
+        if self.correction is not None:
+            self.correction.detach()
+
+    def _on_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        model = self._model()
+        trained = None if model is None else next((p for p in model.parameters() if p.requires_grad), None)
+        if trained is not None and any(p is trained for group in optimizer.param_groups for p in group["params"]):
+            self.advance()  # the others are somebody else's optimizers
+
+    def _prepare(self) -> None:
+        """Set every layer up for the coming step."""
+        exact = self.exact
+        for reference, fraction in self._layers:
+            layer = reference()
+            if layer is not None:
+                layer.exact_fraction = 1.0 if exact else fraction
+        if self.correction is not None:
+            self.correction.exact = exact
+
+
+def attach(model: nn.Module, schedule: Schedule) -> None:
+    """Make `schedule` the one of `model`."""
+    _schedules[model] = schedule
+
+
+def schedule_of(model: nn.Module) -> Schedule | None:
+    """The `Schedule` that `apply` attached to `model`, to one of its submodules or to what it wraps (DDP); None when
+    every step is alike. Its `state_dict` belongs in a checkpoint."""
+    return next((_schedules[module] for module in model.modules() if module in _schedules), None)
+
+
+def detach(model: nn.Module) -> None:
+    """Take the schedule of `model`, if any, away."""
+    for module in model.modules():
+        schedule = _schedules.pop(module, None)
+        if schedule is not None:
+            schedule.detach()

@@ -1,0 +1,356 @@
+"""Exact steps in turn, and the bias correction that they feed, in whole training loops."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from models import LINEARS, assert_close, llama, lora, tokens
+from peft import LoraConfig
+from torch import Tensor, nn
+
+import loge_kernels as loge
+from loge_kernels import LoGELinear, cheap_backward, schedule_of
+
+RANK = 16
+
+
+def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def backward(model: Any, share: float = 1.0) -> None:
+    (model(input_ids=tokens(), labels=tokens()).loss * share).backward()
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in adapters(model).items() if p.grad is not None}
+
+
+def gradient(model: Any, cheap: bool = False) -> dict[str, Tensor]:
+    """The gradient that a model without schedule would have here: exact, or through factors of `RANK`."""
+    twin = copy.deepcopy(model)
+    loge.remove(twin)
+    if cheap:
+        loge.apply(twin, RANK)
+    twin.zero_grad()
+    backward(twin)
+    return snapshot(twin)
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(adapters(model).values(), lr=0.05)
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """One training step; the gradient that the optimizer saw."""
+    optimizer.zero_grad()
+    backward(model)
+    seen = snapshot(model)
+    optimizer.step()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("every", "exact"),
+    [
+        (1.5, [0, 2, 3, 5, 6, 8, 9]),
+        (2, [0, 2, 4, 6, 8]),
+        (4, [0, 4, 8]),
+        (1 / 0.9, [0, 2, 3, 4, 5, 6, 7, 8, 9]),
+        (1 / (1 / 3), [0, 3, 6, 9]),
+    ],
+)
+def test_which_steps_are_exact(every: float, exact: list[int]) -> None:
+    model = lora()
+    loge.apply(model, RANK, exact_every=every, correction=None)
+    schedule, optimizer = schedule_of(model), optimizer_of(model)
+    assert schedule is not None
+    turns = []
+    for _ in range(10):
+        turns.append(schedule.exact)
+        optimizer.step()
+    assert [number for number, turn in enumerate(turns) if turn] == exact
+
+
+def test_the_steps_take_the_gradients_they_claim() -> None:
+    model = lora()
+    loge.apply(model, RANK, exact_every=3, correction=None)
+    optimizer = optimizer_of(model)
+    for number in range(5):
+        expected = gradient(model, cheap=number % 3 != 0)
+        assert_close(step(model, optimizer), expected)
+
+
+def test_the_correction_is_the_running_mean_of_exact_minus_cheap() -> None:
+    model = lora()
+    loge.apply(model, RANK, exact_every=2, correction=0.25)
+    optimizer = optimizer_of(model)
+    mean: dict[str, Tensor] = {}
+    for number in range(6):
+        exact, cheap = gradient(model), gradient(model, cheap=True)
+        seen = step(model, optimizer)
+        if number % 2 == 0:
+            assert_close(seen, exact)
+            for name in exact:
+                difference = exact[name] - cheap[name]
+                mean[name] = difference if number == 0 else 0.25 * mean[name] + 0.75 * difference
+        else:
+            assert_close(seen, {name: cheap[name] + mean[name] for name in cheap})
+
+
+def test_dropped_steps_with_correction() -> None:
+    model = lora()
+    loge.apply(model, subspace="dropped", exact_every=2)
+    optimizer = optimizer_of(model)
+    exact = gradient(model)
+    assert_close(step(model, optimizer), exact)
+    schedule = schedule_of(model)
+    assert schedule is not None
+    assert schedule.correction is not None
+    dropped = {name: exact[name] - mean for name, mean in schedule.correction.means.items()}
+    # What a layer's adapter is told without the frozen paths above it: less than everything, more than nothing.
+    assert any((dropped[name] - exact[name]).norm() > 0.1 * exact[name].norm() for name in exact)
+    assert all(dropped[name].norm() > 0 for name in exact)
+    last = [name for name in exact if "layers.1.mlp.down_proj" in name]
+    assert_close({name: dropped[name] for name in last}, {name: exact[name] for name in last})
+
+
+def test_accumulation_counts_optimizer_steps() -> None:
+    whole, parts = lora(), lora()
+    grads = []
+    for model, micro in ((whole, 1), (parts, 4)):
+        loge.apply(model, RANK, exact_every=2)
+        optimizer, seen = optimizer_of(model), []
+        for _ in range(4):
+            optimizer.zero_grad()
+            for _ in range(micro):
+                backward(model, 1 / micro)
+            seen.append(snapshot(model))
+            optimizer.step()
+        grads.append(seen)
+    for one, other in zip(*grads, strict=True):
+        assert_close(other, one)
+
+
+def test_checkpointed_models_are_corrected_too() -> None:
+    plain, checkpointed = lora(), lora()
+    checkpointed.enable_input_require_grads()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    means = []
+    for model in (plain, checkpointed):
+        model.train()
+        loge.apply(model, RANK, exact_every=2)
+        step(model, optimizer_of(model))
+        schedule = schedule_of(model)
+        assert schedule is not None
+        assert schedule.correction is not None
+        means.append(schedule.correction.means)
+    assert_close(means[1], means[0])
+
+
+def test_a_model_without_an_output_head() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.low, self.high = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.high.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"y": self.high(torch.tanh(self.low(x)))}
+
+    model = Stack()
+    loge.apply(model, subspace="dropped", exact_every=2)
+    optimizer = torch.optim.SGD(model.low.parameters(), lr=0.1)
+    x = torch.randn(5, 64)
+    for number in range(3):
+        expected = torch.autograd.grad(
+            nn.functional.linear(torch.tanh(model.low(x)), model.high.weight, model.high.bias).square().sum(),
+            model.low.weight,
+        )[0]
+        optimizer.zero_grad()
+        model(x)["y"].square().sum().backward()
+        assert model.low.weight.grad is not None
+        if number == 0:
+            torch.testing.assert_close(model.low.weight.grad, expected)
+            first = expected
+        elif number == 1:  # nothing comes through the dropped layer: the mean is all there is
+            torch.testing.assert_close(model.low.weight.grad, first)
+        optimizer.step()
+
+
+def test_another_optimizer_is_not_counted() -> None:
+    model = lora()
+    loge.apply(model, RANK, exact_every=2)
+    other = nn.Linear(2, 2)
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    schedule = schedule_of(model)
+    assert schedule is not None
+    assert schedule.step == 0
+    schedule.advance()
+    assert schedule.step == 1
+    assert not schedule.exact
+
+
+def test_saved_and_resumed_is_as_if_never_interrupted() -> None:
+    straight, resumed = lora(), lora()
+    for model in (straight, resumed):
+        loge.apply(model, RANK, exact_every=2)
+    optimizer = optimizer_of(straight)
+    for _ in range(3):
+        step(straight, optimizer)
+    schedule, again = schedule_of(straight), schedule_of(resumed)
+    assert schedule is not None
+    assert again is not None
+    kept = io.BytesIO()
+    torch.save((straight.state_dict(), schedule.state_dict()), kept)
+    kept.seek(0)
+    weights, state = torch.load(kept)
+    resumed.load_state_dict(weights)
+    again.load_state_dict(state)
+    other = optimizer_of(resumed)
+    for _ in range(3):
+        assert_close(step(resumed, other), step(straight, optimizer))
+
+
+def test_a_foreign_state_is_refused_whole() -> None:
+    model = lora()
+    loge.apply(model, RANK, exact_every=2)
+    schedule = schedule_of(model)
+    assert schedule is not None
+    step(model, optimizer_of(model))
+    before = schedule.state_dict()
+    name = next(iter(before))
+    for state, message in (
+        ({}, "no 'step'"),
+        ({"step": torch.tensor(9), "correction.nobody": torch.zeros(2)}, "nobody .*no such trained parameter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            schedule.load_state_dict(state)
+        assert_close(schedule.state_dict(), before)
+    loge.remove(model)
+    loge.apply(model, RANK, exact_every=2, correction=None)
+    uncorrected = schedule_of(model)
+    assert uncorrected is not None
+    with pytest.raises(ValueError, match="without one"):
+        uncorrected.load_state_dict(before)
+    assert name == "step"
+
+
+def test_remove_takes_everything_back() -> None:
+    model = lora()
+    exact = gradient(model)
+    loge.apply(model, RANK, exact_every=2, exact_dtype="int8")
+    optimizer = optimizer_of(model)
+    step(model, optimizer)
+    loge.remove(model)
+    assert schedule_of(model) is None
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert all(not p._backward_hooks for p in adapters(model).values())
+    assert set(step(model, optimizer)) == set(exact)
+    fresh = gradient(model)
+    optimizer.zero_grad()
+    backward(model)
+    assert_close(snapshot(model), fresh)
+
+
+def test_copies_and_pickles_have_no_schedule() -> None:
+    model = lora()
+    loge.apply(model, RANK, exact_every=2)
+    step(model, optimizer_of(model))
+    schedule = schedule_of(model)
+    assert schedule is not None
+    assert schedule.correction is not None
+    before = schedule.state_dict()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert schedule_of(twin) is None
+        backward(twin)
+        optimizer_of(twin).step()
+    assert schedule.step == 1
+    assert_close(schedule.state_dict(), before)
+
+
+def test_nothing_outlives_the_model() -> None:
+    model = lora()
+    loge.apply(model, RANK, exact_every=2)
+    step(model, optimizer_of(model))
+    layer = weakref.ref(next(module for module in model.modules() if isinstance(module, LoGELinear)))
+    schedule = weakref.ref(schedule_of(model))
+    del model
+    gc.collect()
+    assert layer() is None
+    assert schedule() is None
+
+
+def test_adapters_that_come_later_are_corrected() -> None:
+    model = llama().requires_grad_(False)
+    loge.apply(model, RANK, targets=LINEARS, exact_every=2)
+    model.add_adapter(LoraConfig(r=4, target_modules=LINEARS, init_lora_weights=False))
+    optimizer = optimizer_of(model)
+    exact = step(model, optimizer)
+    schedule = schedule_of(model)
+    assert schedule is not None
+    assert schedule.correction is not None
+    assert set(schedule.correction.means) == set(exact)
+
+
+def test_an_overflow_teaches_nothing() -> None:
+    model = lora()
+    loge.apply(model, RANK, exact_every=1.5)
+    optimizer = optimizer_of(model)
+    step(model, optimizer)
+    step(model, optimizer)
+    schedule = schedule_of(model)
+    assert schedule is not None
+    assert schedule.correction is not None
+    assert schedule.exact
+    before = schedule.state_dict()
+    backward(model, float("inf"))
+    schedule.advance()
+    after = schedule.state_dict()
+    assert_close({n: t for n, t in after.items() if n != "step"}, {n: t for n, t in before.items() if n != "step"})
+
+
+def test_a_loss_scale_is_taken_out_and_put_back() -> None:
+    class Scaler:
+        def get_scale(self) -> float:
+            return 1024.0
+
+    plain, scaled = lora(), lora()
+    for model in (plain, scaled):
+        loge.apply(model, RANK, exact_every=2)
+    schedule = schedule_of(scaled)
+    assert schedule is not None
+    assert schedule.correction is not None
+    schedule.correction.scaler = Scaler()
+    one, other = optimizer_of(plain), optimizer_of(scaled)
+    for _ in range(2):
+        expected = step(plain, one)
+        other.zero_grad()
+        backward(scaled, 1024.0)
+        for p in adapters(scaled).values():
+            assert p.grad is not None
+            p.grad /= 1024.0
+        assert_close(snapshot(scaled), expected)
+        other.step()
+
+
+def test_evaluation_between_steps_changes_nothing() -> None:
+    model, other = lora(), lora()
+    optimizers = []
+    for each in (model, other):
+        loge.apply(each, RANK, exact_every=2)
+        optimizers.append(optimizer_of(each))
+    for _ in range(3):
+        with torch.no_grad():
+            model(input_ids=tokens())
+        with cheap_backward():
+            pass
+        assert_close(step(model, optimizers[0]), step(other, optimizers[1]))
