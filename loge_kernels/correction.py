@@ -74,8 +74,8 @@ class BiasCorrection:
         if self.exact and not pending and not self._warned:
             self._warned = True
             logger.warning(
-                "bias correction saw no gradient in an exact step (sharded parameters? a head that is called by other "
-                "means than its module?): the cheap steps stay uncorrected"
+                "bias correction saw no gradient in an exact step (sharded parameters? a model compiled before "
+                "apply? a head that is called by other means than its module?): the cheap steps stay uncorrected"
             )
         for name, difference in pending.items():
             if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -68,17 +68,17 @@ def apply(
             regular expression that the whole path must match; "all-linear" or None: every frozen linear layer but the
             output head.
         budget: at most this share of the dense dX flops of the converted layers, on average over the steps, products
-            in 8 bits counted half (`loge_kernels.policy`). Exact steps are made as frequent as it allows. With neither
-            rank nor subspace it is the best policy measured: "dropped" between exact steps, these in 8 bits where the
-            device has them, and every step exact from a budget of 0.5 on.
+            in 8 bits counted half (`loge_kernels.policy`). Exact steps, in 8 bits where the device has them, are made
+            as frequent as it allows; from 0.5 on that is every step. With neither rank nor subspace the frozen path is
+            "dropped" between them, and all of the budget goes to exact steps.
         exact_every: one optimizer step in so many is exact, the first among them: any number from 1 up, 1.5 for two
             steps in three. `loge_kernels.schedule_of(model)` holds the count, for checkpoints.
         exact_dtype: "float8" or "int8" for the dense products of exact layers, rows and steps; None for the weight's.
         exact_fraction: share of the rows in [0, 1], heaviest ‖dY‖ first, whose dX is dense.
         residual: share of each weight's rows in [0, 1], those that the factors miss most, kept exact (CE-LoRA).
         correction: with exact steps, the decay in [0, 1) of the running mean of exact minus cheap adapter gradient that
-            is added in the cheap steps; None: none (needed for sharded parameters, and under `torch.compile` unless
-            `torch._functorch.config.donated_buffer` is False).
+            is added in the cheap steps; None: none (needed for sharded parameters). A model to be compiled is compiled
+            after `apply`: its graph has no hooks otherwise.
         backend: a name of `backends()`, or None for the one in force at each call.
 
     Returns:
@@ -102,15 +102,16 @@ def apply(
         raise ValueError(_nothing_to_convert(model, sites, targets))
     # Everything that can fail happens before the first layer is touched.
     factors: dict[str, Factors | None] = {}
-    for site in _with_progress(chosen):
-        factors[site.name] = _factors(site, rank, subspace, residual)
     if budget is not None and exact_dtype is None:
         largest = max(chosen, key=lambda site: site.linear.weight.numel())
         exact_dtype = preferred_exact_dtype(largest.linear.weight)
+    exact = _mean(chosen, [dense_cost(site.linear.weight, exact_dtype) for site in chosen])
+    always_exact = exact_every == 1.0 or (budget is not None and exact <= budget)
+    for site in _with_progress(chosen):
+        _check_weight(site, exact_dtype)
+        factors[site.name] = None if always_exact else _factors(site, rank, subspace, residual)
     costs = {site.name: _costs(site, factors[site.name], exact_dtype, exact_fraction) for site in chosen}
     policy = _policy(chosen, costs, budget, exact_every, exact_dtype, correction)
-    if policy.exact_every == 1.0:
-        factors = dict.fromkeys(factors)
     for site in chosen:
         LoGELinear.convert_(site.linear, factors[site.name], exact_fraction, backend, exact_dtype)
         if site.adapter is not None:
@@ -169,6 +170,10 @@ def _check_exactness(
 ) -> None:
     if exact_dtype is not None:
         EightBitWeight(exact_dtype)  # its message
+    given = {"budget": budget, "exact_every": exact_every, "residual": residual, "correction": correction}
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
     if budget is not None and not 0.0 < budget <= 1.0:
         raise ValueError(f"budget={budget!r} is not a share of the dense flops in (0, 1]")
     if exact_every is not None and not 1.0 <= exact_every < math.inf:
@@ -237,12 +242,18 @@ def _obstacle(module: nn.Linear, head: nn.Module | None, explicit: bool) -> str 
     return None
 
 
+def _check_weight(site: _Site, exact_dtype: str | None) -> None:
+    weight = site.linear.weight
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"the weight of layer {site.name!r} contains NaN or inf; the model is unchanged")
+    if exact_dtype is not None and weight.dtype == torch.float64:
+        raise TypeError(f"exact_dtype={exact_dtype!r}: the weight of layer {site.name!r} is float64; give None")
+
+
 def _factors(site: _Site, rank: int | float, subspace: str, residual: float) -> Factors | None:
     """The site's factors, or None where the dense product costs less."""
     N, K = site.linear.weight.shape
     R = resolve_rank(min(rank, N, K) if isinstance(rank, int) else rank, N, K)
-    if not torch.isfinite(site.linear.weight).all():
-        raise ValueError(f"the weight of layer {site.name!r} contains NaN or inf; the model is unchanged")
     if subspace == "dropped":
         R = 0
     rows = math.ceil(residual * N)
@@ -250,6 +261,12 @@ def _factors(site: _Site, rank: int | float, subspace: str, residual: float) -> 
         return None
     factors = cached_factors(site.linear.weight, R, subspace)
     return factors.with_residual(site.linear.weight, rows) if rows else factors
+
+
+def _mean(sites: list[_Site], costs: list[float]) -> float:
+    """The layers' costs, weighted by their size."""
+    sizes = [site.linear.weight.numel() for site in sites]
+    return sum(size * cost for size, cost in zip(sizes, costs, strict=True)) / sum(sizes)
 
 
 def _costs(site: _Site, factors: Factors | None, exact_dtype: str | None, exact_fraction: float) -> tuple[float, float]:
@@ -266,11 +283,7 @@ def _policy(
     exact_dtype: str | None,
     correction: float | None,
 ) -> Policy:
-    sizes = [site.linear.weight.numel() for site in sites]
-    cheap, exact = (
-        sum(size * costs[site.name][index] for size, site in zip(sizes, sites, strict=True)) / sum(sizes)
-        for index in (0, 1)
-    )
+    cheap, exact = (_mean(sites, [costs[site.name][index] for site in sites]) for index in (0, 1))
     if budget is not None:
         exact_every = exact_every_within(budget, cheap, exact, correction is not None)
     exact_every = None if exact_every is None else float(exact_every)

@@ -69,30 +69,41 @@ def test_a_budget_for_exact_steps_makes_every_step_exact() -> None:
     assert report.flops_saved == pytest.approx(0.5)
 
 
+def wide() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(256, 256).requires_grad_(False))
+
+
 def test_a_budget_with_a_rank_keeps_the_factors() -> None:
-    model = lora()
-    report = loge.apply(model, rank=16, budget=0.9, exact_dtype="float8", correction=None)
-    assert report.policy.exact_every == 1.0  # float8 everywhere costs 0.5
+    model = wide()
+    report = loge.apply(model, rank=16, budget=0.3)
+    assert report.policy == Policy(pytest.approx(0.5 / (0.3 - 0.125)), "int8", 0.5, pytest.approx(0.3))
+    assert report.layers[0].rank == 16
     loge.remove(model)
-    cheap = 1.0 - loge.apply(model, rank=16).flops_saved
-    loge.remove(model)
-    budget = (cheap + 0.5) / 2 if cheap < 0.5 else 0.0
-    if cheap >= 0.5:  # these layers are small: dense in 8 bits is the cheaper one
-        with pytest.raises(ValueError, match="less than a step through the factors costs"):
-            loge.apply(model, rank=16, budget=0.45)
-        assert not any(isinstance(module, LoGELinear) for module in model.modules())
-        return
-    assert loge.apply(model, rank=16, budget=budget).policy.cost == pytest.approx(budget)
+    with pytest.raises(ValueError, match=r"budget=0\.1 is less than a step through the factors costs \(0\.125 "):
+        loge.apply(model, rank=16, budget=0.1)
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("options", [{"budget": 0.5}, {"exact_every": 1}])
+def test_nothing_is_factorised_where_every_step_is_exact(
+    options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loge_kernels.model.cached_factors", None)
+    assert loge.apply(wide(), rank=16, **options).layers[0].path == "exact"  # type: ignore[arg-type]
 
 
 def test_float64_has_no_8_bits() -> None:
     report = loge.apply(llama(torch.float64).requires_grad_(False), targets=LINEARS, budget=0.25)
     assert report.policy == Policy(4.0, None, 0.5, 0.25)
+    model = wide().double()
+    with pytest.raises(TypeError, match=r"exact_dtype='int8': .*'0' is float64"):
+        loge.apply(model, exact_dtype="int8")
+    assert type(model[0]) is nn.Linear
 
 
 def test_the_residual_is_counted() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(256, 256).requires_grad_(False))
+    model = wide()
     report = loge.apply(model, rank=16, residual=0.1)
     layer = model[0]
     assert isinstance(layer, LoGELinear)
@@ -104,7 +115,7 @@ def test_the_residual_is_counted() -> None:
 
 
 def test_exact_rows_are_counted() -> None:
-    model = nn.Sequential(nn.Linear(256, 256).requires_grad_(False))
+    model = wide()
     report = loge.apply(model, rank=16, exact_fraction=0.2, exact_dtype="int8")
     assert report.policy.cost == pytest.approx(16 * 512 / 256**2 + 0.2 * 0.5)
 
@@ -117,6 +128,10 @@ def test_exact_rows_are_counted() -> None:
         ({"budget": math.nan}, "budget=nan is not a share"),
         ({"exact_every": 0.5}, r"exact_every=0\.5: .*from 1 up"),
         ({"exact_every": math.inf}, "exact_every=inf"),
+        ({"budget": "x"}, "budget='x' is a str; give a number"),
+        ({"exact_every": True}, "exact_every=True is a bool"),
+        ({"residual": "x"}, "residual='x' is a str"),
+        ({"correction": "x"}, "correction='x' is a str"),
         ({"exact_every": 2, "budget": 0.5}, r"budget=0\.5 decides"),
         ({"exact_dtype": "int4"}, "exact_dtype='int4' is unknown"),
         ({"residual": -0.1}, r"residual=-0\.1 is not a share"),
@@ -127,7 +142,7 @@ def test_exact_rows_are_counted() -> None:
 def test_bad_arguments_leave_the_model_alone(options: dict[str, object], message: str) -> None:
     model = lora()
     kinds = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         loge.apply(model, **options)  # type: ignore[arg-type]
     assert kinds == [type(module) for module in model.modules()]
     assert loge.schedule_of(model) is None

@@ -341,6 +341,28 @@ def test_a_loss_scale_is_taken_out_and_put_back() -> None:
         other.step()
 
 
+def test_a_compiled_model_is_corrected() -> None:
+    torch._dynamo.reset()  # a graph of another test's model has no hooks, and would be taken for this one's
+    plain, other = lora(), lora()
+    for model in (plain, other):
+        loge.apply(model, RANK, exact_every=2)
+    compiled = torch.compile(other, backend="aot_eager")
+    one, two = optimizer_of(plain), optimizer_of(other)
+    for _ in range(4):
+        expected = step(plain, one)
+        two.zero_grad()
+        backward(compiled)
+        assert_close(snapshot(other), expected)
+        two.step()
+
+
+def test_a_correction_that_sees_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = lora()
+    loge.apply(model, RANK, exact_every=2)
+    optimizer_of(model).step()
+    assert "saw no gradient in an exact step" in caplog.text
+
+
 def test_evaluation_between_steps_changes_nothing() -> None:
     model, other = lora(), lora()
     optimizers = []

@@ -1,0 +1,55 @@
+"""Bias correction under DDP: two processes with half a batch each are one process with all of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from models import assert_close, lora, tokens
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import loge_kernels as loge
+
+STEPS = 4
+WORLD = 2
+
+
+def train(model: Any, adapted: nn.Module, batches: list[Tensor]) -> list[dict[str, Tensor]]:
+    """The gradient that the optimizer saw at each step, by parameter name of `adapted`."""
+    parameters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.05)
+    seen = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        for batch in batches:
+            (model(input_ids=batch, labels=batch).loss / len(batches)).backward()
+        seen.append({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
+        optimizer.step()
+    return seen
+
+
+def work(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    model = lora()
+    loge.apply(model, 16, exact_every=2)
+    parallel = DistributedDataParallel(model)
+    assert loge.schedule_of(parallel) is not None
+    seen = train(parallel, model, [tokens()[rank : rank + 1]])
+    torch.save(seen, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(work, (tmp_path,), nprocs=WORLD)
+    model = lora()
+    loge.apply(model, 16, exact_every=2)
+    expected = train(model, model, [tokens()[:1], tokens()[1:]])
+    for rank in range(WORLD):
+        for got, right in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
+            assert_close(got, right)
