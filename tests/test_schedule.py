@@ -65,6 +65,7 @@ def step(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         (4, [0, 4, 8]),
         (1 / 0.9, [0, 2, 3, 4, 5, 6, 7, 8, 9]),
         (1 / (1 / 3), [0, 3, 6, 9]),
+        (1e12, [0]),
     ],
 )
 def test_which_steps_are_exact(every: float, exact: list[int]) -> None:

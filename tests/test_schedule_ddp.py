@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import loge_kernels as loge
 
 STEPS = 4
 WORLD = 2
+TIMEOUT = timedelta(seconds=60)  # a process that waits for a dead one fails, and the suite goes on
 
 
 def train(model: Any, adapted: nn.Module, batches: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -34,7 +36,8 @@ def train(model: Any, adapted: nn.Module, batches: list[Tensor]) -> list[dict[st
 
 def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    meeting = f"file://{folder}/meeting"
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=TIMEOUT)
     model = lora()
     loge.apply(model, 16, exact_every=2)
     parallel = DistributedDataParallel(model)
