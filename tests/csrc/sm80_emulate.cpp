@@ -80,7 +80,8 @@ int main(int argc, char** argv) {
             total.reductions += block.counters.reductions;
         }
     });
-    for (const Buffer* gradient : {&dx, &dA, &dB}) std::fwrite(gradient->data, 1, gradient->size, stdout);
+    for (const Buffer* gradient : {&dx, &dA, &dB}) 
+        if (gradient->size != 0) std::fwrite(gradient->data, 1, gradient->size, stdout);
     std::fprintf(stderr, "ldmatrix=%lld conflicts=%lld mma=%lld reductions=%lld\n", total.ldmatrix, total.conflicts,
                  total.mma, total.reductions);
     return 0;
