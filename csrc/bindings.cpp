@@ -1,5 +1,5 @@
-// The Python module loge_kernels._C: raw pointers as integers, sizes, strides and a stream. It knows no torch, and needs
-// neither GPU nor driver until a kernel is launched.
+// The Python module loge_kernels._C: raw pointers as integers, sizes, strides and a stream. It knows no torch, and
+// needs neither GPU nor driver until a kernel is launched.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -31,7 +31,8 @@ struct Kernel {
 
 const std::vector<Kernel>& kernels() {
     static const std::vector<Kernel> all = {
-        {"sm80", loge::sm80_why_not, [](const BackwardParams& p, int) { return loge::sm80_plan(p); }, loge::sm80_backward},
+        {"sm80", loge::sm80_why_not, [](const BackwardParams& p, int) { return loge::sm80_plan(p); },
+         loge::sm80_backward},
 #ifdef LOGE_SM90
         {"sm90", loge::sm90_why_not, loge::sm90_plan, loge::sm90_backward},
 #endif
@@ -116,7 +117,8 @@ PYBIND11_MODULE(_C, module) {
     module.attr("toolkit") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
     module.attr("archs") = LOGE_CUDA_ARCHS;
     py::list names;
-    for (const Kernel& kernel : kernels()) names.append(kernel.name);
+    for (const Kernel& kernel : kernels())
+        names.append(kernel.name);
     module.attr("kernels") = py::tuple(names);
     module.attr("FLOAT16") = static_cast<int>(loge::DType::kFloat16);
     module.attr("BFLOAT16") = static_cast<int>(loge::DType::kBFloat16);

@@ -10,7 +10,7 @@
 namespace loge {
 
 class DeviceGuard {
-   public:
+ public:
     explicit DeviceGuard(int device) : device_(device) {
         check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
         if (device_ != previous_) check_cuda(cudaSetDevice(device_), "cudaSetDevice(" + std::to_string(device_) + ")");
@@ -21,7 +21,7 @@ class DeviceGuard {
     DeviceGuard(const DeviceGuard&) = delete;
     DeviceGuard& operator=(const DeviceGuard&) = delete;
 
-   private:
+ private:
     int device_, previous_ = 0;
 };
 

@@ -11,7 +11,9 @@ namespace loge {
 
 // Why no kernel of this module can take `p`, or "". The device's compute capability is the caller's to check.
 inline std::string problem_why_not(const BackwardParams& p) {
-    const auto text = [](const char* name, std::int64_t value) { return std::string(name) + " = " + std::to_string(value); };
+    const auto text = [](const char* name, std::int64_t value) {
+        return std::string(name) + " = " + std::to_string(value);
+    };
     const bool need_dx = p.dx != nullptr, need_dA = p.dA != nullptr, need_dB = p.dB != nullptr;
     constexpr std::int64_t kMaxSize = (std::int64_t{1} << 31) - 256;
     if (!need_dx && !need_dA && !need_dB) return "no gradient is asked for";

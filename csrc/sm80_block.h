@@ -51,7 +51,7 @@ class Block {
     static constexpr int kOutTiles = kStepK / 32;        // n8 tiles of a warp's part of dX [32, kStepK / 4]
     static constexpr int kXTiles = kStepK / 64;          // n8 tiles of a warp's part of dA [kAdapter, kStepK / 8]
 
-   public:
+ public:
     LOGE_SM80_DEVICE Block(const BackwardParams& problem, std::int64_t slab, Machine& machine)
         : p(problem),
           m(machine),
@@ -69,7 +69,7 @@ class Block {
         if (kRank > 0 || need_dA_) walk_K();
     }
 
-   private:
+ private:
     LOGE_SM80_DEVICE void load_first(std::int64_t step) {
         const std::int64_t n = step * kStepN;
         if (n >= p.N) return;
@@ -116,8 +116,9 @@ class Block {
             if constexpr (kAdapter > 0) {
                 LOGE_SM80_UNROLL
                 for (int j = 0; j < kAdapterTiles; ++j)
-                    if (need_TB_) fetch<true, kAdapter>(b_b[j], stage + Map::kB, b_tall_corner(lane_), 32 * k32,
-                                          place_.half * kAdapterTiles + j);
+                    if (need_TB_)
+                        fetch<true, kAdapter>(b_b[j], stage + Map::kB, b_tall_corner(lane_), 32 * k32,
+                                              place_.half * kAdapterTiles + j);
             }
             LOGE_SM80_UNROLL
             for (int k16 = 0; k16 < 2; ++k16) {
@@ -137,7 +138,8 @@ class Block {
                 if constexpr (kAdapter > 0) {
                     std::uint32_t strip[4];  // the half of the warp's rows that its strip is
                     LOGE_SM80_UNROLL
-                    for (int r = 0; r < 4; ++r) strip[r] = (place_.strip & 1) != 0 ? a[1][r] : a[0][r];
+                    for (int r = 0; r < 4; ++r)
+                        strip[r] = (place_.strip & 1) != 0 ? a[1][r] : a[0][r];
                     LOGE_SM80_UNROLL
                     for (int j = 0; j < kAdapterTiles; ++j)
                         if (need_TB_) m.template mma<kType>(t_b[j], strip, b_b[j] + 2 * k16);
@@ -160,7 +162,8 @@ class Block {
                 std::uint32_t a[4];  // dY^T (16, 16)
                 fetch<true, kStepN>(a, dy, a_transposed_corner(lane_), 32 * k32 + 16 * k16, 2 * place_.n_strip);
                 LOGE_SM80_UNROLL
-                for (int j = 0; j < kAdapterTiles; ++j) m.template mma<kType>(sum[j], a, b[j] + 2 * k16);
+                for (int j = 0; j < kAdapterTiles; ++j)
+                    m.template mma<kType>(sum[j], a, b[j] + 2 * k16);
             }
         }
         LOGE_SM80_UNROLL
@@ -271,14 +274,16 @@ class Block {
                     std::uint32_t a[4];  // T_B^T (16, 16)
                     fetch<true, kAdapter>(a, Map::kTB, a_transposed_corner(lane_), 32 * k32 + 16 * k16, 2 * i);
                     LOGE_SM80_UNROLL
-                    for (int j = 0; j < kXTiles; ++j) m.template mma<kType>(sum[i][j], a, b[j] + 2 * k16);
+                    for (int j = 0; j < kXTiles; ++j)
+                        m.template mma<kType>(sum[i][j], a, b[j] + 2 * k16);
                 }
             }
         }
         LOGE_SM80_UNROLL
         for (int i = 0; i < kAdapter / 16; ++i) {
             LOGE_SM80_UNROLL
-            for (int j = 0; j < kXTiles; ++j) add(p.dA, p.P, p.K, 16 * i, k + 8 * (warp_ * kXTiles + j), sum[i][j], 1.0f);
+            for (int j = 0; j < kXTiles; ++j)
+                add(p.dA, p.P, p.K, 16 * i, k + 8 * (warp_ * kXTiles + j), sum[i][j], 1.0f);
         }
     }
 
@@ -317,7 +322,8 @@ class Block {
     // Four 8x8 matrices of a tile, `row` rows and `chunk` chunks from its corner.
     template <bool kTranspose, int kColumns>
     LOGE_SM80_DEVICE void fetch(std::uint32_t (&registers)[4], int tile, Corner corner, int row, int chunk) {
-        m.template ldmatrix<kTranspose>(registers, tile + tile_offset<kColumns>(row + corner.row, chunk + corner.chunk));
+        m.template ldmatrix<kTranspose>(registers,
+                                        tile + tile_offset<kColumns>(row + corner.row, chunk + corner.chunk));
     }
 
     // Accumulators C [16, 8], scaled and rounded, to `row` and `chunk` of a tile.
@@ -325,8 +331,9 @@ class Block {
     LOGE_SM80_DEVICE void store(int tile, int row, int chunk, const float (&c)[4], float scale) {
         LOGE_SM80_UNROLL
         for (int half = 0; half < 2; ++half)
-            m.store(tile + tile_offset<kColumns>(row + 8 * half + c_row(lane_), chunk) + c_column(lane_) * kElementBytes,
-                    m.template pack<kType>(scale * c[2 * half], scale * c[2 * half + 1]));
+            m.store(
+                tile + tile_offset<kColumns>(row + 8 * half + c_row(lane_), chunk) + c_column(lane_) * kElementBytes,
+                m.template pack<kType>(scale * c[2 * half], scale * c[2 * half + 1]));
     }
 
     // Accumulators C [16, 8], scaled, to `row` and `column` of a gradient [rows, columns]: onto what is there, or as

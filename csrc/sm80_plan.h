@@ -12,7 +12,9 @@
 namespace loge {
 
 // Why the Ampere kernel cannot take `p`, or "".
-inline std::string sm80_why_not(const BackwardParams& p) { return problem_why_not(p); }
+inline std::string sm80_why_not(const BackwardParams& p) {
+    return problem_why_not(p);
+}
 
 // How to cut `p`, of which sm80_why_not has no complaint: one block to a slab, whatever the device.
 inline Plan sm80_plan(const BackwardParams& p) {

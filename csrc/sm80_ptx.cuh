@@ -10,7 +10,7 @@
 namespace loge::sm80 {
 
 class PtxMachine {
-   public:
+ public:
     __device__ __forceinline__ explicit PtxMachine(void* shared)
         : base_(static_cast<std::uint32_t>(__cvta_generic_to_shared(shared))) {}
 
@@ -96,7 +96,7 @@ class PtxMachine {
 #endif
     }
 
-   private:
+ private:
     std::uint32_t base_;
 };
 

@@ -17,14 +17,18 @@ inline constexpr int kStepN = 64;   // columns of dY per step of the first walk
 inline constexpr int kDepth = 64;   // rows of right per step of the second walk
 inline constexpr int kThreads = 256;
 inline constexpr int kMaxStages = 4;
-inline constexpr int kChunk = 8;          // elements of 16 bits in the 16 bytes that cp.async moves
-inline constexpr int kElementBytes = 2;   // float16 and bfloat16
-inline constexpr int kBlockShared = 166912;     // bytes that one block may use on sm_80
+inline constexpr int kChunk = 8;                      // elements of 16 bits in the 16 bytes that cp.async moves
+inline constexpr int kElementBytes = 2;               // float16 and bfloat16
+inline constexpr int kBlockShared = 166912;           // bytes that one block may use on sm_80
 inline constexpr int kHalfShared = 164 * 512 - 1024;  // with two blocks on a multiprocessor, each with 1 KiB reserved
 
 // Tiles hold up to 64, 128 or 256 columns of `left`, and up to 16 or 64 of `lora_B`; 0: none.
-constexpr int rank_tile(std::int64_t R) { return R == 0 ? 0 : R <= 64 ? 64 : R <= 128 ? 128 : 256; }
-constexpr int adapter_tile(std::int64_t P) { return P == 0 ? 0 : P <= 16 ? 16 : 64; }
+constexpr int rank_tile(std::int64_t R) {
+    return R == 0 ? 0 : R <= 64 ? 64 : R <= 128 ? 128 : 256;
+}
+constexpr int adapter_tile(std::int64_t P) {
+    return P == 0 ? 0 : P <= 16 ? 16 : 64;
+}
 
 // Byte offset of a 16-byte chunk in a row-major tile of kColumns. The chunks of a row are permuted so that the same
 // chunk of eight successive rows, which is what ldmatrix reads at a time, lies in eight different groups of banks.
@@ -41,24 +45,36 @@ struct Corner {
     int row, chunk;
 };
 // A [16, 16] stored as it is.
-LOGE_SM80_HD constexpr Corner a_corner(int lane) { return {lane & 15, lane >> 4}; }
+LOGE_SM80_HD constexpr Corner a_corner(int lane) {
+    return {lane & 15, lane >> 4};
+}
 // A [16, 16] stored transposed; with .trans.
-LOGE_SM80_HD constexpr Corner a_transposed_corner(int lane) { return {(lane & 7) + (lane >> 4) * 8, lane >> 3 & 1}; }
+LOGE_SM80_HD constexpr Corner a_transposed_corner(int lane) {
+    return {(lane & 7) + (lane >> 4) * 8, lane >> 3 & 1};
+}
 // B [16, 16] as two fragments side by side, {b0 b1} and {b2 b3}; with .trans.
-LOGE_SM80_HD constexpr Corner b_wide_corner(int lane) { return {lane & 15, lane >> 4}; }
+LOGE_SM80_HD constexpr Corner b_wide_corner(int lane) {
+    return {lane & 15, lane >> 4};
+}
 // B [32, 8] as two fragments one below the other, {b0 b1} and {b2 b3}; with .trans.
-LOGE_SM80_HD constexpr Corner b_tall_corner(int lane) { return {lane, 0}; }
+LOGE_SM80_HD constexpr Corner b_tall_corner(int lane) {
+    return {lane, 0};
+}
 
 // Row and column in C [16, 8] of a lane's registers c0, c1 (next column); c2, c3 lie eight rows below.
-LOGE_SM80_HD constexpr int c_row(int lane) { return lane >> 2; }
-LOGE_SM80_HD constexpr int c_column(int lane) { return (lane & 3) * 2; }
+LOGE_SM80_HD constexpr int c_row(int lane) {
+    return lane >> 2;
+}
+LOGE_SM80_HD constexpr int c_column(int lane) {
+    return (lane & 3) * 2;
+}
 
 // What a warp takes of a slab: the products of the frozen path in a grid of 2 by 4 warps, those of the adapter in
 // strips of 16 rows by half of its columns.
 struct WarpPlace {
-    int m, n;           // of 2 and 4
-    int strip, half;    // of T: rows 16 * strip, one of the two that the warp's 32 rows hold
-    int n_strip;        // of dB: rows 16 * n_strip of the step
+    int m, n;         // of 2 and 4
+    int strip, half;  // of T: rows 16 * strip, one of the two that the warp's 32 rows hold
+    int n_strip;      // of dB: rows 16 * n_strip of the step
 };
 LOGE_SM80_HD constexpr WarpPlace warp_place(int warp) {
     return {warp & 1, warp >> 1, 2 * (warp & 1) + (warp >> 1 & 1), warp >> 2, warp & 3};
@@ -94,10 +110,10 @@ struct Shared {
     // of the next end: no more stages than the steps of two tiles.
     static constexpr int kFrozenSteps = kRank / kDepth;
     static constexpr int kSteps = kRank > 0 ? kFrozenSteps + (kAdapter > 0) : 1;
-    static constexpr int kSecondCount =
-        kRank == 0 ? 2
-                   : std::min({kMaxStages, kAdapter > 0 ? 2 * kSteps : kMaxStages,
-                               (kBudget - kSecondStages) / (kRank > 0 ? kSecondBytes : 1)});
+    static constexpr int kSecondCount = kRank == 0
+                                            ? 2
+                                            : std::min({kMaxStages, kAdapter > 0 ? 2 * kSteps : kMaxStages,
+                                                        (kBudget - kSecondStages) / (kRank > 0 ? kSecondBytes : 1)});
 
     static constexpr int kBytes =
         std::max(kFirstStages + kFirstCount * kFirstBytes, kSecondStages + kSecondCount * kSecondBytes);

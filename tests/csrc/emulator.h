@@ -68,7 +68,7 @@ class Block;
 
 // One thread; the interface of loge::sm80::PtxMachine.
 class Machine {
-   public:
+ public:
     Machine(Block& block, int thread) : block_(block), thread_(thread) {}
     int thread() const { return thread_; }
     void sync();
@@ -95,7 +95,7 @@ class Machine {
     }
     void add_pair(float* target, float first, float second);
 
-   private:
+ private:
     struct Copy {
         int offset;
         const void* source;
@@ -111,7 +111,7 @@ class Machine {
 };
 
 class Block {
-   public:
+ public:
     Block(int threads, int shared_bytes, Schedule schedule)
         : schedule_(schedule), shared_(shared_bytes, 0xff), fibers_(threads), warps_(threads / 32) {}
 
@@ -127,8 +127,8 @@ class Block {
             fiber.context.uc_stack.ss_size = kStack;
             fiber.context.uc_link = &scheduler_;
             const auto self = reinterpret_cast<std::uintptr_t>(this);
-            makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Block::enter), 3, static_cast<unsigned>(self >> 32),
-                        static_cast<unsigned>(self), static_cast<unsigned>(i));
+            makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Block::enter), 3,
+                        static_cast<unsigned>(self >> 32), static_cast<unsigned>(self), static_cast<unsigned>(i));
             ready_.push_back(i);
         }
         while (!ready_.empty()) {
@@ -141,7 +141,7 @@ class Block {
 
     Counters counters;
 
-   private:
+ private:
     friend class Machine;
     static constexpr std::size_t kStack = 1 << 18;
     struct Fiber {
@@ -207,7 +207,8 @@ inline void Machine::sync() {
         block_.waiting_.push_back(thread_);
         return block_.suspend();
     }
-    for (const int thread : block_.waiting_) block_.ready_.push_back(thread);
+    for (const int thread : block_.waiting_)
+        block_.ready_.push_back(thread);
     block_.waiting_.clear();
 }
 
@@ -235,7 +236,8 @@ inline void Machine::commit() {
 
 inline void Machine::land(int pending) {
     while (static_cast<int>(groups_.size()) > pending) {
-        for (const Copy& copy : groups_.front()) perform(copy);
+        for (const Copy& copy : groups_.front())
+            perform(copy);
         groups_.pop_front();
     }
 }
@@ -275,20 +277,24 @@ void Machine::mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_
                     A[group + r % 2 * 8][pair + half + r / 2 * 8] =
                         widen<kType>(static_cast<std::uint16_t>(lanes[lane].a[r] >> 16 * half));
                 for (int r = 0; r < 2; ++r)
-                    B[pair + half + r * 8][group] = widen<kType>(static_cast<std::uint16_t>(lanes[lane].b[r] >> 16 * half));
+                    B[pair + half + r * 8][group] =
+                        widen<kType>(static_cast<std::uint16_t>(lanes[lane].b[r] >> 16 * half));
             }
         }
         for (int lane = 0; lane < 32; ++lane)
             for (int r = 0; r < 4; ++r) {
                 const int i = lane / 4 + r / 2 * 8, j = lane % 4 * 2 + r % 2;
                 float sum = lanes[lane].c[r];
-                for (int k = 0; k < 16; ++k) sum += A[i][k] * B[k][j];
+                for (int k = 0; k < 16; ++k)
+                    sum += A[i][k] * B[k][j];
                 lanes[lane].c[r] = sum;
             }
     });
 }
 
-inline void Machine::store(int offset, std::uint32_t value) { std::memcpy(block_.at(offset, 4), &value, 4); }
+inline void Machine::store(int offset, std::uint32_t value) {
+    std::memcpy(block_.at(offset, 4), &value, 4);
+}
 
 inline void Machine::copy_out(void* target, int offset) {
     if (reinterpret_cast<std::uintptr_t>(target) % 16 != 0) fail("16 bytes to a misaligned address");

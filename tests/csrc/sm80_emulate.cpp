@@ -18,7 +18,8 @@
 namespace {
 
 struct Buffer {
-    explicit Buffer(std::size_t bytes, int fill = 0) : size(bytes), data(bytes ? std::aligned_alloc(16, bytes) : nullptr) {
+    explicit Buffer(std::size_t bytes, int fill = 0)
+        : size(bytes), data(bytes ? std::aligned_alloc(16, bytes) : nullptr) {
         if (data) std::memset(data, fill, bytes);
     }
     ~Buffer() { std::free(data); }
@@ -29,7 +30,8 @@ struct Buffer {
 
 // aligned_alloc wants a multiple of the alignment; every operand's rows are.
 void read(Buffer& buffer) {
-    if (buffer.size != 0 && std::fread(buffer.data, 1, buffer.size, stdin) != buffer.size) emulator::fail("stdin is short");
+    if (buffer.size != 0 && std::fread(buffer.data, 1, buffer.size, stdin) != buffer.size)
+        emulator::fail("stdin is short");
 }
 
 }  // namespace
@@ -37,7 +39,8 @@ void read(Buffer& buffer) {
 int main(int argc, char** argv) {
     if (argc != 15) emulator::fail("14 arguments are needed", argc - 1);
     std::vector<long long> a;
-    for (int i = 1; i < argc; ++i) a.push_back(std::atoll(argv[i]));
+    for (int i = 1; i < argc; ++i)
+        a.push_back(std::atoll(argv[i]));
     loge::BackwardParams p{};
     p.M = a[0], p.N = a[1], p.K = a[2], p.R = static_cast<int>(a[3]), p.P = static_cast<int>(a[4]);
     p.dy_stride = a[5], p.x_stride = a[6];
@@ -55,7 +58,8 @@ int main(int argc, char** argv) {
     const int poison = p.deterministic ? 0xff : 0;
     Buffer dx(need_dx ? 2 * p.M * p.K : 0, 0xff), dA(need_dA ? 4 * slabs * p.P * p.K : 0, poison);
     Buffer dB(need_dB ? 4 * slabs * p.N * p.P : 0, poison);
-    for (Buffer* operand : {&dy, &x, &xa, &left, &right, &lora_A, &lora_B}) read(*operand);
+    for (Buffer* operand : {&dy, &x, &xa, &left, &right, &lora_A, &lora_B})
+        read(*operand);
     p.dy = dy.data, p.x = x.data, p.xa = xa.data, p.left = left.data, p.right = right.data;
     p.lora_A = lora_A.data, p.lora_B = lora_B.data, p.dx = dx.data;
     p.dA = static_cast<float*>(dA.data), p.dB = static_cast<float*>(dB.data);
@@ -80,7 +84,7 @@ int main(int argc, char** argv) {
             total.reductions += block.counters.reductions;
         }
     });
-    for (const Buffer* gradient : {&dx, &dA, &dB}) 
+    for (const Buffer* gradient : {&dx, &dA, &dB})
         if (gradient->size != 0) std::fwrite(gradient->data, 1, gradient->size, stdout);
     std::fprintf(stderr, "ldmatrix=%lld conflicts=%lld mma=%lld reductions=%lld\n", total.ldmatrix, total.conflicts,
                  total.mma, total.reductions);
