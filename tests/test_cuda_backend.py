@@ -32,7 +32,7 @@ def extension() -> ModuleType:
 
 
 # Addresses that are aligned and never read: every call here is refused before a launch.
-POINTERS = {name: 4096 for name in ("dy", "x", "xa", "left", "right", "lora_A", "lora_B", "dx", "dA", "dB")}
+POINTERS = dict.fromkeys(("dy", "x", "xa", "left", "right", "lora_A", "lora_B", "dx", "dA", "dB"), 4096)
 SIZES = {"M": 100, "N": 200, "K": 136, "R": 64, "P": 16}
 
 
@@ -153,8 +153,8 @@ def problem(**changes: Any) -> BackwardProblem:
         "exact_fraction": 0.0,
         "need_dx": True,
     }
-    arguments |= {name: None for name in ("xa", "weight", "lora_A", "lora_B", "seed")}
-    arguments |= {name: False for name in ("need_dweight", "need_dbias", "need_dA", "need_dB", "deterministic")}
+    arguments |= dict.fromkeys(("xa", "weight", "lora_A", "lora_B", "seed"))
+    arguments |= dict.fromkeys(("need_dweight", "need_dbias", "need_dA", "need_dB", "deterministic"), False)
     return BackwardProblem(**(arguments | changes))
 
 
