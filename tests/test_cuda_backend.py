@@ -1,4 +1,4 @@
-"""The CUDA extension without a GPU: import, argument errors, plans, what the compiler made of the kernels, and "auto"."""
+"""The CUDA extension without a GPU: import, argument errors, plans, the machine code of its kernels, and "auto"."""
 
 from __future__ import annotations
 
