@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from . import reference, triton_backend
+from . import cuda_backend, reference, triton_backend
 from .problem import BackwardProblem, Gradients
 from .verification import is_verified
 
@@ -50,6 +50,13 @@ def _triton_passed_over(problem: BackwardProblem) -> str | None:
     return triton_backend.slower_than_torch(problem)
 
 
+def _cuda_passed_over(problem: BackwardProblem) -> str | None:
+    device = problem.dy.device
+    if device.type == "cuda" and not is_verified("cuda", device):
+        return "not verified on this GPU: run python -m loge_kernels check --device cuda"
+    return None if device.type != "cuda" else triton_backend.slower_than_torch(problem)
+
+
 # In the order in which "auto" considers them.
 _REGISTRY: dict[str, _Implementation] = {
     "triton": _Implementation(
@@ -58,6 +65,13 @@ _REGISTRY: dict[str, _Implementation] = {
         backward=triton_backend.backward,
         about="one-launch and two-launch kernels; 'auto' takes them once `check --device cuda` has passed on this GPU",
         worse_than_next=_triton_passed_over,
+    ),
+    "cuda": _Implementation(
+        unavailable=cuda_backend.unavailable,
+        why_not=cuda_backend.why_not,
+        backward=cuda_backend.backward,
+        about="one-launch CUDA C++ kernels; 'auto' takes them once `check --device cuda` has passed on this GPU",
+        worse_than_next=_cuda_passed_over,
     ),
     "reference": _Implementation(
         unavailable=lambda: None,

@@ -1,0 +1,10 @@
+// The Ampere kernels compiled for float16.
+#include "sm80_launch.cuh"
+
+namespace loge::sm80 {
+
+#define LOGE_SM80_INSTANCE(kRank, kAdapter) \
+    template void launch<DType::kFloat16, kRank, kAdapter>(const BackwardParams&, const Plan&, void*);
+LOGE_SM80_KERNELS(LOGE_SM80_INSTANCE)
+
+}  // namespace loge::sm80

@@ -1,0 +1,103 @@
+// One thread's view of a multiprocessor: the instructions that sm80_block.h is written in.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace loge::sm80 {
+
+class PtxMachine {
+ public:
+    __device__ __forceinline__ explicit PtxMachine(void* shared)
+        : base_(static_cast<std::uint32_t>(__cvta_generic_to_shared(shared))) {}
+
+    __device__ __forceinline__ int thread() const { return static_cast<int>(threadIdx.x); }
+    __device__ __forceinline__ void sync() const { __syncthreads(); }
+
+    // 16 bytes of global memory to shared memory, or zeros.
+    __device__ __forceinline__ void copy_async(int offset, const void* source, bool valid) const {
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(base_ + offset), "l"(source),
+                     "r"(valid ? 16 : 0)
+                     : "memory");
+    }
+    __device__ __forceinline__ void commit() const { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+    template <int kPending>
+    __device__ __forceinline__ void wait() const {
+        asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+    }
+
+    template <bool kTranspose>
+    __device__ __forceinline__ void ldmatrix(std::uint32_t (&r)[4], int offset) const {
+        if constexpr (kTranspose)
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                         : "r"(base_ + offset)
+                         : "memory");
+        else
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+                         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                         : "r"(base_ + offset)
+                         : "memory");
+    }
+
+    // C [16, 8] += A [16, 16] B [16, 8]
+    template <DType kType>
+    __device__ __forceinline__ void mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t* b) const {
+        if constexpr (kType == DType::kBFloat16)
+            asm volatile(
+                "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                "{%0, %1, %2, %3};\n"
+                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        else
+            asm volatile(
+                "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                "{%0, %1, %2, %3};\n"
+                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+
+    template <DType kType>
+    __device__ __forceinline__ std::uint32_t pack(float low, float high) const {
+        std::uint32_t packed;
+        if constexpr (kType == DType::kBFloat16)
+            asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(high), "f"(low));
+        else
+            asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(packed) : "f"(high), "f"(low));
+        return packed;
+    }
+
+    __device__ __forceinline__ void store(int offset, std::uint32_t value) const {
+        asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(base_ + offset), "r"(value) : "memory");
+    }
+    // 16 bytes of shared memory to global memory.
+    __device__ __forceinline__ void copy_out(void* target, int offset) const {
+        uint4 v;
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(base_ + offset)
+                     : "memory");
+        *static_cast<uint4*>(target) = v;
+    }
+    __device__ __forceinline__ void write_pair(float* target, float first, float second) const {
+        *reinterpret_cast<float2*>(target) = make_float2(first, second);
+    }
+    __device__ __forceinline__ void add_pair(float* target, float first, float second) const {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("red.global.add.v2.f32 [%0], {%1, %2};\n" ::"l"(__cvta_generic_to_global(target)), "f"(first),
+                     "f"(second)
+                     : "memory");
+#else
+        atomicAdd(target, first);
+        atomicAdd(target + 1, second);
+#endif
+    }
+
+ private:
+    std::uint32_t base_;
+};
+
+}  // namespace loge::sm80

@@ -1,0 +1,311 @@
+// One block of the Ampere kernel on the host: a fiber per thread, shared memory that is NaN until written, and the
+// instructions of sm80_ptx.cuh by their definition in the PTX manual (fragment layouts of mma.m16n8k16 and ldmatrix).
+//
+// cp.async may land anywhere between its issue and the wait for its group: `Schedule::kEager` copies at issue and runs
+// the fibers last come first served, `kLate` copies at the wait and runs them in order. What is right on a GPU is right
+// under both.
+#pragma once
+
+#include <ucontext.h>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "params.h"
+
+namespace emulator {
+
+enum class Schedule { kEager, kLate };
+
+[[noreturn]] inline void fail(const char* why, long long a = 0, long long b = 0) {
+    std::fprintf(stderr, "emulator: %s (%lld, %lld)\n", why, a, b);
+    std::fflush(nullptr);
+    std::_Exit(3);
+}
+
+template <loge::DType kType>
+float widen(std::uint16_t bits) {
+    if constexpr (kType == loge::DType::kBFloat16) {
+        const std::uint32_t word = std::uint32_t{bits} << 16;
+        float value;
+        std::memcpy(&value, &word, 4);
+        return value;
+    } else {
+        _Float16 value;
+        std::memcpy(&value, &bits, 2);
+        return static_cast<float>(value);
+    }
+}
+
+template <loge::DType kType>
+std::uint16_t narrow(float value) {
+    if constexpr (kType == loge::DType::kBFloat16) {
+        std::uint32_t word;
+        std::memcpy(&word, &value, 4);
+        if (std::isnan(value)) return 0x7fff;
+        return static_cast<std::uint16_t>((word + 0x7fff + (word >> 16 & 1)) >> 16);
+    } else {
+        const _Float16 half = static_cast<_Float16>(value);
+        std::uint16_t bits;
+        std::memcpy(&bits, &half, 2);
+        return bits;
+    }
+}
+
+struct Counters {
+    long long ldmatrix = 0, conflicts = 0, mma = 0, reductions = 0;
+};
+
+class Block;
+
+// One thread; the interface of loge::sm80::PtxMachine.
+class Machine {
+ public:
+    Machine(Block& block, int thread) : block_(block), thread_(thread) {}
+    int thread() const { return thread_; }
+    void sync();
+    void copy_async(int offset, const void* source, bool valid);
+    void commit();
+    template <int kPending>
+    void wait() {
+        land(kPending);
+    }
+    template <bool kTranspose>
+    void ldmatrix(std::uint32_t (&r)[4], int offset);
+    template <loge::DType kType>
+    void mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t* b);
+    template <loge::DType kType>
+    std::uint32_t pack(float low, float high) const {
+        return narrow<kType>(low) | std::uint32_t{narrow<kType>(high)} << 16;
+    }
+    void store(int offset, std::uint32_t value);
+    void copy_out(void* target, int offset);
+    void write_pair(float* target, float first, float second) {
+        if (reinterpret_cast<std::uintptr_t>(target) % 8 != 0) fail("a pair off its 8-byte boundary");
+        target[0] = first;
+        target[1] = second;
+    }
+    void add_pair(float* target, float first, float second);
+
+ private:
+    struct Copy {
+        int offset;
+        const void* source;
+        bool valid;
+    };
+    void land(int pending);
+    void perform(const Copy& copy);
+
+    Block& block_;
+    int thread_;
+    std::deque<std::vector<Copy>> groups_;
+    std::vector<Copy> open_;
+};
+
+class Block {
+ public:
+    Block(int threads, int shared_bytes, Schedule schedule)
+        : schedule_(schedule), shared_(shared_bytes, 0xff), fibers_(threads), warps_(threads / 32) {}
+
+    // Runs `body` as every thread of the block.
+    void run(const std::function<void(Machine&)>& body) {
+        body_ = &body;
+        for (int i = 0; i < static_cast<int>(fibers_.size()); ++i) {
+            Fiber& fiber = fibers_[i];
+            fiber.machine = std::make_unique<Machine>(*this, i);
+            fiber.stack = std::make_unique<char[]>(kStack);
+            getcontext(&fiber.context);
+            fiber.context.uc_stack.ss_sp = fiber.stack.get();
+            fiber.context.uc_stack.ss_size = kStack;
+            fiber.context.uc_link = &scheduler_;
+            const auto self = reinterpret_cast<std::uintptr_t>(this);
+            makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Block::enter), 3,
+                        static_cast<unsigned>(self >> 32), static_cast<unsigned>(self), static_cast<unsigned>(i));
+            ready_.push_back(i);
+        }
+        while (!ready_.empty()) {
+            running_ = schedule_ == Schedule::kEager ? ready_.back() : ready_.front();
+            schedule_ == Schedule::kEager ? ready_.pop_back() : ready_.pop_front();
+            swapcontext(&scheduler_, &fibers_[running_].context);
+        }
+        if (finished_ != static_cast<int>(fibers_.size())) fail("threads wait for each other", finished_);
+    }
+
+    Counters counters;
+
+ private:
+    friend class Machine;
+    static constexpr std::size_t kStack = 1 << 18;
+    struct Fiber {
+        ucontext_t context;
+        std::unique_ptr<char[]> stack;
+        std::unique_ptr<Machine> machine;
+    };
+    struct Lane {
+        float* c;
+        const std::uint32_t *a, *b;
+        std::uint32_t* r;
+        int offset;
+    };
+    struct Warp {
+        int arrived = 0, kind = 0;
+        std::array<Lane, 32> lanes;
+    };
+
+    static void enter(unsigned high, unsigned low, unsigned thread) {
+        Block& block = *reinterpret_cast<Block*>(std::uintptr_t{high} << 32 | low);
+        (*block.body_)(*block.fibers_[thread].machine);
+        ++block.finished_;
+    }
+
+    void suspend() {
+        const int self = running_;
+        swapcontext(&fibers_[self].context, &scheduler_);
+    }
+
+    // The last of a warp to come performs the instruction for all 32.
+    template <class Perform>
+    void together(int thread, int kind, const Lane& lane, Perform perform) {
+        Warp& warp = warps_[thread / 32];
+        if (warp.arrived > 0 && warp.kind != kind) fail("the lanes of a warp diverge", warp.kind, kind);
+        warp.kind = kind;
+        warp.lanes[thread % 32] = lane;
+        if (++warp.arrived < 32) return suspend();
+        warp.arrived = 0;
+        perform(warp.lanes);
+        for (int i = 0; i < 32; ++i)
+            if (thread / 32 * 32 + i != thread) ready_.push_back(thread / 32 * 32 + i);
+    }
+
+    unsigned char* at(int offset, int bytes) {
+        if (offset < 0 || offset % bytes != 0 || offset + bytes > static_cast<int>(shared_.size()))
+            fail("shared memory out of bounds or misaligned", offset, bytes);
+        return shared_.data() + offset;
+    }
+
+    Schedule schedule_;
+    std::vector<unsigned char> shared_;
+    std::vector<Fiber> fibers_;
+    std::vector<Warp> warps_;
+    std::deque<int> ready_;
+    std::vector<int> waiting_;
+    const std::function<void(Machine&)>* body_ = nullptr;
+    ucontext_t scheduler_{};
+    int running_ = 0, finished_ = 0;
+};
+
+inline void Machine::sync() {
+    if (static_cast<int>(block_.waiting_.size()) + 1 < static_cast<int>(block_.fibers_.size())) {
+        block_.waiting_.push_back(thread_);
+        return block_.suspend();
+    }
+    for (const int thread : block_.waiting_)
+        block_.ready_.push_back(thread);
+    block_.waiting_.clear();
+}
+
+inline void Machine::perform(const Copy& copy) {
+    unsigned char* target = block_.at(copy.offset, 16);
+    if (copy.valid)
+        std::memcpy(target, copy.source, 16);
+    else
+        std::memset(target, 0, 16);
+}
+
+inline void Machine::copy_async(int offset, const void* source, bool valid) {
+    if (reinterpret_cast<std::uintptr_t>(source) % 16 != 0) fail("cp.async from a misaligned address");
+    const Copy copy{offset, source, valid};
+    if (block_.schedule_ == Schedule::kEager)
+        perform(copy);
+    else
+        open_.push_back(copy);
+}
+
+inline void Machine::commit() {
+    groups_.push_back(std::move(open_));
+    open_.clear();
+}
+
+inline void Machine::land(int pending) {
+    while (static_cast<int>(groups_.size()) > pending) {
+        for (const Copy& copy : groups_.front())
+            perform(copy);
+        groups_.pop_front();
+    }
+}
+
+template <bool kTranspose>
+void Machine::ldmatrix(std::uint32_t (&r)[4], int offset) {
+    block_.together(thread_, kTranspose ? 1 : 2, {nullptr, nullptr, nullptr, r, offset}, [this](auto& lanes) {
+        ++block_.counters.ldmatrix;
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            std::uint16_t rows[8][8];
+            unsigned banks = 0;
+            for (int i = 0; i < 8; ++i) {
+                const int from = lanes[8 * matrix + i].offset;
+                std::memcpy(rows[i], block_.at(from, 16), 16);
+                block_.counters.conflicts += banks >> (from / 16 % 8) & 1;
+                banks |= 1u << (from / 16 % 8);
+            }
+            for (int lane = 0; lane < 32; ++lane) {
+                const int i = lane / 4, j = lane % 4 * 2;
+                const std::uint16_t low = kTranspose ? rows[j][i] : rows[i][j];
+                const std::uint16_t high = kTranspose ? rows[j + 1][i] : rows[i][j + 1];
+                lanes[lane].r[matrix] = low | std::uint32_t{high} << 16;
+            }
+        }
+    });
+}
+
+template <loge::DType kType>
+void Machine::mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t* b) {
+    block_.together(thread_, 3, {c, a, b, nullptr, 0}, [this](auto& lanes) {
+        ++block_.counters.mma;
+        float A[16][16], B[16][8];
+        for (int lane = 0; lane < 32; ++lane) {
+            const int group = lane / 4, pair = lane % 4 * 2;
+            for (int half = 0; half < 2; ++half) {
+                for (int r = 0; r < 4; ++r)
+                    A[group + r % 2 * 8][pair + half + r / 2 * 8] =
+                        widen<kType>(static_cast<std::uint16_t>(lanes[lane].a[r] >> 16 * half));
+                for (int r = 0; r < 2; ++r)
+                    B[pair + half + r * 8][group] =
+                        widen<kType>(static_cast<std::uint16_t>(lanes[lane].b[r] >> 16 * half));
+            }
+        }
+        for (int lane = 0; lane < 32; ++lane)
+            for (int r = 0; r < 4; ++r) {
+                const int i = lane / 4 + r / 2 * 8, j = lane % 4 * 2 + r % 2;
+                float sum = lanes[lane].c[r];
+                for (int k = 0; k < 16; ++k)
+                    sum += A[i][k] * B[k][j];
+                lanes[lane].c[r] = sum;
+            }
+    });
+}
+
+inline void Machine::store(int offset, std::uint32_t value) {
+    std::memcpy(block_.at(offset, 4), &value, 4);
+}
+
+inline void Machine::copy_out(void* target, int offset) {
+    if (reinterpret_cast<std::uintptr_t>(target) % 16 != 0) fail("16 bytes to a misaligned address");
+    std::memcpy(target, block_.at(offset, 16), 16);
+}
+
+inline void Machine::add_pair(float* target, float first, float second) {
+    if (reinterpret_cast<std::uintptr_t>(target) % 8 != 0) fail("a pair off its 8-byte boundary");
+    ++block_.counters.reductions;
+    target[0] += first;
+    target[1] += second;
+}
+
+}  // namespace emulator
