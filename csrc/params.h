@@ -22,37 +22,37 @@ inline constexpr std::int64_t kAlignmentBytes = 16;
 // One backward problem. 16-bit operands share `dtype`; unit stride along the last dimension. Pointers on one device;
 // null where the gradients asked for (the output pointers that are not null) do not read them.
 struct BackwardParams {
-  const void* dy;      // [M, N], rows dy_stride elements apart
-  const void* x;       // [M, K], rows x_stride elements apart; for dA
-  const void* xa;      // [M, P], contiguous; for dB
-  const void* left;    // [N, R], contiguous; for dX
-  const void* right;   // [R, K], contiguous; for dX
-  const void* lora_A;  // [P, K], contiguous; for dX, null without an adapter
-  const void* lora_B;  // [N, P], contiguous; for dX and dA, null without an adapter
-  void* dx;            // [M, K], contiguous, or null
-  // fp32. Summed by atomics onto what is there, or with `deterministic` stored once per slab, [slabs, ...], for the
-  // caller to add up in a fixed order.
-  float* dA;  // [P, K] or [slabs, P, K], contiguous, or null
-  float* dB;  // [N, P] or [slabs, N, P], contiguous, or null
-  std::int64_t M, N, K;
-  std::int64_t dy_stride, x_stride;
-  std::int32_t R, P;  // multiples of 8; P = 0 without an adapter
-  float scaling;
-  DType dtype;
-  bool deterministic;
+    const void* dy;      // [M, N], rows dy_stride elements apart
+    const void* x;       // [M, K], rows x_stride elements apart; for dA
+    const void* xa;      // [M, P], contiguous; for dB
+    const void* left;    // [N, R], contiguous; for dX
+    const void* right;   // [R, K], contiguous; for dX
+    const void* lora_A;  // [P, K], contiguous; for dX, null without an adapter
+    const void* lora_B;  // [N, P], contiguous; for dX and dA, null without an adapter
+    void* dx;            // [M, K], contiguous, or null
+    // fp32. Summed by atomics onto what is there, or with `deterministic` stored once per slab, [slabs, ...], for the
+    // caller to add up in a fixed order.
+    float* dA;  // [P, K] or [slabs, P, K], contiguous, or null
+    float* dB;  // [N, P] or [slabs, N, P], contiguous, or null
+    std::int64_t M, N, K;
+    std::int64_t dy_stride, x_stride;
+    std::int32_t R, P;  // multiples of 8; P = 0 without an adapter
+    float scaling;
+    DType dtype;
+    bool deterministic;
 };
 
 // How a problem is cut: decided on the host by arithmetic alone, so that it can be shown and tested without a GPU.
 struct Plan {
-  std::int32_t block_m;        // rows of a slab
-  std::int32_t block_n;        // columns of dY per step of the first product
-  std::int32_t block_k;        // columns of dX per step of the second
-  std::int32_t cluster;        // blocks that share a slab: each takes a part of N, then a part of K
-  std::int32_t stages;         // depth of the load pipeline
-  std::int32_t shared_bytes;   // dynamic shared memory of a block
-  std::int32_t threads;        // of a block
-  std::int64_t slabs;          // ceil(M / block_m), the leading dimension of dA, dB when deterministic
-  std::int64_t grid;           // blocks
+    std::int32_t block_m;       // rows of a slab
+    std::int32_t block_n;       // columns of dY per step of the first product
+    std::int32_t block_k;       // columns of dX per step of the second
+    std::int32_t cluster;       // blocks that share a slab: each takes a part of N, then a part of K
+    std::int32_t stages;        // depth of the load pipeline
+    std::int32_t shared_bytes;  // dynamic shared memory of a block
+    std::int32_t threads;       // of a block
+    std::int64_t slabs;         // ceil(M / block_m), the leading dimension of dA, dB when deterministic
+    std::int64_t grid;          // blocks
 };
 
 }  // namespace loge

@@ -27,7 +27,8 @@ struct Arguments {
     bool need_dA, need_dB, deterministic;
 };
 
-// Launches the kernel compiled for `kType` and the tiles of R (0: without dX) and P (0: without an adapter). Throws CudaError. `stream` is a cudaStream_t.
+// Launches the kernel compiled for `kType` and the tiles of R (0: without dX) and P (0: without an adapter). `stream`
+// is a cudaStream_t. Throws CudaError.
 template <DType kType, int kRank, int kAdapter>
 void launch(const Arguments& arguments, const Plan& plan, int device, void* stream);
 

@@ -15,7 +15,7 @@ namespace {
 
 // The current device of this thread, set back on the way out.
 class DeviceGuard {
-   public:
+ public:
     explicit DeviceGuard(int device) : device_(device) {
         check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
         if (device_ != previous_) check_cuda(cudaSetDevice(device_), "cudaSetDevice(" + std::to_string(device_) + ")");
@@ -26,7 +26,7 @@ class DeviceGuard {
     DeviceGuard(const DeviceGuard&) = delete;
     DeviceGuard& operator=(const DeviceGuard&) = delete;
 
-   private:
+ private:
     int device_, previous_ = 0;
 };
 

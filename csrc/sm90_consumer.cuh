@@ -1,16 +1,12 @@
 // The warpgroups that multiply: T and dB while walking N, dX and dA while walking K.
 #pragma once
 
-#include <cute/arch/cluster_sm90.hpp>
-#include <cute/arch/copy_sm90.hpp>
-#include <cute/arch/copy_sm90_tma.hpp>
-
 #include "sm90_exchange.cuh"
 #include "sm90_fragments.h"
 
 namespace loge::sm90 {
 
-inline constexpr int kAllConsumers = 1;    // named barriers; 0 is __syncthreads
+inline constexpr int kAllConsumers = 1;  // named barriers; 0 is __syncthreads
 inline constexpr int kOneWarpgroup = 2;  // and 3
 
 template <class Element, class Layout>
@@ -24,11 +20,8 @@ enum class Start { kZero, kAdd };
 template <Start kStart, class Mma, class A, class B, class Accumulators>
 __device__ __forceinline__ void multiply(Mma mma, const A& a, const B& b, Accumulators& acc) {
     CUTE_UNROLL
-    for (int k = 0; k < cute::size<2>(b); ++k) {
-        mma.accumulate_ = kStart == Start::kZero && k == 0 ? cute::SM90::GMMA::ScaleOut::Zero
-                                                           : cute::SM90::GMMA::ScaleOut::One;
-        cute::gemm(mma, a(cute::_, cute::_, k), b(cute::_, cute::_, k), acc);
-    }
+    for (int k = 0; k < cute::size<2>(b); ++k)
+        wgmma(mma, kStart == Start::kAdd || k > 0, a(cute::_, cute::_, k), b(cute::_, cute::_, k), acc);
 }
 
 // The same with both operands in shared memory.
@@ -41,7 +34,8 @@ __device__ __forceinline__ void multiply_shared(const A& a, const B& b, Accumula
 
 template <class Mma, int kColumns>
 __device__ __forceinline__ auto accumulators() {
-    return cute::partition_fragment_C(Mma{}, cute::Shape<cute::_64, cute::Int<kColumns>>{});  // ((2, 2, columns / 8), 1, 1)
+    return cute::partition_fragment_C(Mma{},
+                                      cute::Shape<cute::_64, cute::Int<kColumns>>{});  // ((2, 2, columns / 8), 1, 1)
 }
 
 // [64, columns] of T as the A operand of wgmma.
@@ -59,8 +53,7 @@ __device__ __forceinline__ void swap(float (&v)[4], BitSwap swap, int lane) {
         // The two pairs of registers that differ in the bit.
         float& v0 = v[swap.register_bit == 0 ? 2 * i : i];
         float& v1 = v[swap.register_bit == 0 ? 2 * i + 1 : i + 2];
-        const float received =
-            __shfl_xor_sync(0xffffffffu, exchange_send(v0, v1, lane_bit), 1 << swap.lane_bit);
+        const float received = __shfl_xor_sync(0xffffffffu, exchange_send(v0, v1, lane_bit), 1 << swap.lane_bit);
         exchange_receive(v0, v1, lane_bit, received);
     }
 }
@@ -81,7 +74,8 @@ __device__ __forceinline__ void store_dB(const Arguments& args, float* dB, int f
     for (int block = 0; block < decltype(cute::size(tile))::value / 4; ++block) {
         float v[4];
         CUTE_UNROLL
-        for (int i = 0; i < 4; ++i) v[i] = tile(4 * block + i) * args.scaling;
+        for (int i = 0; i < 4; ++i)
+            v[i] = tile(4 * block + i) * args.scaling;
         swap(v, row_swap(), thread % 32);
         const Position at = row_quad(thread, block);
         if (first_row + at.row < args.N && at.column < args.P)
@@ -97,18 +91,14 @@ __device__ __forceinline__ void store_dA(const Arguments& args, float* dA, int f
     for (int block = 0; block < decltype(cute::size(tile))::value / 4; ++block) {
         float v[4];
         CUTE_UNROLL
-        for (int i = 0; i < 4; ++i) v[i] = tile(4 * block + i);
+        for (int i = 0; i < 4; ++i)
+            v[i] = tile(4 * block + i);
         swap(v, column_swap(0), thread % 32);
         swap(v, column_swap(1), thread % 32);
         const Position at = column_quad(thread, block);
         if (first_column + at.row < args.K && at.column < args.P)
             reduce(dA + static_cast<std::int64_t>(at.column) * args.K + first_column + at.row, v, args.deterministic);
     }
-}
-
-// One 16-column granule of a warp to the row of 8 values that this lane addresses.
-__device__ __forceinline__ void store_granule(char* row, uint4 v) {
-    cute::SM90_U32x4_STSM_N::copy(v.x, v.y, v.z, v.w, *reinterpret_cast<cute::uint128_t*>(row));
 }
 
 // T_P [64, P] of this warpgroup's rows into the resident tile, rows of P values.
@@ -120,18 +110,19 @@ __device__ __forceinline__ void store_t_p(char* resident, int first_row, int thr
     CUTE_UNROLL
     for (int g = 0; g < kAdapter / kGranuleColumns; ++g) {
         const int chunk = (g * kGranuleColumns + at.column) / 8;
-        store_granule(resident + (kAdapter == 64 ? swizzle128(row, chunk) : swizzle32(row, chunk)),
-                      {words(4 * g), words(4 * g + 1), words(4 * g + 2), words(4 * g + 3)});
+        stmatrix(resident + (kAdapter == 64 ? swizzle128(row, chunk) : swizzle32(row, chunk)),
+                 {words(4 * g), words(4 * g + 1), words(4 * g + 2), words(4 * g + 3)});
     }
 }
 
-// A tile [64, 64] of dX to shared memory and on by TMA, which clips it to [M, K]. `stores`: one thread, always the same.
+// A tile [64, 64] of dX to shared memory and on by TMA, which clips it to [M, K]. `stores`: one thread, always the
+// same.
 template <class Element, class Layouts, class Accumulators>
 __device__ __forceinline__ void store_dx(const Arguments& args, const Block<Layouts>& block, int warpgroup, int thread,
                                          bool stores, int step, int buffer, const Accumulators& tile) {
     char* staging = block.staging(warpgroup, buffer);
     // The store before the last has read this buffer.
-    if (stores) cute::tma_store_wait<kStagingBuffers - 1>();
+    if (stores) tma_store_wait<kStagingBuffers - 1>();
     named_barrier(kOneWarpgroup + warpgroup, kWarpgroupThreads);
     const Position at = stmatrix_position(thread % 32);
     const int row = thread / 32 * 16 + at.row;
@@ -139,14 +130,12 @@ __device__ __forceinline__ void store_dx(const Arguments& args, const Block<Layo
     for (int g = 0; g < kStep / kGranuleColumns; ++g) {
         float v[kGranuleValues];
         read_granule(tile, g, 1.0f, v);
-        store_granule(staging + swizzle128(row, (g * kGranuleColumns + at.column) / 8), round_granule<Element>(v));
+        stmatrix(staging + swizzle128(row, (g * kGranuleColumns + at.column) / 8), round_granule<Element>(v));
     }
     async_proxy_fence();
     named_barrier(kOneWarpgroup + warpgroup, kWarpgroupThreads);
     if (stores) {
-        cute::SM90_TMA_STORE_2D::copy(&args.dx, staging, step * kStep,
-                                      block.slab * kBlockM + warpgroup * kWarpgroupRows);
-        cute::tma_store_arrive();
+        tma_store(args.dx, staging, step * kStep, block.slab * kBlockM + warpgroup * kWarpgroupRows);
     }
 }
 
@@ -158,7 +147,8 @@ __device__ __forceinline__ void release(const Block<Layouts>& block, int stage, 
 }
 
 // One step of the walk over N: T += dY [left | lora_B] and, where it is this warpgroup's turn, dB = s dY^T xa. Returns
-// with T's products still running: what is complete is this step's dB and the T of the step before, whose stage is free.
+// with T's products still running: what is complete is this step's dB and the T of the step before, whose stage is
+// free.
 template <class Element, bool kTurn, class Layouts, class RankSums, class AdapterSums>
 __device__ __forceinline__ void step_n(const Arguments& args, const Block<Layouts>& block, int warpgroup, int thread,
                                        float* dB, int step, int stage_index, int previous, RankSums& t_r,
@@ -173,33 +163,33 @@ __device__ __forceinline__ void step_n(const Arguments& args, const Block<Layout
     const auto xa = shared_tensor<Element>(block.resident(), typename Layouts::Resident{});      // (P, BM)
     auto dB_tile = accumulators<typename Layouts::Skinny, Layouts::Adapter::value>();            // (BN, P)
 
-    cute::warpgroup_fence_operand(t_r);
-    cute::warpgroup_fence_operand(t_p);
+    wgmma_own(t_r);
+    wgmma_own(t_p);
     // Groups complete in order: dB first, so that it is stored while T's products run.
     if constexpr (kTurn) {
-        cute::warpgroup_fence_operand(dB_tile);
-        cute::warpgroup_arrive();
+        wgmma_own(dB_tile);
+        wgmma_fence();
         multiply_shared<Start::kZero, typename Layouts::Skinny>(dy_t, xa, dB_tile);
-        cute::warpgroup_commit_batch();
+        wgmma_commit();
     }
     if constexpr (Layouts::kHasRank) {
-        cute::warpgroup_arrive();
+        wgmma_fence();
         multiply_shared<Start::kAdd, typename Layouts::ProjectRank>(dy, left, t_r);
         if constexpr (Layouts::kHasAdapter)
             multiply_shared<Start::kAdd, typename Layouts::ProjectAdapter>(dy, lora_B, t_p);
-        cute::warpgroup_commit_batch();
-        cute::warpgroup_wait<1>();
+        wgmma_commit();
+        wgmma_wait<1>();
     } else {
         if (block.need_t) {
-            cute::warpgroup_arrive();
+            wgmma_fence();
             multiply_shared<Start::kAdd, typename Layouts::ProjectAdapter>(dy, lora_B, t_p);
-            cute::warpgroup_commit_batch();
+            wgmma_commit();
         }
-        cute::warpgroup_wait<0>();
+        wgmma_wait<0>();
     }
     if (previous >= 0) release(block, previous, thread);
     if constexpr (kTurn) {
-        cute::warpgroup_fence_operand(dB_tile);
+        wgmma_own(dB_tile);
         store_dB(args, dB, step * kStep, thread, dB_tile);
     }
 }
@@ -225,9 +215,9 @@ __device__ __forceinline__ void walk_n(const Arguments& args, const Block<Layout
         previous = at.stage;
         at.advance(Layouts::kMap.stages);
     }
-    cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(t_r);
-    cute::warpgroup_fence_operand(t_p);
+    wgmma_wait<0>();
+    wgmma_own(t_r);
+    wgmma_own(t_p);
     if (previous >= 0) release(block, previous, thread);
 }
 
@@ -238,38 +228,38 @@ __device__ __forceinline__ void step_k(const Arguments& args, const Block<Layout
                                        const RankFragment& t_r, const AdapterFragment& t_p) {
     constexpr SharedMap map = Layouts::kMap;
     char* stage = block.stage(stage_index);
-    const auto x_t = shared_tensor<Element>(stage, typename Layouts::ActivationT{});                // (BK, BM)
-    const auto right = shared_tensor<Element>(stage + map.factor, typename Layouts::Right{});       // (BK, R)
-    const auto lora_A = shared_tensor<Element>(stage + map.adapter, typename Layouts::LoraA{});     // (BK, P)
+    const auto x_t = shared_tensor<Element>(stage, typename Layouts::ActivationT{});               // (BK, BM)
+    const auto right = shared_tensor<Element>(stage + map.factor, typename Layouts::Right{});      // (BK, R)
+    const auto lora_A = shared_tensor<Element>(stage + map.adapter, typename Layouts::LoraA{});    // (BK, P)
     const auto resident = shared_tensor<Element>(block.resident(), typename Layouts::Resident{});  // (P, BM)
-    auto dA_tile = accumulators<typename Layouts::Skinny, Layouts::Adapter::value>();               // (BK, P)
-    auto dx_tile = accumulators<typename Layouts::Expand, kStep>();                                 // (BM / 2, BK)
+    auto dA_tile = accumulators<typename Layouts::Skinny, Layouts::Adapter::value>();              // (BK, P)
+    auto dx_tile = accumulators<typename Layouts::Expand, kStep>();                                // (BM / 2, BK)
 
     if constexpr (kTurn) {
-        cute::warpgroup_fence_operand(dA_tile);
-        cute::warpgroup_arrive();
+        wgmma_own(dA_tile);
+        wgmma_fence();
         multiply_shared<Start::kZero, typename Layouts::Skinny>(x_t, resident, dA_tile);
-        cute::warpgroup_commit_batch();
+        wgmma_commit();
     }
     if constexpr (Layouts::kHasRank) {
         typename Layouts::Expand expand;
         const auto slice = expand.get_slice(0);
-        cute::warpgroup_fence_operand(dx_tile);
-        cute::warpgroup_arrive();
+        wgmma_own(dx_tile);
+        wgmma_fence();
         multiply<Start::kZero>(expand, t_r, slice.partition_fragment_B(right), dx_tile);
         if constexpr (Layouts::kHasAdapter)
             multiply<Start::kAdd>(expand, t_p, slice.partition_fragment_B(lora_A), dx_tile);
-        cute::warpgroup_commit_batch();
+        wgmma_commit();
     }
     if constexpr (kTurn) {
-        cute::warpgroup_wait<Layouts::kHasRank ? 1 : 0>();
-        cute::warpgroup_fence_operand(dA_tile);
+        wgmma_wait<Layouts::kHasRank ? 1 : 0>();
+        wgmma_own(dA_tile);
         store_dA(args, dA, step * kStep, thread, dA_tile);
     }
-    cute::warpgroup_wait<0>();
+    wgmma_wait<0>();
     release(block, stage_index, thread);
     if constexpr (Layouts::kHasRank) {
-        cute::warpgroup_fence_operand(dx_tile);
+        wgmma_own(dx_tile);
         store_dx<Element>(args, block, warpgroup, thread, stores, step, buffer, dx_tile);
     }
 }
@@ -279,7 +269,7 @@ __device__ __forceinline__ void walk_k(const Arguments& args, const Block<Layout
                                        RingPosition& at, const RankFragment& t_r, const AdapterFragment& t_p) {
     float* dA = args.dA;
     if (args.need_dA && args.deterministic) dA += static_cast<std::int64_t>(block.slab) * args.P * args.K;
-    const bool stores = cute::elect_one_sync() && thread < 32;
+    const bool stores = elect_one() && thread < 32;
     CUTE_NO_UNROLL
     for (int i = 0; i < block.steps_k.size(); ++i) {
         const int step = block.steps_k.begin + i;
@@ -292,7 +282,7 @@ __device__ __forceinline__ void walk_k(const Arguments& args, const Block<Layout
         }
         at.advance(Layouts::kMap.stages);
     }
-    if (Layouts::kHasRank && stores) cute::tma_store_wait<0>();
+    if (Layouts::kHasRank && stores) tma_store_wait<0>();
 }
 
 template <class Element, class Layouts>

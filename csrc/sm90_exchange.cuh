@@ -33,7 +33,8 @@ __device__ __forceinline__ uint4 round_granule(const float (&v)[kGranuleValues])
 template <class Accumulators>
 __device__ __forceinline__ void read_granule(const Accumulators& t, int g, float factor, float (&v)[kGranuleValues]) {
     CUTE_UNROLL
-    for (int i = 0; i < kGranuleValues; ++i) v[i] = t(g * kGranuleValues + i) * factor;
+    for (int i = 0; i < kGranuleValues; ++i)
+        v[i] = t(g * kGranuleValues + i) * factor;
 }
 
 template <class Fragment>
@@ -65,15 +66,18 @@ __device__ __forceinline__ void write_partial(char* ring, const Accumulators& t,
     }
 }
 
-// The granules that this block owns: loads all blocks' shares at once, adds them in the order of the ranks and gives the
-// rounded sum back to all, those from `scaled` on times `scaling`. Between the two cluster barriers nobody but this very
-// thread touches its slots of these granules, in any block.
+// The granules that this block owns: loads all blocks' shares at once, adds them in the order of the ranks and gives
+// the rounded sum back to all, those from `scaled` on times `scaling`. Between the two cluster barriers nobody but this
+// very thread touches its slots of these granules, in any block.
 template <class Element, int kCluster>
-__device__ __forceinline__ void sum_granules(char* ring, int scaled, int granules, int rank, float scaling, int thread) {
+__device__ __forceinline__ void sum_granules(char* ring, int scaled, int granules, int rank, float scaling,
+                                             int thread) {
     std::uint32_t base[kCluster];
     CUTE_UNROLL
-    for (int r = 0; r < kCluster; ++r) base[r] = remote_address(ring, r);
-    static_assert(granule_owner(kCluster + 1, kCluster) == 1, "a block's granules are kCluster apart, from its rank on");
+    for (int r = 0; r < kCluster; ++r)
+        base[r] = remote_address(ring, r);
+    static_assert(granule_owner(kCluster + 1, kCluster) == 1,
+                  "a block's granules are kCluster apart, from its rank on");
     CUTE_NO_UNROLL
     for (int g = rank; g < granules; g += kCluster) {
         float4 part[kCluster][2];
@@ -95,17 +99,19 @@ __device__ __forceinline__ void sum_granules(char* ring, int scaled, int granule
         }
         if (g >= scaled) {
             CUTE_UNROLL
-            for (int i = 0; i < kGranuleValues; ++i) v[i] *= scaling;
+            for (int i = 0; i < kGranuleValues; ++i)
+                v[i] *= scaling;
         }
         const uint4 rounded = round_granule<Element>(v);
         CUTE_UNROLL
-        for (int r = 0; r < kCluster; ++r) remote_store(base[r] + exchange_offset(g, 0, thread), rounded);
+        for (int r = 0; r < kCluster; ++r)
+            remote_store(base[r] + exchange_offset(g, 0, thread), rounded);
     }
 }
 
 template <class Element>
-__device__ __forceinline__ void sum_granules(int cluster, char* ring, int scaled, int granules, int rank,
-                                             float scaling, int thread) {
+__device__ __forceinline__ void sum_granules(int cluster, char* ring, int scaled, int granules, int rank, float scaling,
+                                             int thread) {
     if (cluster == 2) {
         sum_granules<Element, 2>(ring, scaled, granules, rank, scaling, thread);
     } else if (cluster == 4) {
@@ -119,7 +125,8 @@ template <class Fragment>
 __device__ __forceinline__ void read_sums(char* ring, int first_granule, int thread, Fragment& fragment) {
     CUTE_UNROLL
     for (int g = 0; g < decltype(cute::size(fragment))::value / kGranuleValues; ++g)
-        write_granule(fragment, g, *reinterpret_cast<const uint4*>(ring + exchange_offset(first_granule + g, 0, thread)));
+        write_granule(fragment, g,
+                      *reinterpret_cast<const uint4*>(ring + exchange_offset(first_granule + g, 0, thread)));
 }
 
 // All consumer threads, after all of the block's wgmma have read the ring. `thread` is among the consumers.

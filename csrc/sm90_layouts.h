@@ -1,7 +1,8 @@
 // The shared-memory tiles and the products of the Hopper kernel as CuTe types: what TMA fills, wgmma reads.
 //
-// A tile is one or more TMA boxes. Each box has rows of one swizzle width (64 values in 128 bytes, or 16 in 32 bytes for
-// the narrow adapter) and its rows follow one another, so that the same bytes can be read with either dimension first.
+// A tile is one or more TMA boxes. Each box has rows of one swizzle width (64 values in 128 bytes, or 16 in 32 bytes
+// for the narrow adapter) and its rows follow one another, so that the same bytes can be read with either dimension
+// first.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -40,15 +41,15 @@ struct Layouts {
     using ActivationT = Tile<Wide, Step, Rows>;         // dY [128, 64], x [128, 64]: (BN, BM), (BK, BM)
     // Boxes [64, 64] of left, one after the other: the contracted dimension goes first.
     using Left = decltype(cute::tile_to_shape(Wide{}, cute::Shape<Rank, Step>{}, cute::Step<cute::_2, cute::_1>{}));
-    using LoraB = Tile<AdapterAtom, Adapter, Step>;    // lora_B [64, P]: (P, BN)
+    using LoraB = Tile<AdapterAtom, Adapter, Step>;     // lora_B [64, P]: (P, BN)
     using Resident = Tile<AdapterAtom, Adapter, Rows>;  // xa [128, P], T_P [128, P]: (P, BM)
-    using Right = Tile<Wide, Step, Rank>;              // right [R, 64]: (BK, R)
-    using LoraA = Tile<Wide, Step, Adapter>;           // lora_A [P, 64]: (BK, P)
+    using Right = Tile<Wide, Step, Rank>;               // right [R, 64]: (BK, R)
+    using LoraA = Tile<Wide, Step, Adapter>;            // lora_A [P, 64]: (BK, P)
 
     template <cute::SM90::GMMA::Major kMajorA, int kColumns>
     using Shared = decltype(cute::make_tiled_mma(
-        cute::SM90::GMMA::ss_op_selector<Element, Element, float, cute::Shape<cute::_64, cute::Int<kColumns>, Step>, kMajorA,
-                                         cute::SM90::GMMA::Major::MN>()));
+        cute::SM90::GMMA::ss_op_selector<Element, Element, float, cute::Shape<cute::_64, cute::Int<kColumns>, Step>,
+                                         kMajorA, cute::SM90::GMMA::Major::MN>()));
 
     // T_R [64, R] and T_P [64, P] of a warpgroup's rows.
     using ProjectRank = Shared<cute::SM90::GMMA::Major::K, Rank::value>;

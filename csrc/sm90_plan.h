@@ -36,7 +36,9 @@ inline std::int64_t plan_cost(const BackwardParams& p, std::int64_t slabs, int s
 
 // Why the Hopper kernel cannot take `p`, or "". The device's compute capability is the caller's to check.
 inline std::string sm90_why_not(const BackwardParams& p) {
-    const auto text = [](const char* name, std::int64_t value) { return std::string(name) + " = " + std::to_string(value); };
+    const auto text = [](const char* name, std::int64_t value) {
+        return std::string(name) + " = " + std::to_string(value);
+    };
     const bool need_dx = p.dx != nullptr, need_dA = p.dA != nullptr, need_dB = p.dB != nullptr;
     if (!need_dx && !need_dA && !need_dB) return "no gradient is asked for";
     for (const auto& [name, size] : {std::pair{"M", p.M}, {"N", p.N}, {"K", p.K}})
@@ -52,7 +54,8 @@ inline std::string sm90_why_not(const BackwardParams& p) {
     const auto bad_stride = [&p](std::int64_t stride, std::int64_t width) {
         return p.M > 1 && (stride % 8 != 0 || stride < width || stride >= (std::int64_t{1} << 38));
     };
-    if (bad_stride(p.dy_stride, p.N)) return text("dy_stride", p.dy_stride) + " is not a multiple of 8 that is at least N";
+    if (bad_stride(p.dy_stride, p.N))
+        return text("dy_stride", p.dy_stride) + " is not a multiple of 8 that is at least N";
     if (need_dA && bad_stride(p.x_stride, p.K))
         return text("x_stride", p.x_stride) + " is not a multiple of 8 that is at least K";
 
@@ -84,7 +87,8 @@ inline std::string sm90_why_not(const BackwardParams& p) {
 
 // How to cut `p`, of which sm90_why_not has no complaint, on a device of `sm_count` multiprocessors.
 inline Plan sm90_plan(const BackwardParams& p, int sm_count) {
-    const sm90::SharedMap shared = sm90::shared_map(sm90::rank_tile(p.dx != nullptr ? p.R : 0), sm90::adapter_tile(p.P));
+    const sm90::SharedMap shared =
+        sm90::shared_map(sm90::rank_tile(p.dx != nullptr ? p.R : 0), sm90::adapter_tile(p.P));
     Plan plan{};
     plan.block_m = sm90::kBlockM;
     plan.block_n = sm90::kStep;
@@ -94,7 +98,7 @@ inline Plan sm90_plan(const BackwardParams& p, int sm_count) {
     plan.threads = sm90::kThreads;
     plan.slabs = (p.M + sm90::kBlockM - 1) / sm90::kBlockM;
     plan.cluster = 1;
-    for (int cluster = 2; cluster <= sm90::kMaxCluster; cluster *= 2)
+    for (int cluster = 2; cluster <= sm90::kMaxCluster && cluster <= sm_count; cluster *= 2)
         if (sm90::plan_cost(p, plan.slabs, sm_count, cluster) < sm90::plan_cost(p, plan.slabs, sm_count, plan.cluster))
             plan.cluster = cluster;
     plan.grid = plan.slabs * plan.cluster;

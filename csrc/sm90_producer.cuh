@@ -1,22 +1,9 @@
 // The warpgroup that loads: one thread keeps the ring of stages full by TMA, over N and then over K.
 #pragma once
 
-#include <cute/arch/cluster_sm90.hpp>
-#include <cute/arch/copy_sm90_desc.hpp>
-#include <cute/arch/copy_sm90_tma.hpp>
-
 #include "sm90_block.cuh"
 
 namespace loge::sm90 {
-
-// dY, x and xa are read once, by one block; the factors by every slab, and they should stay in L2.
-inline constexpr auto kReadOnce = cute::TMA::CacheHintSm90::EVICT_FIRST;
-inline constexpr auto kReadAgain = cute::TMA::CacheHintSm90::EVICT_LAST;
-
-__device__ __forceinline__ void load(const CUtensorMap& map, std::uint64_t* barrier, cute::TMA::CacheHintSm90 hint,
-                                     char* shared, int column, int row) {
-    cute::SM90_TMA_LOAD_2D::copy(&map, barrier, static_cast<std::uint64_t>(hint), shared, column, row);
-}
 
 template <class Layouts>
 __device__ __forceinline__ void load_walk_n(const Arguments& args, const Block<Layouts>& block) {
@@ -28,7 +15,7 @@ __device__ __forceinline__ void load_walk_n(const Arguments& args, const Block<L
     if (Layouts::kHasAdapter && args.need_dB) {
         std::uint64_t* barrier = block.barrier(block.kBarriers.resident);
         barrier_expect(barrier, map.staging - map.resident);
-        load(args.xa, barrier, kReadOnce, block.resident(), 0, row);
+        tma_load(args.xa, barrier, Reuse::kOnce, block.resident(), 0, row);
     }
     RingPosition at;
     CUTE_NO_UNROLL
@@ -37,15 +24,15 @@ __device__ __forceinline__ void load_walk_n(const Arguments& args, const Block<L
         std::uint64_t* barrier = block.full(at.stage);
         char* stage = block.stage(at.stage);
         barrier_expect(barrier, bytes);
-        load(args.dy, barrier, kReadOnce, stage, step * kStep, row);
+        tma_load(args.dy, barrier, Reuse::kOnce, stage, step * kStep, row);
         if constexpr (Layouts::kHasRank) {
             // Boxes wholly beyond R are loaded too: they are the zeros that the padded product needs.
             CUTE_UNROLL
             for (int i = 0; i < kRankBoxes; ++i)
-                load(args.left, barrier, kReadAgain, stage + map.factor + i * kLeftBox, i * kStep, step * kStep);
+                tma_load(args.left, barrier, Reuse::kAgain, stage + map.factor + i * kLeftBox, i * kStep, step * kStep);
         }
         if (Layouts::kHasAdapter && block.need_t)
-            load(args.lora_B, barrier, kReadAgain, stage + map.adapter, 0, step * kStep);
+            tma_load(args.lora_B, barrier, Reuse::kAgain, stage + map.adapter, 0, step * kStep);
         at.advance(map.stages);
     }
 }
@@ -61,11 +48,11 @@ __device__ __forceinline__ void load_walk_k(const Arguments& args, const Block<L
         std::uint64_t* barrier = block.full(at.stage);
         char* stage = block.stage(at.stage);
         barrier_expect(barrier, bytes);
-        if (args.need_dA) load(args.x, barrier, kReadOnce, stage, step * kStep, block.slab * kBlockM);
+        if (args.need_dA) tma_load(args.x, barrier, Reuse::kOnce, stage, step * kStep, block.slab * kBlockM);
         if constexpr (Layouts::kHasRank) {
-            load(args.right, barrier, kReadAgain, stage + map.factor, step * kStep, 0);
+            tma_load(args.right, barrier, Reuse::kAgain, stage + map.factor, step * kStep, 0);
             if constexpr (Layouts::kHasAdapter)
-                load(args.lora_A, barrier, kReadAgain, stage + map.adapter, step * kStep, 0);
+                tma_load(args.lora_A, barrier, Reuse::kAgain, stage + map.adapter, step * kStep, 0);
         }
         at.advance(map.stages);
     }
@@ -77,14 +64,14 @@ __device__ __forceinline__ void prefetch_walk_k(const Arguments& args, const Blo
     const Range steps = block.steps_k;
     CUTE_NO_UNROLL
     for (int step = steps.begin; args.need_dA && step < steps.end && step < steps.begin + Layouts::kMap.stages; ++step)
-        cute::SM90_TMA_LOAD_2D::PREFETCH::copy(&args.x, step * kStep, block.slab * kBlockM);
+        tma_prefetch(args.x, step * kStep, block.slab * kBlockM);
 }
 
 template <class Layouts>
 __device__ __forceinline__ void produce(const Arguments& args, const Block<Layouts>& block) {
     // One thread of the first warp, elected where it is needed: then the compiler knows it to be one.
     const bool first_warp = __shfl_sync(0xffffffffu, threadIdx.x % kWarpgroupThreads / 32, 0) == 0;
-    if (first_warp && cute::elect_one_sync()) {
+    if (first_warp && elect_one()) {
         load_walk_n(args, block);
         if (block.exchange) prefetch_walk_k(args, block);
     }
@@ -93,7 +80,7 @@ __device__ __forceinline__ void produce(const Arguments& args, const Block<Layou
         cluster_barrier();  // the blocks' partial sums of T are written
         cluster_barrier();  // the rounded sums are back
     }
-    if (first_warp && cute::elect_one_sync()) {
+    if (first_warp && elect_one()) {
         if (block.exchange) barrier_wait(block.barrier(block.kBarriers.ring_free), 0);
         load_walk_k(args, block);
     }

@@ -1,12 +1,86 @@
-// The few instructions of sm_90a that CuTe does not wrap, or wraps without telling the compiler that memory changes:
-// every one here is a compiler barrier too, so that no plain access to shared memory moves across it.
+// Every instruction that is Hopper's own, as a function: the one file to replace in order to run the kernel elsewhere.
+// Those that CuTe wraps without telling the compiler that memory changes are written out here: each is a compiler
+// barrier too, so that no plain access to shared memory moves across it.
 #pragma once
 
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/arch/util.hpp>
+#include <cute/tensor.hpp>
+// After tensor.hpp, whose types these use.
+#include <cute/atom/mma_atom.hpp>
 
 #include <cstdint>
 
 namespace loge::sm90 {
+
+// One lane of a converged warp, always the same one.
+__device__ __forceinline__ bool elect_one() {
+    return cute::elect_one_sync() != 0;
+}
+
+// dY, x and xa are read once, by one block; the factors by every slab, and they should stay in L2.
+enum class Reuse : std::uint64_t {
+    kOnce = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
+    kAgain = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
+};
+
+__device__ __forceinline__ void tma_load(const CUtensorMap& map, std::uint64_t* barrier, Reuse reuse, char* shared,
+                                         int column, int row) {
+    cute::SM90_TMA_LOAD_2D::copy(&map, barrier, static_cast<std::uint64_t>(reuse), shared, column, row);
+}
+
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap& map, int column, int row) {
+    cute::SM90_TMA_LOAD_2D::PREFETCH::copy(&map, column, row);
+}
+
+// A bulk group of its own.
+__device__ __forceinline__ void tma_store(const CUtensorMap& map, const char* shared, int column, int row) {
+    cute::SM90_TMA_STORE_2D::copy(&map, shared, column, row);
+    cute::tma_store_arrive();
+}
+
+// Until all but the last kPending stores of this thread have read their shared memory.
+template <int kPending>
+__device__ __forceinline__ void tma_store_wait() {
+    cute::tma_store_wait<kPending>();
+}
+
+// acc += a b, or acc = a b, for one slice of 16 contracted values. All threads of a warpgroup.
+template <class Mma, class A, class B, class Accumulators>
+__device__ __forceinline__ void wgmma(Mma& mma, bool accumulate, const A& a, const B& b, Accumulators& acc) {
+    mma.accumulate_ = accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
+    cute::gemm(mma, a, b, acc);
+}
+
+// Registers written before are seen by the wgmma that follow.
+__device__ __forceinline__ void wgmma_fence() {
+    cute::warpgroup_arrive();
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+    cute::warpgroup_commit_batch();
+}
+
+// Until all but the last kPending groups of wgmma are complete.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+    cute::warpgroup_wait<kPending>();
+}
+
+// Keeps the compiler from moving what it does with accumulators across the wgmma that own them.
+template <class Accumulators>
+__device__ __forceinline__ void wgmma_own(Accumulators& acc) {
+    cute::warpgroup_fence_operand(acc);
+}
+
+// Four 8 x 8 matrices of a warp's registers to the rows of 8 values that its lanes address.
+__device__ __forceinline__ void stmatrix(char* row, uint4 v) {
+    cute::SM90_U32x4_STSM_N::copy(v.x, v.y, v.z, v.w, *reinterpret_cast<cute::uint128_t*>(row));
+}
 
 template <int kRegisters>
 __device__ __forceinline__ void give_registers_back() {
@@ -52,7 +126,9 @@ __device__ __forceinline__ void barrier_wait(std::uint64_t* barrier, std::uint32
 
 // Plain accesses of this thread to the block's shared memory come before what TMA and wgmma do after the next barrier.
 // (Without the state space it would wait for global memory as well.)
-__device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void async_proxy_fence() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 // The same for accesses to the shared memory of the cluster's blocks.
 __device__ __forceinline__ void cluster_async_proxy_fence() {

@@ -12,7 +12,7 @@
 namespace loge::sm90 {
 
 inline constexpr int kBlockM = 128;  // rows of a slab: two warpgroups of 64
-inline constexpr int kStep = 64;     // columns of dY, of x and of dX per step: one 128-byte swizzle atom of 16-bit values
+inline constexpr int kStep = 64;  // columns of dY, of x and of dX per step: one 128-byte swizzle atom of 16-bit values
 inline constexpr int kWarpgroupRows = 64;
 inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kConsumers = 2;  // warpgroups that multiply
@@ -28,13 +28,15 @@ inline constexpr int kMaxStages = 6;   // more hides nothing further: five steps
 inline constexpr int kMaxSharedBytes = 232448;
 inline constexpr int kElementBytes = 2;
 inline constexpr std::int64_t kMaxSize = (std::int64_t{1} << 31) - 256;  // of M, N, K: coordinates of tiles are int32
-inline constexpr int kSharedAlignment = 1024;  // of the 128-byte swizzle's pattern
+inline constexpr int kSharedAlignment = 1024;                            // of the 128-byte swizzle's pattern
 
 // R and P are padded to a compiled tile, and the loads fill the rest with zeros. 0: no dX, no adapter.
 LOGE_HOST_DEVICE constexpr int rank_tile(int rank) {
     return rank == 0 ? 0 : rank <= 64 ? 64 : rank <= 128 ? 128 : 256;
 }
-LOGE_HOST_DEVICE constexpr int adapter_tile(int adapter) { return adapter == 0 ? 0 : adapter <= 16 ? 16 : 64; }
+LOGE_HOST_DEVICE constexpr int adapter_tile(int adapter) {
+    return adapter == 0 ? 0 : adapter <= 16 ? 16 : 64;
+}
 
 // Byte offsets from an address aligned to kSharedAlignment. A stage holds one step of either walk:
 //     over N: dY [128, 64] | left [64, R] | lora_B [64, P]        over K: x [128, 64] | right [R, 64] | lora_A [P, 64]
@@ -82,7 +84,9 @@ struct Range {
     LOGE_HOST_DEVICE constexpr int size() const { return end - begin; }
 };
 
-LOGE_HOST_DEVICE constexpr int count_steps(std::int64_t size) { return static_cast<int>((size + kStep - 1) / kStep); }
+LOGE_HOST_DEVICE constexpr int count_steps(std::int64_t size) {
+    return static_cast<int>((size + kStep - 1) / kStep);
+}
 
 // The steps of a walk over `size` columns that block `rank` of a cluster takes: shares differ by at most one step.
 LOGE_HOST_DEVICE constexpr Range steps_of(std::int64_t size, int rank, int cluster) {
@@ -107,13 +111,18 @@ LOGE_HOST_DEVICE constexpr RingPosition ring_position(int step, int stages) {
 }
 
 // The skinny products, dB [64, P] and dA^T [64, P], have one tile of 64 rows a step: the warpgroups take turns.
-LOGE_HOST_DEVICE constexpr bool takes_turn(int warpgroup, int step) { return (step & 1) == warpgroup; }
+LOGE_HOST_DEVICE constexpr bool takes_turn(int warpgroup, int step) {
+    return (step & 1) == warpgroup;
+}
 
 // T [128, R + P] is exchanged in granules of 16 columns: 8 fp32 accumulators of each consumer thread, which are one
-// 16-bit A fragment of wgmma. A granule is summed by one block of the cluster, over the blocks in the order of their rank.
+// 16-bit A fragment of wgmma. A granule is summed by one block of the cluster, over the blocks in the order of their
+// rank.
 inline constexpr int kGranuleColumns = 16;
 inline constexpr int kGranuleValues = 8;
-LOGE_HOST_DEVICE constexpr int granule_owner(int granule, int cluster) { return granule % cluster; }
+LOGE_HOST_DEVICE constexpr int granule_owner(int granule, int cluster) {
+    return granule % cluster;
+}
 
 // Byte offset in the ring of half (4 values) of a thread's share of a granule; the rounded values replace half 0.
 LOGE_HOST_DEVICE constexpr int exchange_offset(int granule, int half, int thread) {

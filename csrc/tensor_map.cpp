@@ -41,8 +41,7 @@ CUtensorMap encode_tensor_map(DType dtype, const void* base, std::int64_t rows, 
     const cuuint32_t element_strides[] = {1, 1};
     CUtensorMap map{};
     const CUresult result = encode(
-        &map,
-        dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        &map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         /*tensorRank=*/2, const_cast<void*>(base), sizes, stride_bytes, box, element_strides,
         CU_TENSOR_MAP_INTERLEAVE_NONE, box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B,
         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
