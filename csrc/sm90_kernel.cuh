@@ -4,11 +4,10 @@
 // factors' loads by multicast. Counted, not measured, for M = 8192, N = K = 4096, R = 256, P = 16, 16 bits, in 10^6
 // bytes:
 //
-//                                            slabs  blocks  dY, x, dX  factors to shared  of that from L2  between
-//                                            blocks
-//     one block a slab of 128                   64      64        201                285              285 0 two blocks
-//     a slab of 128, T exchanged     64     128        201                285              285              14 64-row
-//     slabs, two sharing multicasts     128     128        201                570              285             285
+//                                      slabs  blocks  dY, x, dX  factors into shared  from L2  between blocks
+//     a block a slab of 128               64      64        201                  285      285               0
+//     two blocks a slab of 128, T added   64     128        201                  285      285              13
+//     64-row slabs, two share multicasts 128     128        201                  570      285             285
 //
 // Factors: (R + P)(N + K) 2 bytes a slab. Exchange: each granule's owner reads 4 bytes from and writes 2 to each other
 // block, (cluster - 1) 128 (R + P) 6 a slab. Both splits fill 128 of 132 multiprocessors and ask the same of L2; with
