@@ -1,0 +1,106 @@
+#include "sm90_backward.h"
+
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda_check.h"
+#include "sm90_arguments.h"
+#include "tensor_map.h"
+
+namespace loge {
+
+namespace {
+
+// The current device of this thread, set back on the way out.
+class DeviceGuard {
+ public:
+    explicit DeviceGuard(int device) : device_(device) {
+        check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
+        if (device_ != previous_) check_cuda(cudaSetDevice(device_), "cudaSetDevice(" + std::to_string(device_) + ")");
+    }
+    ~DeviceGuard() {
+        if (device_ != previous_) cudaSetDevice(previous_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+    int device_, previous_ = 0;
+};
+
+sm90::Arguments arguments_of(const BackwardParams& p, const Plan& plan, int rank_tile, int adapter_tile) {
+    using sm90::kBlockM, sm90::kStep, sm90::kWarpgroupRows;
+    const auto map = [&p](const void* base, std::int64_t rows, std::int64_t columns, std::int64_t stride, int box_rows,
+                          int box_columns) {
+        // One row has no stride of its own, and TMA wants one.
+        return encode_tensor_map(p.dtype, base, rows, columns, rows == 1 ? columns : stride, box_rows, box_columns);
+    };
+    const bool need_dx = p.dx != nullptr, need_dA = p.dA != nullptr, need_dB = p.dB != nullptr;
+    sm90::Arguments a{};
+    a.dy = map(p.dy, p.M, p.N, p.dy_stride, kBlockM, kStep);
+    if (need_dx) {
+        a.left = map(p.left, p.N, p.R, p.R, kStep, kStep);
+        a.right = map(p.right, p.R, p.K, p.K, rank_tile, kStep);
+        a.dx = map(p.dx, p.M, p.K, p.K, kWarpgroupRows, kStep);
+    }
+    if (p.P > 0) {
+        if (need_dx) a.lora_A = map(p.lora_A, p.P, p.K, p.K, adapter_tile, kStep);
+        if (need_dx || need_dA) a.lora_B = map(p.lora_B, p.N, p.P, p.P, kStep, adapter_tile);
+        if (need_dA) a.x = map(p.x, p.M, p.K, p.x_stride, kBlockM, kStep);
+        if (need_dB) a.xa = map(p.xa, p.M, p.P, p.P, kBlockM, adapter_tile);
+    }
+    a.dA = p.dA;
+    a.dB = p.dB;
+    a.N = static_cast<std::int32_t>(p.N);
+    a.K = static_cast<std::int32_t>(p.K);
+    a.P = p.P;
+    a.cluster = plan.cluster;
+    a.scaling = p.scaling;
+    a.need_dA = need_dA;
+    a.need_dB = need_dB;
+    a.deterministic = p.deterministic;
+    return a;
+}
+
+using Launch = void (*)(const sm90::Arguments&, const Plan&, int, void*);
+
+template <DType kType, int kRank>
+Launch select_adapter(int adapter_tile) {
+    if constexpr (kRank > 0)
+        if (adapter_tile == 0) return sm90::launch<kType, kRank, 0>;
+    return adapter_tile == 16 ? sm90::launch<kType, kRank, 16> : sm90::launch<kType, kRank, 64>;
+}
+
+template <DType kType>
+Launch select_rank(int rank_tile, int adapter_tile) {
+    switch (rank_tile) {
+        case 0:
+            return select_adapter<kType, 0>(adapter_tile);
+        case 64:
+            return select_adapter<kType, 64>(adapter_tile);
+        case 128:
+            return select_adapter<kType, 128>(adapter_tile);
+        default:
+            return select_adapter<kType, 256>(adapter_tile);
+    }
+}
+
+}  // namespace
+
+void sm90_backward(const BackwardParams& problem, const Plan& plan, int device, void* stream) {
+    const std::string reason = sm90_why_not(problem);
+    if (!reason.empty()) throw std::invalid_argument("sm90_backward: " + reason);
+    if (problem.M == 0) return;
+    const int rank_tile = sm90::rank_tile(problem.dx != nullptr ? problem.R : 0);
+    const int adapter_tile = sm90::adapter_tile(problem.P);
+    const Launch launch = problem.dtype == DType::kFloat16 ? select_rank<DType::kFloat16>(rank_tile, adapter_tile)
+                                                           : select_rank<DType::kBFloat16>(rank_tile, adapter_tile);
+    // Before the first call into CUDA that would create a context: without a driver this says so.
+    const sm90::Arguments arguments = arguments_of(problem, plan, rank_tile, adapter_tile);
+    const DeviceGuard guard(device);
+    launch(arguments, plan, device, stream);
+}
+
+}  // namespace loge

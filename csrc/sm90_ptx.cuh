@@ -1,0 +1,183 @@
+// Every instruction that is Hopper's own, as a function: the one file to replace in order to run the kernel elsewhere.
+// Those that CuTe wraps without telling the compiler that memory changes are written out here: each is a compiler
+// barrier too, so that no plain access to shared memory moves across it.
+#pragma once
+
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm90.hpp>
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/arch/util.hpp>
+#include <cute/tensor.hpp>
+// After tensor.hpp, whose types these use.
+#include <cute/atom/mma_atom.hpp>
+
+#include <cstdint>
+
+namespace loge::sm90 {
+
+// One lane of a converged warp, always the same one.
+__device__ __forceinline__ bool elect_one() {
+    return cute::elect_one_sync() != 0;
+}
+
+// dY, x and xa are read once, by one block; the factors by every slab, and they should stay in L2.
+enum class Reuse : std::uint64_t {
+    kOnce = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
+    kAgain = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
+};
+
+__device__ __forceinline__ void tma_load(const CUtensorMap& map, std::uint64_t* barrier, Reuse reuse, char* shared,
+                                         int column, int row) {
+    cute::SM90_TMA_LOAD_2D::copy(&map, barrier, static_cast<std::uint64_t>(reuse), shared, column, row);
+}
+
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap& map, int column, int row) {
+    cute::SM90_TMA_LOAD_2D::PREFETCH::copy(&map, column, row);
+}
+
+// A bulk group of its own.
+__device__ __forceinline__ void tma_store(const CUtensorMap& map, const char* shared, int column, int row) {
+    cute::SM90_TMA_STORE_2D::copy(&map, shared, column, row);
+    cute::tma_store_arrive();
+}
+
+// Until all but the last kPending stores of this thread have read their shared memory.
+template <int kPending>
+__device__ __forceinline__ void tma_store_wait() {
+    cute::tma_store_wait<kPending>();
+}
+
+// acc += a b, or acc = a b, for one slice of 16 contracted values. All threads of a warpgroup.
+template <class Mma, class A, class B, class Accumulators>
+__device__ __forceinline__ void wgmma(Mma& mma, bool accumulate, const A& a, const B& b, Accumulators& acc) {
+    mma.accumulate_ = accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
+    cute::gemm(mma, a, b, acc);
+}
+
+// Registers written before are seen by the wgmma that follow.
+__device__ __forceinline__ void wgmma_fence() {
+    cute::warpgroup_arrive();
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+    cute::warpgroup_commit_batch();
+}
+
+// Until all but the last kPending groups of wgmma are complete.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+    cute::warpgroup_wait<kPending>();
+}
+
+// Keeps the compiler from moving what it does with accumulators across the wgmma that own them.
+template <class Accumulators>
+__device__ __forceinline__ void wgmma_own(Accumulators& acc) {
+    cute::warpgroup_fence_operand(acc);
+}
+
+// Four 8 x 8 matrices of a warp's registers to the rows of 8 values that its lanes address.
+__device__ __forceinline__ void stmatrix(char* row, uint4 v) {
+    cute::SM90_U32x4_STSM_N::copy(v.x, v.y, v.z, v.w, *reinterpret_cast<cute::uint128_t*>(row));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void give_registers_back() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+__device__ __forceinline__ void barrier_init(std::uint64_t* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(cute::cast_smem_ptr_to_uint(barrier)), "r"(arrivals)
+                 : "memory");
+}
+
+// Makes initialised barriers known to the asynchronous proxy and to the cluster.
+__device__ __forceinline__ void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(std::uint64_t* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(cute::cast_smem_ptr_to_uint(barrier)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(std::uint64_t* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(cute::cast_smem_ptr_to_uint(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
+    asm volatile(
+        "{\n\t"
+        ".reg .pred done;\n\t"
+        "again:\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
+        "@!done bra again;\n\t"
+        "}" ::"r"(cute::cast_smem_ptr_to_uint(barrier)),
+        "r"(parity)
+        : "memory");
+}
+
+// Plain accesses of this thread to the block's shared memory come before what TMA and wgmma do after the next barrier.
+// (Without the state space it would wait for global memory as well.)
+__device__ __forceinline__ void async_proxy_fence() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// The same for accesses to the shared memory of the cluster's blocks.
+__device__ __forceinline__ void cluster_async_proxy_fence() {
+    asm volatile("fence.proxy.async.shared::cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ int cluster_rank() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// All threads of all blocks of the cluster; what they wrote to shared memory before is visible after.
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The address of `pointer`'s counterpart in block `rank` of the cluster.
+__device__ __forceinline__ std::uint32_t remote_address(const void* pointer, int rank) {
+    std::uint32_t address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(address)
+                 : "r"(cute::cast_smem_ptr_to_uint(pointer)), "r"(rank));
+    return address;
+}
+
+__device__ __forceinline__ float4 remote_load(std::uint32_t address) {
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void remote_store(std::uint32_t address, uint4 v) {
+    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
+                 "r"(v.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ void global_add(float* pointer, const float (&v)[4]) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(pointer)),
+                 "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+                 : "memory");
+}
+
+}  // namespace loge::sm90

@@ -1,0 +1,224 @@
+// The Hopper kernel's schedule, shared-memory map, fragment positions, exchange and plan, against brute force.
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "expect.h"
+#include "sm90_fragments.h"
+#include "sm90_plan.h"
+#include "sm90_tiles.h"
+
+using namespace loge;
+using namespace loge::sm90;
+
+namespace {
+
+constexpr std::pair<int, int> kTiles[] = {{0, 16},   {0, 64},   {64, 0},  {64, 16},  {64, 64}, {128, 0},
+                                          {128, 16}, {128, 64}, {256, 0}, {256, 16}, {256, 64}};
+
+void check_steps() {
+    for (std::int64_t size : {std::int64_t{8}, std::int64_t{64}, std::int64_t{72}, std::int64_t{440}, kMaxSize})
+        for (int cluster : {1, 2, 4, 8}) {
+            int next = 0;
+            for (int rank = 0; rank < cluster; ++rank) {
+                const Range range = steps_of(size, rank, cluster);
+                EXPECT(range.begin == next && range.size() >= 0, "size %lld, rank %d", (long long)size, rank);
+                const int even = static_cast<int>((size + 63) / 64 / cluster);
+                EXPECT(range.size() == even || range.size() == even + 1, "size %lld, rank %d", (long long)size, rank);
+                next = range.end;
+            }
+            EXPECT(next == (size + 63) / 64, "size %lld, cluster %d", (long long)size, cluster);
+        }
+    for (int stages = 3; stages <= kMaxStages; ++stages) {
+        RingPosition at;
+        for (int step = 0; step < 50; ++step) {
+            const RingPosition direct = ring_position(step, stages);
+            EXPECT(at.stage == direct.stage && at.parity == direct.parity, "step %d of %d stages", step, stages);
+            at.advance(stages);
+        }
+    }
+    for (int step = 0; step < 9; ++step)
+        EXPECT(takes_turn(0, step) != takes_turn(1, step), "step %d", step);
+}
+
+void check_shared_map() {
+    for (const auto& [rank, adapter] : kTiles) {
+        const SharedMap map = shared_map(rank, adapter);
+        EXPECT(map.stages >= 3 && map.stages <= kMaxStages, "%d, %d", rank, adapter);
+        EXPECT(map.factor == 128 * 64 * 2 && map.adapter == map.factor + 64 * rank * 2, "%d, %d", rank, adapter);
+        EXPECT(map.stage_bytes == map.adapter + 64 * adapter * 2, "%d, %d", rank, adapter);
+        EXPECT(map.resident == map.stages * map.stage_bytes, "%d, %d", rank, adapter);
+        EXPECT(map.staging == map.resident + 128 * adapter * 2, "%d, %d", rank, adapter);
+        EXPECT(map.barriers == map.staging + 4 * 64 * 64 * 2, "%d, %d", rank, adapter);
+        // The worst start needs kSharedAlignment - 16 bytes to reach the pattern's alignment.
+        EXPECT(map.bytes >= map.barriers + 8 * barrier_map(map.stages).count + kSharedAlignment - 16, "%d, %d", rank,
+               adapter);
+        EXPECT(map.bytes <= 232448, "%d, %d", rank, adapter);
+        const BarrierMap barriers = barrier_map(map.stages);
+        EXPECT(barriers.empty == map.stages && barriers.resident == 2 * map.stages &&
+                   barriers.ring_free == 2 * map.stages + 1 && barriers.count == 2 * map.stages + 2,
+               "%d stages", map.stages);
+    }
+}
+
+// T's granules: each summed by one block, each thread's halves in slots of their own that fit into the ring.
+void check_exchange() {
+    for (const auto& [rank, adapter] : kTiles) {
+        const int granules = (rank + adapter) / kGranuleColumns;
+        std::set<int> slots;
+        for (int granule = 0; granule < granules; ++granule)
+            for (int half = 0; half < 2; ++half)
+                for (int thread = 0; thread < kConsumerThreads; ++thread) {
+                    const int offset = exchange_offset(granule, half, thread);
+                    EXPECT(offset % 16 == 0 && offset >= 0 && offset + 16 <= exchange_bytes(rank, adapter), "%d",
+                           offset);
+                    EXPECT(slots.insert(offset).second, "slot %d is taken twice", offset);
+                }
+        EXPECT(static_cast<int>(slots.size()) * 16 == exchange_bytes(rank, adapter), "%d, %d", rank, adapter);
+        EXPECT(exchange_bytes(rank, adapter) <= shared_map(rank, adapter).resident, "%d, %d", rank, adapter);
+        for (int cluster : {2, 4, 8}) {
+            std::vector<int> owners(granules, -1);
+            for (int block = 0; block < cluster; ++block)
+                for (int g = block; g < granules; g += cluster) {
+                    EXPECT(owners[g] == -1 && granule_owner(g, cluster) == block, "granule %d", g);
+                    owners[g] = block;
+                }
+            for (int owner : owners)
+                EXPECT(owner >= 0, "a granule without an owner");
+        }
+    }
+}
+
+// A lane exchange as the kernel does it, for all lanes of a warp at once.
+void swap_lanes(std::vector<float>& v, BitSwap swap) {
+    std::vector<float> sent(64);
+    const auto low = [&](int i) { return swap.register_bit == 0 ? 2 * i : i; };
+    const auto high = [&](int i) { return swap.register_bit == 0 ? 2 * i + 1 : i + 2; };
+    for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 2; ++i)
+            sent[lane * 2 + i] = exchange_send(v[lane * 4 + low(i)], v[lane * 4 + high(i)], lane >> swap.lane_bit & 1);
+    for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 2; ++i)
+            exchange_receive(v[lane * 4 + low(i)], v[lane * 4 + high(i)], lane >> swap.lane_bit & 1,
+                             sent[(lane ^ 1 << swap.lane_bit) * 2 + i]);
+}
+
+void check_fragments() {
+    constexpr int kColumns = 64;
+    std::set<std::pair<int, int>> seen;
+    for (int thread = 0; thread < 128; ++thread)
+        for (int index = 0; index < kColumns / 2; ++index) {
+            const Position at = accumulator_position(thread, index);
+            // PTX ISA, the D fragment of wgmma.m64nNk16.
+            EXPECT(at.row == thread / 32 * 16 + thread % 32 / 4 + (index % 4 / 2) * 8, "%d, %d", thread, index);
+            EXPECT(at.column == index / 4 * 8 + thread % 4 * 2 + index % 2, "%d, %d", thread, index);
+            seen.insert({at.row, at.column});
+        }
+    EXPECT(seen.size() == 64 * kColumns, "%zu", seen.size());
+
+    for (int warp = 0; warp < 4; ++warp)
+        for (int block = 0; block < kColumns / 8; ++block) {
+            std::vector<float> by_row(128), by_column(128);
+            for (int lane = 0; lane < 32; ++lane)
+                for (int i = 0; i < 4; ++i) {
+                    const Position at = accumulator_position(warp * 32 + lane, block * 4 + i);
+                    by_row[lane * 4 + i] = by_column[lane * 4 + i] = static_cast<float>(at.row * 1000 + at.column);
+                }
+            swap_lanes(by_row, row_swap());
+            swap_lanes(by_column, column_swap(0));
+            swap_lanes(by_column, column_swap(1));
+            for (int lane = 0; lane < 32; ++lane)
+                for (int i = 0; i < 4; ++i) {
+                    const Position row = row_quad(warp * 32 + lane, block),
+                                   column = column_quad(warp * 32 + lane, block);
+                    EXPECT(by_row[lane * 4 + i] == row.row * 1000 + row.column + i, "lane %d, value %d", lane, i);
+                    EXPECT(by_column[lane * 4 + i] == (column.row + i) * 1000 + column.column, "lane %d, value %d",
+                           lane, i);
+                }
+        }
+}
+
+// What TMA makes of byte `offset` of a box: address bits 4.. xor bits 7.., one to three of them.
+int tma_swizzle(int offset, int bits) {
+    return offset ^ ((offset >> 7 & ((1 << bits) - 1)) << 4);
+}
+
+// A tile through stmatrix into a swizzled box: every value where TMA and wgmma look for it.
+void check_store(int columns, int bits) {
+    std::vector<int> box(64 * columns, -1);
+    for (int warp = 0; warp < 4; ++warp)
+        for (int g = 0; g < columns / kGranuleColumns; ++g) {
+            int rows[32];
+            for (int lane = 0; lane < 32; ++lane) {
+                const Position at = stmatrix_position(lane);
+                const int row = warp * 16 + at.row, chunk = (g * kGranuleColumns + at.column) / 8;
+                rows[lane] = columns == 64 ? swizzle128(row, chunk) : swizzle32(row, chunk);
+            }
+            // Matrix i takes its rows' addresses from lanes 8 i .. 8 i + 7 and register i of every lane: two values.
+            for (int lane = 0; lane < 32; ++lane)
+                for (int value = 0; value < kGranuleValues; ++value) {
+                    const int offset = rows[value / 2 * 8 + lane / 4] / 2 + lane % 4 * 2 + value % 2;
+                    const Position at = accumulator_position(warp * 32 + lane, g * kGranuleValues + value);
+                    EXPECT(box.at(offset) == -1, "two values at %d", offset);
+                    box[offset] = at.row * columns + at.column;
+                }
+        }
+    for (int i = 0; i < 64 * columns; ++i)
+        EXPECT(box[tma_swizzle(2 * i, bits) / 2] == i, "value %d of a box %d wide", i, columns);
+}
+
+void check_plan() {
+    alignas(16) static char bytes[16];
+    alignas(16) static float floats[4];
+    BackwardParams p{};
+    p.dy = p.x = p.xa = p.left = p.right = p.lora_A = p.lora_B = bytes;
+    p.dx = bytes;
+    p.dA = p.dB = floats;
+    p.M = 300, p.N = 200, p.K = 136, p.R = 72, p.P = 8;
+    p.dy_stride = 200, p.x_stride = 136;
+    EXPECT(sm90_why_not(p).empty(), "%s", sm90_why_not(p).c_str());
+    const auto refused = [&](auto change, const char* word) {
+        BackwardParams q = p;
+        change(q);
+        EXPECT(sm90_why_not(q).find(word) != std::string::npos, "'%s' lacks '%s'", sm90_why_not(q).c_str(), word);
+    };
+    refused([](auto& q) { q.R = 264; }, "R = 264");
+    refused([](auto& q) { q.R = 12; }, "R = 12");
+    refused([](auto& q) { q.P = 72; }, "P = 72");
+    refused([](auto& q) { q.P = 0; }, "P = 0");
+    refused([](auto& q) { q.N = 201; }, "N = 201");
+    refused([](auto& q) { q.K = 0; }, "must not be 0");
+    refused([](auto& q) { q.dy_stride = 192; }, "dy_stride = 192");
+    refused([](auto& q) { q.x = nullptr; }, "x is missing");
+    refused([](auto& q) { q.left = bytes + 2; }, "left does not start");
+    refused([](auto& q) { q.dx = nullptr, q.dA = q.dB = nullptr; }, "no gradient");
+    BackwardParams alone = p;
+    alone.P = 0, alone.dA = alone.dB = nullptr, alone.x = alone.xa = alone.lora_A = alone.lora_B = nullptr;
+    EXPECT(sm90_why_not(alone).empty(), "%s", sm90_why_not(alone).c_str());
+
+    for (std::int64_t M : {1, 128, 129, 8192, 100000})
+        for (int sms : {1, 20, 114, 132}) {
+            BackwardParams q = p;
+            q.M = M, q.N = q.K = 4096, q.dy_stride = q.x_stride = 4096, q.R = 256, q.P = 16;
+            const Plan plan = sm90_plan(q, sms);
+            EXPECT(plan.slabs == (M + 127) / 128 && plan.grid == plan.slabs * plan.cluster, "M = %lld", (long long)M);
+            EXPECT(plan.shared_bytes == shared_map(256, 16).bytes && plan.threads == 384, "%d", plan.shared_bytes);
+            EXPECT(plan.cluster == 1 || plan.cluster == 2 || plan.cluster == 4 || plan.cluster == 8, "%d",
+                   plan.cluster);
+            if (M == 8192 && sms == 132) EXPECT(plan.cluster == 2, "64 slabs on 132 are split by %d", plan.cluster);
+            EXPECT(plan.cluster <= sms, "%d blocks on %d multiprocessors", plan.cluster, sms);
+        }
+}
+
+}  // namespace
+
+int main() {
+    check_steps();
+    check_shared_map();
+    check_exchange();
+    check_fragments();
+    check_store(64, 3);
+    check_store(16, 1);
+    check_plan();
+    std::puts("ok");
+}
