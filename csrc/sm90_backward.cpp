@@ -1,34 +1,15 @@
 #include "sm90_backward.h"
 
-#include <cuda_runtime_api.h>
-
 #include <stdexcept>
 #include <string>
 
-#include "cuda_check.h"
+#include "device_guard.h"
 #include "sm90_arguments.h"
 #include "tensor_map.h"
 
 namespace loge {
 
 namespace {
-
-// The current device of this thread, set back on the way out.
-class DeviceGuard {
- public:
-    explicit DeviceGuard(int device) : device_(device) {
-        check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
-        if (device_ != previous_) check_cuda(cudaSetDevice(device_), "cudaSetDevice(" + std::to_string(device_) + ")");
-    }
-    ~DeviceGuard() {
-        if (device_ != previous_) cudaSetDevice(previous_);
-    }
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-    int device_, previous_ = 0;
-};
 
 sm90::Arguments arguments_of(const BackwardParams& p, const Plan& plan, int rank_tile, int adapter_tile) {
     using sm90::kBlockM, sm90::kStep, sm90::kWarpgroupRows;

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent / "sm90_host"
+HERE = Path(__file__).parent / "csrc"
 SOURCES = Path(__file__).parent.parent / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compil
 
 
 def build_and_run(name: str, folder: Path, *options: str) -> str:
-    """The output of tests/sm90_host/`name`.cpp, built with `options`; the compiler's or program's words on failure."""
+    """The output of tests/csrc/`name`.cpp, built with `options`; the compiler's or program's words on failure."""
     program = folder / name
     command = [str(COMPILER), "-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     command += [f"-I{SOURCES}", *options, str(HERE / f"{name}.cpp"), "-o", str(program)]
@@ -29,8 +29,8 @@ def build_and_run(name: str, folder: Path, *options: str) -> str:
 
 
 def cutlass_include() -> Path | None:
-    """CUTLASS's headers: LOGE_CUTLASS_INCLUDE, or those in the nvidia-cutlass wheel."""
-    named = os.environ.get("LOGE_CUTLASS_INCLUDE")
+    """CUTLASS's headers: CUTLASS_INCLUDE, or those in the nvidia-cutlass wheel."""
+    named = os.environ.get("CUTLASS_INCLUDE")
     if named:
         return Path(named)
     wheel = find_spec("cutlass_library")
@@ -49,13 +49,13 @@ def cuda_include() -> Path | None:
 
 
 def test_schedule_fragments_exchange_and_plan(tmp_path: Path) -> None:
-    assert build_and_run("index_maths", tmp_path, "-Wall", "-Wextra", "-Werror") == "ok\n"
+    assert build_and_run("sm90_index_maths", tmp_path, "-Wall", "-Wextra", "-Werror") == "ok\n"
 
 
 def test_descriptors_read_what_tma_writes(tmp_path: Path) -> None:
     cutlass, cuda = cutlass_include(), cuda_include()
     if cutlass is None or cuda is None:
-        pytest.skip("needs CUTLASS's headers (LOGE_CUTLASS_INCLUDE) and the CUDA toolkit's (CUDA_HOME)")
+        pytest.skip("needs CUTLASS's headers (CUTLASS_INCLUDE) and the CUDA toolkit's (CUDA_HOME)")
     headers = [f"-isystem{folder}" for folder in (cutlass, cuda, cuda / "cccl") if folder.exists()]
     options = ["-w", "-DCUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED=1", "-include", str(HERE / "shared_address.h")]
-    assert build_and_run("descriptors", tmp_path, *options, *headers) == "ok\n"
+    assert build_and_run("sm90_descriptors", tmp_path, *options, *headers) == "ok\n"
