@@ -7,10 +7,8 @@ factors, `remove` changes it back. Names, parameters, hooks and the state dict s
 from __future__ import annotations
 
 import math
-import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,18 +24,7 @@ from .factors import METHODS, Factors, resolve_rank
 from .linear import LoGELinear
 from .policy import Policy, average_cost, dense_cost, exact_every_within, preferred_exact_dtype
 from .report import LayerPath, LayerReport, Report
-
-Targets = str | Iterable[str] | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Site:
-    """A linear layer that may be converted: its name, itself, PEFT's layer around it, why it is left alone."""
-
-    name: str
-    linear: nn.Linear
-    adapter: Any  # peft.tuners.lora.Linear, a LoGELoraLinear once converted
-    obstacle: str | None
+from .sites import Site, Targets, find_sites, nothing_to_convert
 
 
 def apply(
@@ -96,10 +83,10 @@ def apply(
     rank = 1 / 8 if rank is None else rank
     _check(model, rank, subspace, exact_fraction, backend)
     _check_exactness(model, budget, exact_every, exact_dtype, residual, correction)
-    sites = list(_sites(model, targets))
+    sites = list(find_sites(model, targets))
     chosen = [site for site in sites if site.obstacle is None]
     if not chosen:
-        raise ValueError(_nothing_to_convert(model, sites, targets))
+        raise ValueError(nothing_to_convert(model, sites, targets))
     # Everything that can fail happens before the first layer is touched.
     factors: dict[str, Factors | None] = {}
     if budget is not None and exact_dtype is None:
@@ -192,57 +179,7 @@ def _check_exactness(
                 raise ValueError(f"correction={correction!r}: {name} is sharded (FSDP); give correction=None")
 
 
-def _sites(model: nn.Module, targets: Targets) -> Iterator[_Site]:
-    """Every linear layer of the model that is not part of an adapter, with the reason where it is left alone."""
-    wanted = _matcher(targets)
-    explicit = targets is not None and targets != "all-linear"
-    head = _output_head(model)
-    tuner_layer, lora_linear, saved_module = _peft_classes()
-    inside_adapters: set[int] = set()
-    around: dict[int, tuple[str, nn.Module]] = {}
-    for name, module in model.named_modules():
-        if tuner_layer is not None and isinstance(module, tuner_layer):
-            base = module.get_base_layer()
-            around[id(base)] = name, module
-            inside_adapters.update(id(child) for child in module.modules())
-        elif saved_module is not None and isinstance(module, saved_module):
-            inside_adapters.update(id(child) for child in module.original_module.modules())
-    for name, module in model.named_modules():
-        wrapped = around.get(id(module))
-        if not isinstance(module, nn.Linear) or (wrapped is None and id(module) in inside_adapters):
-            continue
-        path, wrapper = wrapped or (name, None)
-        if not wanted(path):
-            continue
-        adapter = wrapper if lora_linear is not None and type(wrapper) is lora_linear else None
-        obstacle = _obstacle(module, head, explicit)
-        if obstacle is None and wrapper is not None and adapter is None:
-            kind = f"{type(wrapper).__module__}.{type(wrapper).__name__}"
-            obstacle = f"its adapter is a {kind}: factors could not follow the weight when that merges"
-        yield _Site(path, module, adapter, obstacle)
-
-
-def _obstacle(module: nn.Linear, head: nn.Module | None, explicit: bool) -> str | None:
-    if type(module) is LoGELinear:
-        return "is a LoGELinear of its own"
-    if type(module) is not nn.Linear:
-        return f"is a {type(module).__module__}.{type(module).__name__}, not a plain torch.nn.Linear"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance (an offloading hook?)"
-    if module.weight.is_meta:
-        return "its weight is on the meta device: load the model first"
-    if not module.weight.dtype.is_floating_point:
-        return f"its weight is {module.weight.dtype}"
-    if explicit:
-        return None
-    if module is head:
-        return "output head: its error would reach every layer below (name it in targets to convert it)"
-    if module.weight.requires_grad:
-        return "its weight is trainable, and factors follow a frozen one (name it in targets to convert it)"
-    return None
-
-
-def _check_weight(site: _Site, exact_dtype: str | None) -> None:
+def _check_weight(site: Site, exact_dtype: str | None) -> None:
     weight = site.linear.weight
     if not torch.isfinite(weight).all():
         raise ValueError(f"the weight of layer {site.name!r} contains NaN or inf; the model is unchanged")
@@ -250,7 +187,7 @@ def _check_weight(site: _Site, exact_dtype: str | None) -> None:
         raise TypeError(f"exact_dtype={exact_dtype!r}: the weight of layer {site.name!r} is float64; give None")
 
 
-def _factors(site: _Site, rank: int | float, subspace: str, residual: float) -> Factors | None:
+def _factors(site: Site, rank: int | float, subspace: str, residual: float) -> Factors | None:
     """The site's factors, or None where the dense product costs less."""
     N, K = site.linear.weight.shape
     R = resolve_rank(min(rank, N, K) if isinstance(rank, int) else rank, N, K)
@@ -263,20 +200,20 @@ def _factors(site: _Site, rank: int | float, subspace: str, residual: float) -> 
     return factors.with_residual(site.linear.weight, rows) if rows else factors
 
 
-def _mean(sites: list[_Site], costs: list[float]) -> float:
+def _mean(sites: list[Site], costs: list[float]) -> float:
     """The layers' costs, weighted by their size."""
     sizes = [site.linear.weight.numel() for site in sites]
     return sum(size * cost for size, cost in zip(sizes, costs, strict=True)) / sum(sizes)
 
 
-def _costs(site: _Site, factors: Factors | None, exact_dtype: str | None, exact_fraction: float) -> tuple[float, float]:
+def _costs(site: Site, factors: Factors | None, exact_dtype: str | None, exact_fraction: float) -> tuple[float, float]:
     """Of the layer's dX in a cheap and in an exact step."""
     exact = dense_cost(site.linear.weight, exact_dtype)
     return (exact if factors is None else factors.cost + exact_fraction * exact), exact
 
 
 def _policy(
-    sites: list[_Site],
+    sites: list[Site],
     costs: dict[str, tuple[float, float]],
     budget: float | None,
     exact_every: float | None,
@@ -292,7 +229,7 @@ def _policy(
     return Policy(exact_every, exact_dtype, correction, average_cost(cheap, exact, exact_every, correction is not None))
 
 
-def _row(site: _Site, factors: Factors | None, costs: dict[str, tuple[float, float]], policy: Policy) -> LayerReport:
+def _row(site: Site, factors: Factors | None, costs: dict[str, tuple[float, float]], policy: Policy) -> LayerReport:
     N, K = site.linear.weight.shape
     if site.obstacle is not None:
         return LayerReport(site.name, (N, K), None, None, "skipped", site.obstacle, 0.0)
@@ -307,61 +244,14 @@ def _row(site: _Site, factors: Factors | None, costs: dict[str, tuple[float, flo
     return LayerReport(site.name, (N, K), factors.rank, factors.energy, path, reason, saved)
 
 
-def _path(site: _Site) -> tuple[LayerPath, str]:
+def _path(site: Site) -> tuple[LayerPath, str]:
     if site.adapter is None:
         return "plain", ""
     obstacle = site.adapter.obstacle()  # a LoGELoraLinear by now
     return ("fused", "") if obstacle is None else ("base", obstacle)
 
 
-def _matcher(targets: Targets) -> Any:
-    """PEFT's rule for `target_modules`."""
-    if targets is None or targets == "all-linear":
-        return lambda path: True
-    if isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise ValueError(f"targets={targets!r} is not a regular expression: {error}") from None
-        return lambda path: pattern.fullmatch(path) is not None
-    names = list(targets) if isinstance(targets, Iterable) else [targets]
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"targets={names!r}; give module names, or one string, a regular expression")
-    return lambda path: any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    # PEFT wraps a targeted head and one in modules_to_save.
-    for attribute in ("base_layer", "original_module"):
-        head = getattr(head, attribute, head)
-    return head
-
-
-def _peft_classes() -> tuple[Any, Any, Any]:
-    """PEFT's layer classes where PEFT is loaded: a PEFT model cannot exist without it."""
-    if "peft" not in sys.modules:
-        return None, None, None
-    from peft.tuners.lora.layer import Linear as LoraLinear
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
-    return BaseTunerLayer, LoraLinear, ModulesToSaveWrapper
-
-
-def _nothing_to_convert(model: nn.Module, sites: list[_Site], targets: Targets) -> str:
-    if sites:
-        shown = "; ".join(f"{site.name} {site.obstacle}" for site in sites[:3])
-        rest = f"; and {len(sites) - 3} more" if len(sites) > 3 else ""
-        return f"nothing to convert in this {type(model).__name__}: {shown}{rest}"
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not names:
-        return f"nothing to convert: this {type(model).__name__} has no torch.nn.Linear layer"
-    return f"targets={targets!r} matches no linear layer of this {type(model).__name__}, which has {names[:5]}"
-
-
-def _with_progress(sites: list[_Site]) -> Iterable[_Site]:
+def _with_progress(sites: list[Site]) -> Iterable[Site]:
     """A progress bar on a terminal's standard error; silent elsewhere."""
     if not sys.stderr.isatty() or len(sites) < 8:
         return sites
