@@ -205,7 +205,7 @@ def test_an_interrupted_calibration_goes_on(tmp_path: Path, monkeypatch: pytest.
 def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="holds no statistics of loge_kernels.calibrate"):
+    with pytest.raises(ValueError, match=r"holds no statistics of loge_kernels\.calibrate"):
         loge.Statistics.load(path)
 
 

@@ -1,4 +1,4 @@
-"""The subspaces that calibration chooses, through `apply`: optimal where they claim it, refused where they cannot be."""
+"""The subspaces that calibration chooses, through `apply`: optimal where they claim it."""
 
 from __future__ import annotations
 
