@@ -69,7 +69,8 @@ class Workbench:
     def corpus(self, seed: int) -> data.Corpus:
         """The seed's own choice of the training text, in its own order."""
         generator = torch.Generator().manual_seed(seed)
-        order = data.shuffled(len(self.train), self.options.steps * self.options.batch, generator)
+        steps = max(self.options.steps, self._gradient_steps)
+        order = data.shuffled(len(self.train), steps * self.options.batch, generator)
         return data.Corpus(self.source, self.train, self.heldout, order)
 
     def evaluate(self, corpus: data.Corpus) -> float:
