@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .backends import check_name
 from .cache import cached_factors
 from .eight_bit import EightBitWeight
-from .factors import Factors
+from .factors import PROJECTIONS, Factors
 from .ops import linear
 
 _ADDED = ("factors", "eight_bit", "lora_A", "lora_B", "scaling", "lora_dropout", "exact_fraction", "backend")
@@ -162,8 +162,10 @@ class LoGELinear(nn.Linear):
         if self.eight_bit is not None:
             self.eight_bit.invalidate()
         if self.factors is not None:
-            fresh = cached_factors(self.weight, self.factors.rank, self.factors.method)
-            self.factors.become(fresh, self.weight)
+            if self.factors.method in PROJECTIONS:
+                self.factors.refresh(self.weight)
+            else:
+                self.factors.become(cached_factors(self.weight, self.factors.rank, self.factors.method), self.weight)
 
     def current_factors(self) -> Factors | None:
         """The factors, made anew first when a frozen weight has changed under them."""

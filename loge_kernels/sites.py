@@ -1,0 +1,122 @@
+"""The linear layers of a model that a low-rank backward could serve, and why some are left alone."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .linear import LoGELinear
+
+Targets = str | Iterable[str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A linear layer that may be converted: its name, itself, PEFT's layer around it, why it is left alone."""
+
+    name: str
+    linear: nn.Linear
+    adapter: Any  # peft.tuners.lora.Linear, a LoGELoraLinear once converted
+    obstacle: str | None
+
+
+def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
+    """Every linear layer of the model that is not part of an adapter, with the reason where it is left alone."""
+    wanted = _matcher(targets)
+    explicit = targets is not None and targets != "all-linear"
+    head = _output_head(model)
+    tuner_layer, lora_linear, saved_module = _peft_classes()
+    inside_adapters: set[int] = set()
+    around: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        if tuner_layer is not None and isinstance(module, tuner_layer):
+            base = module.get_base_layer()
+            around[id(base)] = name, module
+            inside_adapters.update(id(child) for child in module.modules())
+        elif saved_module is not None and isinstance(module, saved_module):
+            inside_adapters.update(id(child) for child in module.original_module.modules())
+    for name, module in model.named_modules():
+        wrapped = around.get(id(module))
+        if not isinstance(module, nn.Linear) or (wrapped is None and id(module) in inside_adapters):
+            continue
+        path, wrapper = wrapped or (name, None)
+        if not wanted(path):
+            continue
+        adapter = wrapper if lora_linear is not None and type(wrapper) is lora_linear else None
+        obstacle = _obstacle(module, head, explicit)
+        if obstacle is None and wrapper is not None and adapter is None:
+            kind = f"{type(wrapper).__module__}.{type(wrapper).__name__}"
+            obstacle = f"its adapter is a {kind}: factors could not follow the weight when that merges"
+        yield Site(path, module, adapter, obstacle)
+
+
+def _obstacle(module: nn.Linear, head: nn.Module | None, explicit: bool) -> str | None:
+    if type(module) is LoGELinear:
+        return "is a LoGELinear of its own"
+    if type(module) is not nn.Linear:
+        return f"is a {type(module).__module__}.{type(module).__name__}, not a plain torch.nn.Linear"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance (an offloading hook?)"
+    if module.weight.is_meta:
+        return "its weight is on the meta device: load the model first"
+    if not module.weight.dtype.is_floating_point:
+        return f"its weight is {module.weight.dtype}"
+    if explicit:
+        return None
+    if module is head:
+        return "output head: its error would reach every layer below (name it in targets to convert it)"
+    if module.weight.requires_grad:
+        return "its weight is trainable, and factors follow a frozen one (name it in targets to convert it)"
+    return None
+
+
+def _matcher(targets: Targets) -> Any:
+    """PEFT's rule for `target_modules`."""
+    if targets is None or targets == "all-linear":
+        return lambda path: True
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"targets={targets!r} is not a regular expression: {error}") from None
+        return lambda path: pattern.fullmatch(path) is not None
+    names = list(targets) if isinstance(targets, Iterable) else [targets]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"targets={names!r}; give module names, or one string, a regular expression")
+    return lambda path: any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    # PEFT wraps a targeted head and one in modules_to_save.
+    for attribute in ("base_layer", "original_module"):
+        head = getattr(head, attribute, head)
+    return head
+
+
+def _peft_classes() -> tuple[Any, Any, Any]:
+    """PEFT's layer classes where PEFT is loaded: a PEFT model cannot exist without it."""
+    if "peft" not in sys.modules:
+        return None, None, None
+    from peft.tuners.lora.layer import Linear as LoraLinear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return BaseTunerLayer, LoraLinear, ModulesToSaveWrapper
+
+
+def nothing_to_convert(model: nn.Module, sites: list[Site], targets: Targets) -> str:
+    if sites:
+        shown = "; ".join(f"{site.name} {site.obstacle}" for site in sites[:3])
+        rest = f"; and {len(sites) - 3} more" if len(sites) > 3 else ""
+        return f"nothing to convert in this {type(model).__name__}: {shown}{rest}"
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        return f"nothing to convert: this {type(model).__name__} has no torch.nn.Linear layer"
+    return f"targets={targets!r} matches no linear layer of this {type(model).__name__}, which has {names[:5]}"
