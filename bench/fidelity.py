@@ -221,5 +221,5 @@ def _prefix(policy: FidelityPolicy, exact: dict[str, Any], options: FidelityOpti
         "total_time": steps / options.steps,
         "steps": steps,
         "curve": curve,
-        **{name: exact[name][:steps] for name in ("losses", *(f"{part}_seconds" for part in PARTS))},
+        **{name: exact[name][:steps] for name in ("losses", "cpu_seconds", *(f"{part}_seconds" for part in PARTS))},
     }

@@ -17,7 +17,7 @@ from typing import Any
 
 import loge_kernels as loge
 from loge_kernels.eight_bit import DTYPES
-from loge_kernels.factors import METHODS
+from loge_kernels.request import SUBSPACES
 
 DEFAULTS = (
     "exact",
@@ -45,7 +45,6 @@ DEFAULTS = (
 EXACT = "exact"
 # What a calibration must hold for each subspace that needs one; `calibration=` names it for other policies.
 CALIBRATIONS = {"gradient": "statistics", "salience": "scores"}
-_SUBSPACES = tuple(dict.fromkeys((*METHODS, *CALIBRATIONS)))
 _FIXED = ("model", "targets", "backend")
 
 
@@ -107,10 +106,10 @@ def parse(text: str) -> FidelityPolicy:
         return FidelityPolicy(text, same_cost=cost)
     if name in DTYPES:
         values = {"exact_every": 1, "exact_dtype": name, **values}
-    elif name in _SUBSPACES:
+    elif name in SUBSPACES:
         values = {"subspace": name, **values}
     elif name or not values:
-        known = ", ".join((EXACT, *_SUBSPACES, *DTYPES))
+        known = ", ".join((EXACT, *SUBSPACES, *DTYPES))
         raise ValueError(f"--policy {text!r}: {name!r} is unknown; start with one of {known}, or give budget=0.35")
     calibration = values.pop("calibration", CALIBRATIONS.get(str(values.get("subspace"))))
     if calibration not in (None, *CALIBRATIONS.values()):

@@ -62,6 +62,7 @@ def _entry(policy: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> d
         "recovered_min": min(shares, default=None),
         "recovered_max": max(shares, default=None),
         **{f"{part}_seconds": _mean([each[part] for each in medians]) for part in ("backward", "step")},
+        "cpu_seconds": _mean([statistics.median(row["cpu_seconds"]) for row in rows if row["cpu_seconds"]]),
         "training_seconds": _mean([row["curve"][-1]["seconds"] for row in rows if row["curve"]]),
     }
 
@@ -92,7 +93,19 @@ def print_table(console: Console, result: dict[str, Any]) -> None:
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("policy", no_wrap=True)
-    headings = ("cost", "total", "cosine", "norm", "held-out", "recovered", "min-max", "exact in", "backward", "step")
+    headings = (
+        "cost",
+        "total",
+        "cosine",
+        "norm",
+        "held-out",
+        "recovered",
+        "min-max",
+        "exact in",
+        "backward",
+        "step",
+        "CPU",
+    )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for entry in sorted(result["summary"], key=lambda entry: (entry["cost"], entry["total_time"])):
@@ -114,13 +127,15 @@ def print_table(console: Console, result: dict[str, Any]) -> None:
             _percent(entry["control"]),
             output.duration(entry["backward_seconds"]),
             output.duration(entry["step_seconds"]),
+            output.duration(entry["cpu_seconds"]),
         )
     output.print_wide(console, table)
     console.print(
         "cost: backward flops of the frozen products against dense, 8 bits counted half. total: time against exact "
         "LoRA's, the forward counted. cosine, norm: of the gradient of a step through the factors, against the exact "
         "one. recovered: share of exact LoRA's gain in held-out loss; exact in: what exact LoRA recovers with fewer "
-        "steps in the same total time.",
+        "steps in the same total time. CPU: seconds of all cores in a step, which other work on the machine changes "
+        "less.",
         style="dim",
         highlight=False,
         soft_wrap=True,

@@ -139,14 +139,16 @@ class Workbench:
         record = Record()
         trainer = Trainer(self.model, corpus, options, record, lambda step: self._rate(step, steps))
         row: dict[str, Any] = {}
-        curve = []
+        curve, processor = [], []
         with progress(self.console, f"{policy.text}, seed {seed}", steps, options.batch * options.seq) as advance:
             while not trainer.done:
+                before = time.process_time()
                 try:
                     trainer.step()
                 except Diverged as error:
                     row |= {"status": "diverged", "note": str(error)}
                     break
+                processor.append(round(time.process_time() - before, 5))
                 done = len(record.losses)
                 if done in checkpoints or done == steps:
                     loss = self.evaluate(corpus)
@@ -155,7 +157,8 @@ class Workbench:
                         break
                     curve.append({"step": done, "seconds": round(sum(record.step_seconds), 3), "heldout": loss})
                 advance(f"loss {record.losses[-1]:.3f}", 1)
-        return row | {"steps": steps, "curve": curve, **measured(record)}
+        # Seconds of all cores: on a machine with other work they say more than the clock.
+        return row | {"steps": steps, "curve": curve, **measured(record), "cpu_seconds": processor}
 
     def _rate(self, step: int, steps: int) -> float:
         """The share of the learning rate; with fewer steps the whole schedule is as much shorter."""

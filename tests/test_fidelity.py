@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib")
 
 import tiny_llama
 
+import loge_kernels as loge
 from loge_kernels.bench import fidelity, fidelity_report, fidelity_training
 from loge_kernels.bench.fidelity import FidelityOptions
 from loge_kernels.bench.fidelity_policies import DEFAULTS, parse
@@ -78,7 +79,7 @@ def test_what_is_measured(base: FidelityOptions) -> None:
         assert row["status"] == "ok"
         assert row["steps"] == 2
         assert [point["step"] for point in row["curve"]] == [1, 2]
-        assert [len(row[name]) for name in ("losses", "forward_seconds", "backward_seconds")] == [2, 2, 2]
+        assert [len(row[name]) for name in ("losses", "cpu_seconds", "backward_seconds")] == [2, 2, 2]
         assert row["total_time"] == pytest.approx((1 + row["cost"]) / 2)
         assert row["curve"][1]["heldout"] < result["heldout_before"]
         assert row["gradient"]["layers"].keys() == {"0", "1"}
@@ -307,3 +308,20 @@ def test_another_file_is_not_overwritten(base: FidelityOptions) -> None:
     with pytest.raises(ValueError, match="no result of bench fidelity"):
         go(base)
     assert base.json.read_text() == '{"benchmark": "linear"}'
+
+
+def test_calibrated_policies(base: FidelityOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, int]] = []
+    calibrate = loge.calibrate
+
+    def noting(model: Any, batches: Any, **options: Any) -> Any:
+        seen.append((options["scores"], sum(len(batch["input_ids"]) for batch in batches)))
+        assert all(not p.any() for name, p in model.named_parameters() if "lora_B" in name)
+        return calibrate(model, batches, **options)
+
+    monkeypatch.setattr(loge, "calibrate", noting)
+    result, _ = go(base, policies=("gradient:rank=1/4", "gradient:rank=1/2", "salience:rank=1/4"))
+    assert seen == [(False, base.calibration), (True, base.calibration)]  # once for all ranks and seeds
+    assert result["calibration_seconds"].keys() == {"statistics", "scores"}
+    quarter, half = (rows(result, f"gradient:rank={rank}")[0]["gradient"]["all"]["cosine"] for rank in ("1/4", "1/2"))
+    assert 0.1 < quarter < half < 1.0
