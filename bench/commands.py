@@ -179,7 +179,8 @@ def bench_fidelity(
 ) -> None:
     """What cheap gradients teach: held-out loss, cosine and cost of every policy against exact LoRA, on a real model.
 
-    Interrupted, it goes on with the same --json where it stopped; more policies and seeds can be added to a file.
+    Interrupted, it goes on with the same --json where it stopped. Policies and seeds can be added to a file, by several
+    processes at a time.
     """
 
     def work() -> bool:

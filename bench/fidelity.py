@@ -8,13 +8,13 @@ LoRA's gain that is; the backward flops of the frozen products, and the seconds.
 With the forward counted as much as the exact backward of the frozen products, a step of cost c takes (1 + c) / 2 of an
 exact one: the control is exact LoRA with so many fewer steps, its schedule shortened with them.
 
-A file given as `json` is kept up to date after every run, and what it holds is not run again.
+A file given as `json` is kept up to date after every run, and what it holds is not run again; several processes may
+work on one file, each with its own seeds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from loge_kernels.finetune import FinetuneOptions
 from loge_kernels.finetune.options import choose_device, choose_dtype
 from loge_kernels.finetune.training import PARTS
 
+from . import fidelity_file as file
 from . import fidelity_report as report
 from . import output
 from .environment import describe
@@ -116,9 +117,9 @@ def run(options: FidelityOptions, console: Console | None = None, progress: Cons
     parsed = [parse(text) for text in (EXACT, *(options.policies or DEFAULTS))]
     policies = list({policy.text: policy for policy in parsed}.values())
     options.check()
-    result = _begin(options)
+    result = file.begin(options.json, options.settings())
     pending = [
-        (seed, policy) for seed in options.seeds for policy in policies if _find(result, policy.text, seed) is None
+        (seed, policy) for seed in options.seeds for policy in policies if file.find(result, policy.text, seed) is None
     ]
     if pending:
         with torch.random.fork_rng([] if options.training().device == "cpu" else None):
@@ -157,46 +158,21 @@ def _measure(
     whole = _checkpoints(options)
     controls = [policy.steps(options.steps) for policy in policies if policy.same_cost is not None]
     for number, (seed, policy) in enumerate(pending, 1):
+        file.take_over(result, options.json)
+        if file.find(result, policy.text, seed) is not None:
+            continue  # by another process
         console.print(f"run {number} of {len(pending)}:", highlight=False, end=" ")
-        exact = _find(result, EXACT, seed)
+        exact = file.find(result, EXACT, seed)
         row = _prefix(policy, exact, options) if policy.same_cost is not None and exact is not None else None
         if row is None:
             # At a constant rate fewer steps are the first steps of the whole run.
             more = controls if policy.text == EXACT and _prefixes(options) else []
             row = bench.run(policy, seed, {*whole, *more})
         row["family"] = policy.family
-        result["rows"].append(row)
         result["calibration_seconds"] |= bench.calibration_seconds
-        result["summary"] = report.summarise(result)
-        output.write(result, options.json)
+        file.add(result, row, options.json)
         after = f"{row['curve'][-1]['heldout']:.4f}" if row["curve"] else row["note"]
         console.print(f"{policy.text}, seed {seed}: held-out loss {after}", highlight=False, markup=False)
-
-
-def _begin(options: FidelityOptions) -> dict[str, Any]:
-    """What the file holds, or a new result."""
-    settings = options.settings()
-    new: dict[str, Any] = {"benchmark": "fidelity", "settings": settings, "calibration_seconds": {}, "rows": []}
-    if options.json is None or not options.json.exists():
-        return new
-    try:
-        found = json.loads(options.json.read_text())
-        if found["benchmark"] != "fidelity":
-            raise KeyError("benchmark")
-        theirs, _ = found["settings"], found["rows"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--json {options.json} is there and no result of bench fidelity; choose another") from error
-    for name, value in settings.items():
-        if theirs.get(name) != value:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {value}: {options.json} holds runs with {theirs.get(name)}; give the "
-                "same, or choose another --json"
-            )
-    return dict(found)
-
-
-def _find(result: dict[str, Any], policy: str, seed: int) -> dict[str, Any] | None:
-    return next((row for row in result["rows"] if row["policy"] == policy and row["seed"] == seed), None)
 
 
 def _checkpoints(options: FidelityOptions) -> set[int]:

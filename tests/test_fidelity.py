@@ -139,6 +139,24 @@ def test_finished_runs_are_skipped(base: FidelityOptions, monkeypatch: pytest.Mo
         go(base, seeds=(1,))
 
 
+def test_two_processes_share_a_file(base: FidelityOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = fidelity_training.Workbench.run
+    ran: list[tuple[str, int]] = []
+
+    def beside_another(self: Any, policy: Any, seed: int, checkpoints: Any) -> dict[str, Any]:
+        ran.append((policy.text, seed))
+        if len(ran) == 1:  # while the first run goes on, another process does these
+            go(base, seeds=(0, 1), policies=("exact", base.policies[0]))
+        return run(self, policy, seed, checkpoints)
+
+    monkeypatch.setattr(fidelity_training.Workbench, "run", beside_another)
+    result, _ = go(base)
+    assert len(result["rows"]) == len({(row["policy"], row["seed"]) for row in result["rows"]}) == 6
+    assert len(ran) == 7  # the first one twice
+    assert base.json is not None
+    assert json.loads(base.json.read_text()) == result
+
+
 def test_a_resumed_run_is_the_same(base: FidelityOptions, tmp_path: Path) -> None:
     whole, _ = go(base, seeds=(0,))
     go(base, seeds=(0,), policies=("exact",), json=tmp_path / "parts.json")
