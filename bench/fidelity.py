@@ -124,6 +124,7 @@ def run(options: FidelityOptions, console: Console | None = None, progress: Cons
     if pending:
         with torch.random.fork_rng([] if options.training().device == "cpu" else None):
             _measure(options, result, policies, pending, progress or Console(stderr=True))
+    result["summary"] = report.summarise(result)
     report.print_table(console or Console(), result)
     if options.png is not None:
         report.plot(result, options.png)

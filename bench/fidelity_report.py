@@ -15,6 +15,13 @@ from rich.table import Table
 from . import output
 from .fidelity_policies import EXACT, parse
 
+_LEGEND = (
+    "cost: backward flops of the frozen products against dense, 8 bits counted half. total: time against exact LoRA's, "
+    "the forward counted. cosine, norm: of the gradient of a step through the factors, against the exact one. "
+    "recovered: share of exact LoRA's gain in held-out loss, mean and range of the seeds. exact in: what exact LoRA "
+    "recovers with fewer steps in the same total time. CPU: seconds of all cores in a step, which other work on the "
+    "machine changes less than the clock's."
+)
 _MAX_CURVES = 8  # lines that a panel of losses can hold
 
 
@@ -100,7 +107,7 @@ def print_table(console: Console, result: dict[str, Any]) -> None:
         "norm",
         "held-out",
         "recovered",
-        "min-max",
+        "seeds",
         "exact in",
         "backward",
         "step",
@@ -111,7 +118,7 @@ def print_table(console: Console, result: dict[str, Any]) -> None:
     for entry in sorted(result["summary"], key=lambda entry: (entry["cost"], entry["total_time"])):
         spread = ""
         if entry["recovered"] is not None and len(entry["seeds"]) > 1:
-            spread = f"{entry['recovered_min']:.0%}-{entry['recovered_max']:.0%}"
+            spread = f"{entry['recovered_min']:.1%} to {entry['recovered_max']:.1%}"
         share = _percent(entry["recovered"])
         if entry["diverged"]:
             share += f" [red]{entry['diverged']} diverged[/red]"
@@ -130,16 +137,7 @@ def print_table(console: Console, result: dict[str, Any]) -> None:
             output.duration(entry["cpu_seconds"]),
         )
     output.print_wide(console, table)
-    console.print(
-        "cost: backward flops of the frozen products against dense, 8 bits counted half. total: time against exact "
-        "LoRA's, the forward counted. cosine, norm: of the gradient of a step through the factors, against the exact "
-        "one. recovered: share of exact LoRA's gain in held-out loss; exact in: what exact LoRA recovers with fewer "
-        "steps in the same total time. CPU: seconds of all cores in a step, which other work on the machine changes "
-        "less.",
-        style="dim",
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(_LEGEND, style="dim", highlight=False, soft_wrap=True)
 
 
 def _percent(share: float | None) -> str:

@@ -61,6 +61,8 @@ def test_check_fails_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
         (["check", "--backend", "nope"], ["backend='nope'", "reference"]),
         (["bench", "no-such-model"], ["no-such-model", "LLaMA-2-7B"]),
         (["bench", "16,16,16", "--rank", "many"], ["--rank 'many' is not a number"]),
+        (["bench", "fidelity", "--policy", "svg:rank=1/8"], ["--policy 'svg:rank=1/8'", "gradient"]),
+        (["bench", "fidelity", "--seed", "0.5"], ["--seed 0.5 is not an integer"]),
         (["finetune", "--text", "/no/such/file"], ["--text '/no/such/file'"]),
         (["info", "--json", "/no/such/folder/info.json"], ["/no/such/folder"]),
     ],
