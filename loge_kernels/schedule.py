@@ -9,8 +9,10 @@ gradient accumulation, where a step is one optimizer step, and under DDP, where 
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ class Schedule:
 
         def follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             method = on_step()
-            if method is not None:
+            if method is not None and not _inside_another_step(optimizer, sys._getframe(1)):
                 method(optimizer)
 
         self._handle = register_optimizer_step_post_hook(follow)
@@ -113,6 +115,17 @@ class Schedule:
                 layer.exact_fraction = 1.0 if exact else fraction
         if self.correction is not None:
             self.correction.exact = exact
+
+
+def _inside_another_step(optimizer: torch.optim.Optimizer, hooks: FrameType) -> bool:
+    """Whether the step whose hooks run in frame `hooks` was called by another step of `optimizer`, as a subclass calls
+    its base's: torch runs the hooks after each of the two."""
+    frame = hooks.f_back
+    while frame is not None:
+        if frame.f_code is hooks.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def attach(model: nn.Module, schedule: Schedule) -> None:
