@@ -1,5 +1,7 @@
 """Linear layers whose backward pass is cheap: full weight forward, low-rank activation gradient, exact LoRA."""
 
+from typing import TYPE_CHECKING, Any
+
 from .backends import Backend, backends, use_backend
 from .eight_bit import EightBitWeight
 from .factors import Factors, factorize
@@ -10,6 +12,9 @@ from .policy import Policy
 from .report import LayerReport, Report
 from .schedule import Schedule, schedule_of
 from .triton_kernels import explain
+
+if TYPE_CHECKING:
+    from .trainer import LogeCallback as LogeCallback  # not in __all__: a star import would need transformers
 
 __version__ = "0.1.0"
 
@@ -32,3 +37,12 @@ __all__ = [
     "schedule_of",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`LogeCallback` on first use: its base class is transformers', which takes seconds to import."""
+    if name != "LogeCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .trainer import LogeCallback
+
+    return LogeCallback
