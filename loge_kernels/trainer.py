@@ -28,7 +28,7 @@ logger = logging.getLogger("loge_kernels")
 FILE = "loge_schedule.safetensors"
 
 
-class LogeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class LogeCallback(TrainerCallback, ExportableState):
     """Writes the schedule of an `apply`-ed model beside every checkpoint, as `loge_schedule.safetensors`, and takes it
     over when training resumes; prints what `apply` did when training begins.
 

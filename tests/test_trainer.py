@@ -141,16 +141,18 @@ def test_a_checkpoint_of_a_run_without_the_callback(tmp_path: Path, caplog: pyte
 def test_a_checkpoint_elsewhere(
     whole: Trainer, stopped: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is found by its name in the arguments, and one of another run of the same name is not taken for it."""
+    """It is found where the arguments say, and one of another run of the same name is not taken for it."""
     moved, out = tmp_path / "moved", tmp_path / "another"
     shutil.copytree(stopped / "checkpoint-3", moved)
-    trainer(out, Stop(3), seed=1).train()
     resumed = trainer(out, resume_from_checkpoint=str(moved))
     resumed.train(resume_from_checkpoint=str(moved))
     assert_same(resumed, whole)
+    told = trainer(out, loge.LogeCallback(resume_from=moved), callback=False)
+    told.train(resume_from_checkpoint=str(moved))
+    assert_same(told, whole)
     assert "without its schedule" not in caplog.text
-    shutil.copytree(stopped / "checkpoint-3", out / "checkpoint-3", dirs_exist_ok=True)
-    (out / "checkpoint-3" / FILE).unlink()
+    trainer(out, Stop(3), seed=1).train()
+    assert (out / "checkpoint-3" / FILE).exists()
     trainer(out, Stop(4)).train(resume_from_checkpoint=str(moved))
     assert "without its schedule" in caplog.text
 

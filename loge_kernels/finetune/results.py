@@ -130,7 +130,7 @@ def curves(path: Path, metrics: dict[str, Any]) -> None:
     figure.suptitle(
         f"{metrics['model']['name']}, LoRA rank {arguments['lora_rank']}, {arguments['batch']} x {arguments['seq']} "
         f"tokens a step, {arguments['dtype']} on {arguments['device']}\n"
-        f"{_loge_title(arguments)}: {loge['policy']}; {loge['cost']:.0%} of the dense dX flops{share}",
+        f"{_loge_title(arguments)}: {loge['policy']}\n{loge['cost']:.0%} of the dense dX flops{share}",
         fontsize="medium",
     )
     with explained(path), replacing(path) as temporary:
