@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from . import schedule
 from .backends import check_name
@@ -90,21 +90,19 @@ def apply(
     # Everything that can fail happens before the first layer is touched.
     factors: dict[str, Factors | None] = {}
     if budget is not None and exact_dtype is None:
-        largest = max(chosen, key=lambda site: site.linear.weight.numel())
-        exact_dtype = preferred_exact_dtype(largest.linear.weight)
-    exact = _mean(chosen, [dense_cost(site.linear.weight, exact_dtype) for site in chosen])
+        largest = max(chosen, key=lambda site: site.outline.numel())
+        exact_dtype = preferred_exact_dtype(largest.outline)
+    exact = _mean(chosen, [dense_cost(site.outline, exact_dtype) for site in chosen])
     always_exact = exact_every == 1.0 or (budget is not None and exact <= budget)
     for site in _with_progress(chosen):
-        _check_weight(site, exact_dtype)
-        factors[site.name] = None if always_exact else _factors(site, rank, subspace, residual)
+        weight = site.weight()
+        _check_weight(site, weight, exact_dtype)
+        factors[site.name] = None if always_exact else _factors(weight, rank, subspace, residual)
+        del weight  # a quantised one is dequantised one layer at a time
     costs = {site.name: _costs(site, factors[site.name], exact_dtype, exact_fraction) for site in chosen}
     policy = _policy(chosen, costs, budget, exact_every, exact_dtype, correction)
     for site in chosen:
-        LoGELinear.convert_(site.linear, factors[site.name], exact_fraction, backend, exact_dtype)
-        if site.adapter is not None:
-            from .peft_layers import LoGELoraLinear
-
-            LoGELoraLinear.convert_(site.adapter)
+        site.convert_(factors[site.name], exact_fraction, backend, exact_dtype)
     if policy.exact_every is not None and policy.exact_every > 1.0:
         learned = None if policy.correction is None else BiasCorrection(model, policy.correction)
         scheduled: list[Any] = [site.linear for site in chosen if factors[site.name] is not None]
@@ -118,10 +116,10 @@ def remove(model: nn.Module) -> None:
     schedule.detach(model)
     modules = list(model.modules())
     if "peft" in sys.modules:
-        from .peft_layers import LoGELoraLinear
+        from .peft_layers import FusedLora
 
         for module in modules:
-            if isinstance(module, LoGELoraLinear):
+            if isinstance(module, FusedLora):
                 module.revert_()
     for module in modules:
         if isinstance(module, LoGELinear) and module.converted:
@@ -179,36 +177,35 @@ def _check_exactness(
                 raise ValueError(f"correction={correction!r}: {name} is sharded (FSDP); give correction=None")
 
 
-def _check_weight(site: Site, exact_dtype: str | None) -> None:
-    weight = site.linear.weight
+def _check_weight(site: Site, weight: Tensor, exact_dtype: str | None) -> None:
     if not torch.isfinite(weight).all():
         raise ValueError(f"the weight of layer {site.name!r} contains NaN or inf; the model is unchanged")
     if exact_dtype is not None and weight.dtype == torch.float64:
         raise TypeError(f"exact_dtype={exact_dtype!r}: the weight of layer {site.name!r} is float64; give None")
 
 
-def _factors(site: Site, rank: int | float, subspace: str, residual: float) -> Factors | None:
-    """The site's factors, or None where the dense product costs less."""
-    N, K = site.linear.weight.shape
+def _factors(weight: Tensor, rank: int | float, subspace: str, residual: float) -> Factors | None:
+    """The weight's factors, or None where the dense product costs less."""
+    N, K = weight.shape
     R = resolve_rank(min(rank, N, K) if isinstance(rank, int) else rank, N, K)
     if subspace == "dropped":
         R = 0
     rows = math.ceil(residual * N)
     if R * (N + K) + rows * K > N * K:
         return None
-    factors = cached_factors(site.linear.weight, R, subspace)
-    return factors.with_residual(site.linear.weight, rows) if rows else factors
+    factors = cached_factors(weight, R, subspace)
+    return factors.with_residual(weight, rows) if rows else factors
 
 
 def _mean(sites: list[Site], costs: list[float]) -> float:
     """The layers' costs, weighted by their size."""
-    sizes = [site.linear.weight.numel() for site in sites]
+    sizes = [site.outline.numel() for site in sites]
     return sum(size * cost for size, cost in zip(sizes, costs, strict=True)) / sum(sizes)
 
 
 def _costs(site: Site, factors: Factors | None, exact_dtype: str | None, exact_fraction: float) -> tuple[float, float]:
     """Of the layer's dX in a cheap and in an exact step."""
-    exact = dense_cost(site.linear.weight, exact_dtype)
+    exact = dense_cost(site.outline, exact_dtype)
     return (exact if factors is None else factors.cost + exact_fraction * exact), exact
 
 
@@ -230,24 +227,24 @@ def _policy(
 
 
 def _row(site: Site, factors: Factors | None, costs: dict[str, tuple[float, float]], policy: Policy) -> LayerReport:
-    N, K = site.linear.weight.shape
+    N, K = site.shape
     if site.obstacle is not None:
         return LayerReport(site.name, (N, K), None, None, "skipped", site.obstacle, 0.0)
     cheap, exact = costs[site.name]
     if policy.exact_every == 1.0:
-        return LayerReport(site.name, (N, K), None, None, "exact", "every step is exact", 1.0 - exact)
+        return LayerReport(site.name, (N, K), None, None, "exact", site.about("every step is exact"), 1.0 - exact)
     saved = 1.0 - average_cost(cheap, exact, policy.exact_every, policy.correction is not None)
     if factors is None:
         reason = f"dense is cheaper at this rank (break-even at {N * K // (N + K)})"
-        return LayerReport(site.name, (N, K), None, None, "exact", reason, saved)
+        return LayerReport(site.name, (N, K), None, None, "exact", site.about(reason), saved)
     path, reason = _path(site)
-    return LayerReport(site.name, (N, K), factors.rank, factors.energy, path, reason, saved)
+    return LayerReport(site.name, (N, K), factors.rank, factors.energy, path, site.about(reason), saved)
 
 
 def _path(site: Site) -> tuple[LayerPath, str]:
     if site.adapter is None:
         return "plain", ""
-    obstacle = site.adapter.obstacle()  # a LoGELoraLinear by now
+    obstacle = site.adapter.obstacle()  # a FusedLora by now
     return ("fused", "") if obstacle is None else ("base", obstacle)
 
 
