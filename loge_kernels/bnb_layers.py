@@ -45,6 +45,11 @@ class LoGELinear4bit(QuantizedLinear, bnb.nn.Linear4bit):
     def product_dtype(self, input: Tensor) -> torch.dtype:
         return self.compute_dtype or input.dtype
 
+    def library_forward(self, input: Tensor) -> Tensor:
+        if input.numel() == 0:  # the CPU's inference kernel (bitsandbytes 0.50) ends the process: it divides by M
+            return input.new_empty(*input.shape[:-1], self.out_features)
+        return super().library_forward(input)
+
 
 class LoGELinear8bitLt(QuantizedLinear, bnb.nn.Linear8bitLt):
     """`bitsandbytes.nn.Linear8bitLt` with a low-rank activation gradient."""

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from .quantized import QuantizedLinear
 
+# Attributes of torchao's tensors that are set where the layer's input is quantised as well.
+_QUANTISED_ACTIVATIONS = ("act_quant_kwargs", "activation_quantization")
+
 
 class LoGETorchaoLinear(QuantizedLinear):
     """`torch.nn.Linear` whose weight is a tensor subclass of torchao that can `dequantize()`."""
@@ -21,6 +24,8 @@ class LoGETorchaoLinear(QuantizedLinear):
     def why_not(layer: Any) -> str | None:
         if not callable(getattr(layer.weight, "dequantize", None)):
             return f"its weight is a {type(layer.weight).__name__} of torchao, which cannot be dequantised"
+        if any(getattr(layer.weight, name, None) is not None for name in _QUANTISED_ACTIVATIONS):
+            return "torchao quantises its activations too, and gives them no gradient: use a weight-only format"
         return None
 
     @staticmethod
