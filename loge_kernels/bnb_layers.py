@@ -43,7 +43,8 @@ class LoGELinear4bit(QuantizedLinear, bnb.nn.Linear4bit):
         return functional.dequantize_4bit(packed, state).to(dtype)
 
     def product_dtype(self, input: Tensor) -> torch.dtype:
-        return self.compute_dtype or input.dtype
+        layer: Any = self
+        return layer.compute_dtype or input.dtype
 
     def library_forward(self, input: Tensor) -> Tensor:
         if input.numel() == 0:  # the CPU's inference kernel (bitsandbytes 0.50) ends the process: it divides by M

@@ -86,7 +86,7 @@ class QuantizedLinear(LoGELinear):
         library_class = self._library_class
         del self._library_class
         super().revert_()
-        self.__class__ = library_class  # type: ignore[assignment]
+        self.__class__ = library_class
 
     def dense_weight(self) -> Tensor:
         return self.dequantize(self, self.factor_dtype(self))
