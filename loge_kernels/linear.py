@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .backends import check_name
 from .cache import cached_factors
 from .eight_bit import EightBitWeight
-from .factors import Factors
+from .factors import PROJECTIONS, Factors
 from .ops import linear
 
 _ADDED = ("factors", "eight_bit", "lora_A", "lora_B", "scaling", "lora_dropout", "exact_fraction", "backend")
@@ -167,8 +167,10 @@ class LoGELinear(nn.Linear):
             self.eight_bit.invalidate()
         if self.factors is not None:
             weight = self.dense_weight()
-            fresh = cached_factors(weight, self.factors.rank, self.factors.method)
-            self.factors.become(fresh, weight)
+            if self.factors.method in PROJECTIONS:
+                self.factors.refresh(weight)
+            else:
+                self.factors.become(cached_factors(weight, self.factors.rank, self.factors.method), weight)
             self.factors.bind(self.weight)  # which `weight` was made from
 
     def current_factors(self) -> Factors | None:

@@ -11,7 +11,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from .files import explained, replacing
+from ..atomic import replacing
+from .files import explained
 from .training import PARTS, Record
 
 TITLES = {"lora": "LoRA (exact)", "loge": "LoGE"}
