@@ -253,3 +253,21 @@ def test_layers_without_an_adapter_are_plain() -> None:
         **dict.fromkeys(LINEARS[1:], "plain"),
         "lm_head": "skipped",
     }
+
+
+@pytest.mark.parametrize("kind", FLOAT32)
+@pytest.mark.parametrize("subspace", ["gradient", "salience"])
+def test_calibrated_subspaces(kind: str, subspace: str) -> None:
+    model = adapted(kind)
+    batch = {"input_ids": models.tokens(), "labels": models.tokens()}
+    statistics = loge.calibrate(model.train(), [batch], scores=subspace == "salience")
+    report = loge.apply(model, RANK, subspace, statistics)
+    assert paths(report) == {"fused"}
+    tolerance = 3e-3 if kind == "int8" else 1e-4  # factors in float16
+    for name in quantised_names(model):
+        layer = model.get_submodule(name)
+        left, right = layer.factors.left.float(), layer.factors.right.float()
+        torch.testing.assert_close(right @ right.t(), torch.eye(layer.factors.rank), rtol=0, atol=tolerance)
+        torch.testing.assert_close(left, layer.dense_weight().float() @ right.t(), rtol=0, atol=tolerance)
+        assert not layer.factors.stale(layer.weight)
+    assert_close(gradients(model), gradients(dense_twin(model)), 1e-4)
