@@ -86,7 +86,7 @@ class QuantizedLinear(LoGELinear):
         library_class = self._library_class
         del self._library_class
         super().revert_()
-        self.__class__ = library_class
+        self.__class__ = library_class  # type: ignore[assignment]
 
     def dense_weight(self) -> Tensor:
         return self.dequantize(self, self.factor_dtype(self))
@@ -207,7 +207,7 @@ class _Quantized(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 10
         if torch.is_grad_enabled():  # only create_graph=True runs backward so
