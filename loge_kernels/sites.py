@@ -16,6 +16,9 @@ from .quantized import QuantizedLinear, layer_class
 
 Targets = str | Iterable[str] | None
 
+# Libraries whose layers are no `nn.Linear`, and whose kernels differ in how they give the weight back, if at all.
+_REFUSED = ("gptqmodel", "auto_gptq", "awq")
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -77,7 +80,7 @@ def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
             inside_adapters.update(id(child) for child in module.original_module.modules())
     for name, module in model.named_modules():
         wrapped = around.get(id(module))
-        if not isinstance(module, nn.Linear) or (wrapped is None and id(module) in inside_adapters):
+        if not _is_linear(module) or (wrapped is None and id(module) in inside_adapters):
             continue
         path, wrapper = wrapped or (name, None)
         if not wanted(path):
@@ -91,11 +94,22 @@ def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
         yield Site(path, module, adapter, obstacle, quantized)
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer, or stands for one in a format that is refused by name."""
+    return isinstance(module, nn.Linear) or (_library(module) in _REFUSED and hasattr(module, "out_features"))
+
+
+def _library(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
+
+
 def _obstacle(
-    module: nn.Linear, quantized: type[QuantizedLinear] | None, head: nn.Module | None, explicit: bool
+    module: Any, quantized: type[QuantizedLinear] | None, head: nn.Module | None, explicit: bool
 ) -> str | None:
     if type(module) is LoGELinear:
         return "is a LoGELinear of its own"
+    if _library(module) in _REFUSED:
+        return f"is a {type(module).__name__} of {_library(module)}: GPTQ and AWQ layers keep their library's backward"
     if quantized is None and type(module) is not nn.Linear:
         return f"is a {type(module).__module__}.{type(module).__name__}, not a plain torch.nn.Linear"
     if "forward" in vars(module):

@@ -452,6 +452,24 @@ def test_activations_that_torchao_quantises_too() -> None:
     assert "weight-only" in left_alone(model[0])
 
 
+@pytest.mark.parametrize("library", ["gptqmodel", "awq"])
+def test_gptq_and_awq_are_refused(library: str) -> None:
+    """By name: these are no layers of the libraries, whose packages cannot be installed for the tests."""
+
+    class TorchLinear(nn.Module):
+        in_features, out_features = K, N
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(K // 8, N, dtype=torch.int32))
+
+    TorchLinear.__module__ = f"{library}.nn_modules.qlinear.torch"
+    model = nn.Sequential(TorchLinear(), nn.Linear(N, N)).requires_grad_(False)
+    row = loge.apply(model, 0.25).layers[0]
+    assert (row.shape, row.path) == ((N, K), "skipped")
+    assert f"of {library}: GPTQ and AWQ" in row.reason
+
+
 def test_a_weight_that_is_not_finite() -> None:
     layer = quantised("nf4")
     layer.weight.quant_state.absmax.fill_(0)
