@@ -153,6 +153,11 @@ def test_what_is_kept_for_the_backward(kind: str) -> None:
         ours.run(draw(50, K).requires_grad_(), A, B, 2.0, 0.0)
     shapes = sorted(tuple(tensor.shape) for tensor in kept if tensor.data_ptr() not in factors)
     assert shapes == sorted([(4, K), (N, 4), (50, K), (50, 4)])
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ours.run(draw(50, K).requires_grad_(), A.detach(), B.detach(), 2.0, 0.0)
+    shapes = sorted(tuple(tensor.shape) for tensor in kept if tensor.data_ptr() not in factors)
+    assert shapes == sorted([(4, K), (N, 4)]), "no activations for an adapter that is not trained"
 
 
 @pytest.mark.parametrize("kind", KINDS)
