@@ -9,7 +9,7 @@ from .model import apply, remove
 from .ops import cheap_backward, linear
 from .policy import Policy
 from .report import LayerReport, Report
-from .schedule import Schedule, schedule_of
+from .schedule import Schedule, refresh, schedule_of
 from .statistics import LayerStatistics, Statistics
 from .triton_kernels import explain
 
@@ -33,6 +33,7 @@ __all__ = [
     "explain",
     "factorize",
     "linear",
+    "refresh",
     "remove",
     "schedule_of",
     "use_backend",

@@ -64,6 +64,7 @@ class Factors(nn.Module):
         self.rows = rows
         self.residual = None if residual is None else nn.Parameter(residual, requires_grad=False)
         self.importance: Tensor | None = None  # [N], by which the rows were chosen
+        self.shares: Tensor | None = None  # float64 [R], the energy along each direction, where it was measured
         self.method = method
         self.energy = energy
         self._source: weakref.ref[Tensor] | None = None
@@ -115,7 +116,7 @@ class Factors(nn.Module):
         energy = 1.0 - (1.0 - self.energy) * (1.0 - min(1.0, carried))
         residual = missing[rows].to(self.left.dtype)
         made = Factors(self.left.detach(), self.right.detach(), self.method, energy, rows, residual)
-        made.importance = importance
+        made.importance, made.shares = importance, self.shares
         return made.bind(weight)
 
     # Staleness. A tensor counts its in-place changes in `_version`: optimizer steps, load_state_dict and merges that

@@ -18,6 +18,7 @@ from .correction import BiasCorrection
 from .linear import LoGELinear
 from .planning import Plan, make_plan
 from .policy import Policy, average_cost
+from .refresher import Refresher
 from .report import LayerPath, LayerReport, Report
 from .request import Request
 from .sites import Site, Targets, find_sites, nothing_to_convert
@@ -114,14 +115,24 @@ def apply(
     plan = make_plan(model, chosen, targets, request)
     for site in chosen:
         site.convert_(plan.factors[site.name], exact_fraction, backend, plan.policy.exact_dtype)
-    _follow_steps(model, [site.linear for site in chosen if plan.factors[site.name] is not None], plan.policy)
+    _follow_steps(model, [site for site in chosen if plan.factors[site.name] is not None], plan.policy, request)
     return Report(tuple(_row(site, plan) for site in sites), plan.policy)
 
 
-def _follow_steps(model: nn.Module, layers: list[Any], policy: Policy) -> None:
-    if policy.exact_every is not None and policy.exact_every > 1.0:
-        learned = None if policy.correction is None else BiasCorrection(model, policy.correction)
-        schedule.attach(model, schedule.Schedule(model, layers, policy.exact_every, learned))
+def _follow_steps(model: nn.Module, sites: list[Site], policy: Policy, request: Request) -> None:
+    """Attach what has to happen at optimizer steps; `sites` have factors, converted by now."""
+    correction = refresher = None
+    if policy.correction is not None:
+        correction = BiasCorrection(model, policy.correction)
+    layers: list[Any] = [site.linear for site in sites]
+    if request.subspace == "gradient":
+        outer = [site.linear if site.adapter is None else site.adapter for site in sites]
+        names = [site.name for site in sites]
+        refresher = Refresher(zip(names, layers, outer, strict=True), request.refresh_every)
+    if policy.exact_every == 1.0 or not sites:
+        return
+    if policy.exact_every is not None or refresher is not None:
+        schedule.attach(model, schedule.Schedule(model, layers, policy.exact_every, correction, refresher))
 
 
 def remove(model: nn.Module) -> None:

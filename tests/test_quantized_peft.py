@@ -271,3 +271,20 @@ def test_calibrated_subspaces(kind: str, subspace: str) -> None:
         torch.testing.assert_close(left, layer.dense_weight().float() @ right.t(), rtol=0, atol=tolerance)
         assert not layer.factors.stale(layer.weight)
     assert_close(gradients(model), gradients(dense_twin(model)), 1e-4)
+
+
+@pytest.mark.parametrize("kind", FLOAT32)
+def test_subspaces_are_refreshed(kind: str) -> None:
+    model = adapted(kind).train()
+    batch = {"input_ids": models.tokens(), "labels": models.tokens()}
+    loge.apply(model, RANK, "gradient", [batch], refresh_every=1)
+    layer = model.get_submodule(quantised_names(model)[3])
+    before = layer.factors.right.clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**batch).loss.backward()
+    optimizer.step()
+    left, right = layer.factors.left.float(), layer.factors.right.float()
+    assert not torch.allclose(right, before.float(), atol=1e-3)
+    tolerance = 3e-3 if kind == "int8" else 1e-4
+    torch.testing.assert_close(left, layer.dense_weight().float() @ right.t(), rtol=0, atol=tolerance)
+    assert not layer.factors.stale(layer.weight)

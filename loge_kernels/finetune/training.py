@@ -23,6 +23,10 @@ from .options import FinetuneError, FinetuneOptions
 PARTS = ("forward", "backward", "optimizer")
 
 
+class Diverged(FinetuneError):
+    """The training loss is no longer a number."""
+
+
 @dataclass
 class Record:
     """What is known of one method's run so far: one entry a step in the lists, times in seconds."""
@@ -49,12 +53,20 @@ class Record:
 
 
 class Trainer:
-    """AdamW on the adapters of `model`: `step()` until `done`, from the step that `record` has reached."""
+    """AdamW on the adapters of `model`: `step()` until `done`, from the step that `record` has reached. `rate` gives
+    the share of the learning rate at a step, counted from 0; None: always all of it."""
 
-    def __init__(self, model: nn.Module, corpus: Corpus, options: FinetuneOptions, record: Record) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        corpus: Corpus,
+        options: FinetuneOptions,
+        record: Record,
+        rate: Callable[[int], float] | None = None,
+    ) -> None:
         self.record = record
         self.first_gradient: Tensor | None = None  # of all adapter parameters, in order, on the CPU in float32
-        self._model, self._corpus, self._options = model, corpus, options
+        self._model, self._corpus, self._options, self._rate = model, corpus, options, rate
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._device = next(iter(self._parameters.values())).device
         self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=options.lr, weight_decay=0.0)
@@ -77,12 +89,15 @@ class Trainer:
         if number == 0:
             self.first_gradient = torch.cat([gradient.flatten().float().cpu() for gradient in self._gradients()])
         updating = self._now()
+        if self._rate is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._options.lr * self._rate(number)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         end = self._now()
         value = loss.item()
         if not math.isfinite(value):
-            raise FinetuneError(
+            raise Diverged(
                 f"--lr {self._options.lr}: the training loss became {value} at step {number + 1}; try a smaller --lr"
             )
         self.record.losses.append(value)
