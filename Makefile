@@ -129,8 +129,8 @@ $(DEMO): $(BASE)
 	@touch $@
 
 $(TEST): $(BASE)
-	@echo 'Installing pytest and Triton, 286 MB ...'
-	@$(PIP) pytest pytest-timeout
+	@echo 'Installing pytest, bitsandbytes, torchao and Triton, 332 MB ...'
+	@$(PIP) pytest pytest-timeout bitsandbytes torchao
 	@$(RUN) -c 'import triton' 2>/dev/null || $(PIP) --no-deps '$(TRITON)'
 	@touch $@
 
