@@ -175,6 +175,7 @@ SM90 = [
     Case(150, 136, 584, 0, 64, need=(False, True, False), dtype=BF16, schedule=LATE_PRODUCTS | LAST_FIRST),
     Case(150, 456, 136, 0, 16, need=(False, False, True), schedule=LATE_PRODUCTS, cluster=4, deterministic=True),
     Case(50, 72, 136, 64, 16, need=(True, False, True), schedule=LATE_STORES, cluster=2),
+    Case(50, 72, 136, 64, 16, schedule=LATE_PRODUCTS, cluster=2),  # loads in a hurry to overwrite the exchange
     Case(50, 136, 72, 64, 16, need=(True, True, False), schedule=LATE_STORES | LAST_FIRST, cluster=8),
 ]
 
