@@ -67,7 +67,8 @@ void launch(const Arguments& arguments, const Plan& plan, int, void*) {
             emulator::Cluster cluster(plan.cluster, plan.shared_bytes, schedule);
             emulator::cluster = &cluster;
             emulator::first_block = first;
-            cluster.run([&](int, char* shared) { run_block<Element, Layouts<Element, kRank, kAdapter>>(arguments, shared); });
+            cluster.run(
+                [&](int, char* shared) { run_block<Element, Layouts<Element, kRank, kAdapter>>(arguments, shared); });
             total.loads += cluster.counters.loads;
             total.stores += cluster.counters.stores;
             total.products += cluster.counters.products;
@@ -79,7 +80,7 @@ void launch(const Arguments& arguments, const Plan& plan, int, void*) {
     }
 }
 
-#define LOGE_INSTANTIATE(kRank, kAdapter)                                                          \
+#define LOGE_INSTANTIATE(kRank, kAdapter)                                                              \
     template void launch<DType::kFloat16, kRank, kAdapter>(const Arguments&, const Plan&, int, void*); \
     template void launch<DType::kBFloat16, kRank, kAdapter>(const Arguments&, const Plan&, int, void*);
 LOGE_INSTANTIATE(0, 16)

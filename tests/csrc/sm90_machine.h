@@ -46,7 +46,7 @@ struct TensorMap {
 struct Schedule {
     bool last_first;     // of the threads that can run
     bool late_loads;     // TMA fills shared memory when nobody can run
-    bool late_products;  // wgmma reads its operands when it is waited for
+    bool late_products;  // wgmma reads its operands when it is waited for and nobody can run
     bool late_stores;    // TMA reads shared memory when it is waited for
 };
 
@@ -93,7 +93,7 @@ class Cluster {
                 if (!threads_[fiber].stores.empty()) fail("a thread ends before its stores have read", fiber);
                 if (threads_[fiber].unfenced) fail("a thread ends with writes unknown to the async proxy", fiber);
             },
-            [&] { return land_a_load(); });
+            [&] { return finish_products() || land_a_load(); });
         for (const auto& [address, barrier] : barriers_)
             if (barrier.bytes != 0) fail("a barrier still expects bytes", barrier.bytes);
         for (const Warpgroup& warpgroup : warpgroups_)
@@ -170,12 +170,13 @@ class Cluster {
         const long long until = count > static_cast<std::size_t>(pending) ? thread.groups[count - 1 - pending] : 0;
         if (pending == 0 && thread.issued != until && thread.issued != 0) fail("wgmma without commit");
         thread.fenced = false;
-        if (static_cast<int>(warpgroup.waiting.size()) + 1 < kWarpgroupThreads) {
-            warpgroup.waiting.push_back(fibers_.running());
-            return fibers_.suspend();
+        warpgroup.until = until;
+        warpgroup.waiting.push_back(fibers_.running());
+        if (static_cast<int>(warpgroup.waiting.size()) == kWarpgroupThreads) {
+            finishing_.push_back(&warpgroup);
+            if (!schedule_.late_products) finish_products();
         }
-        if (until > warpgroup.done) complete(warpgroup, until - warpgroup.done);
-        fibers_.resume(warpgroup.waiting);
+        fibers_.suspend();
     }
 
     // Proxies: what this thread has written by plain stores, and whether TMA and wgmma would see it.
@@ -218,8 +219,7 @@ class Cluster {
                     counters.conflicts += (banks & bank) != 0;
                     banks |= bank;
                     for (int j = 0; j < 4; ++j)
-                        std::memcpy(target + 4 * j,
-                                    static_cast<const std::uint32_t*>(lanes[4 * i + j].in) + matrix, 4);
+                        std::memcpy(target + 4 * j, static_cast<const std::uint32_t*>(lanes[4 * i + j].in) + matrix, 4);
                 }
             }
         });
@@ -286,8 +286,8 @@ class Cluster {
         std::array<const std::uint16_t*, kWarpgroupThreads> a;
     };
     struct Warpgroup {
-        std::deque<Issued> products;  // not complete; the first is number `done`
-        long long done = 0;
+        std::deque<Issued> products;    // not complete; the first is number `done`
+        long long done = 0, until = 0;  // complete, and to be completed before those that wait go on
         std::vector<int> waiting;
     };
     struct Free {
@@ -312,6 +312,15 @@ class Cluster {
         barrier.pending = barrier.expected;
         ++barrier.phase;
         fibers_.resume(barrier.waiting);
+    }
+
+    bool finish_products() {
+        if (finishing_.empty()) return false;
+        Warpgroup& warpgroup = *finishing_.front();
+        finishing_.pop_front();
+        if (warpgroup.until > warpgroup.done) complete(warpgroup, warpgroup.until - warpgroup.done);
+        fibers_.resume(warpgroup.waiting);
+        return true;
     }
 
     // The latest one, since loads have no order.
@@ -414,8 +423,10 @@ class Cluster {
         }
     }
 
-    __attribute__((no_sanitize("address", "undefined"), optimize("O3"))) static void multiply_row(
-        const float* a, const float* b, float* d, int columns) {
+    __attribute__((no_sanitize("address", "undefined"), optimize("O3"))) static void multiply_row(const float* a,
+                                                                                                  const float* b,
+                                                                                                  float* d,
+                                                                                                  int columns) {
         for (int j = 0; j < columns; ++j)
             d[j] = 0.0f;
         for (int k = 0; k < 16; ++k)
@@ -459,7 +470,8 @@ class Cluster {
     std::vector<Block> blocks_;
     std::map<const std::uint64_t*, Barrier> barriers_;
     std::vector<Load> loads_;
-    std::vector<int> waiting_;  // at the cluster's barrier
+    std::deque<Warpgroup*> finishing_;  // all of whose threads wait for products
+    std::vector<int> waiting_;          // at the cluster's barrier
 };
 
 }  // namespace emulator

@@ -3,9 +3,9 @@
 
 #include <cute/tensor.hpp>
 // After tensor.hpp, whose types these use.
-#include <cute/atom/mma_atom.hpp>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cute/atom/mma_atom.hpp>
 
 #include <cstdint>
 
