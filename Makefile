@@ -62,7 +62,7 @@ check: $(BASE) ## compare every backend's gradients with float64 autograd on thi
 bench: $(BASE) ## time every backend and the baselines on this machine
 	$(RUN) -m loge_kernels bench $(ARGS)
 
-CUDA_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CUDA_SOURCES = $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 CLANG_FORMAT = $(RUN) -c 'import clang_format; clang_format.clang_format()'
 # bench and triton_kernels are type-checked under the names they are installed as: here, only links can give them these.
 TYPECHECK := build/typecheck

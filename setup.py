@@ -100,7 +100,10 @@ setup(
     version=VERSION if nvcc is None else f"{VERSION}+cu{toolkit(nvcc).replace('.', '')}",
     packages=packages,
     package_dir=MAPPED,
-    package_data={"loge_kernels": ["py.typed"], "loge_kernels.triton_kernels": ["configs/*.json", "resources.json"]},
+    package_data={
+        "loge_kernels": ["py.typed", "cuda_measured.json"],
+        "loge_kernels.triton_kernels": ["configs/*.json", "resources.json"],
+    },
     ext_modules=[] if nvcc is None else [Extension("loge_kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )
