@@ -14,7 +14,7 @@ RESULTS ?= gpu-results
 CUDA_HOMES ?= $(wildcard /usr/local/cuda)
 CUDA_VERSIONS ?=
 # What make wheels tries them with: the oldest torch that is supported, and the one of constraints.txt.
-TORCH_VERSIONS ?= 2.10.0 2.13.0
+TORCH_VERSIONS ?= 2.10.0 $(shell sed -n 's,^torch==,,p' constraints.txt)
 # Extra arguments of the command behind demo, test, test-all, check and bench.
 ARGS ?=
 
