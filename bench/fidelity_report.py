@@ -52,7 +52,7 @@ def recovered(row: dict[str, Any], result: dict[str, Any]) -> float | None:
 def _entry(policy: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> dict[str, Any]:
     shares = [share for row in rows if (share := recovered(row, result)) is not None]
     ended = [row["curve"][-1]["heldout"] for row in rows if row["status"] == "ok"]
-    medians = [row["median_seconds"] for row in rows if "median_seconds" in row]
+    medians = [row["typical_seconds"] for row in rows if "typical_seconds" in row]
     gradients = [row["gradient"]["all"] for row in rows]
     return {
         "policy": policy,

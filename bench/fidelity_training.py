@@ -212,7 +212,7 @@ def measured(record: Record) -> dict[str, Any]:
     values: dict[str, Any] = {"losses": [round(loss, 5) for loss in record.losses]}
     values |= {f"{part}_seconds": [round(each, 5) for each in getattr(record, part)] for part in PARTS}
     if record.losses:
-        values["median_seconds"] = {part: round(record.median(part), 5) for part in ("step", *PARTS)}
+        values["typical_seconds"] = {part: round(record.typical(part), 5) for part in ("step", *PARTS)}
     return values
 
 

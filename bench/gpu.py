@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
@@ -69,11 +70,18 @@ def steps(results: Path, device: str, quick: bool) -> list[Step]:
     if quick:
         return [*correctness, linear]
     sanitized = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
-    sample = (*check, "--backend", "triton", "--dtype", "float16", "--sample", "12")
+    sample = ("--backend", "triton", "--dtype", "float16", "--sample", "12")
+    watched: list[tuple[str, ...]] = [(*check, *sample)]
+    if find_spec("loge_kernels._C") is not None:
+        few = ("-q", "-m", "gpu", "-k", "test_cuda_kernels and not bfloat16", str(Path(tests) / "test_gpu.py"))
+        watched.append((sys.executable, "-m", "pytest", *few))
     step = (*_CLI, "bench", "step", "--device", device, "--dtype", "bfloat16", "--budget", "30")
     return [
         *correctness,
-        *(Step(tool, ((*sanitized, tool, *sample),), 60) for tool in ("memcheck", "racecheck")),
+        *(
+            Step(tool, tuple((*sanitized, tool, *command) for command in watched), 60)
+            for tool in ("memcheck", "racecheck")
+        ),
         linear,
         Step("step", ((*step, "--json", str(results / "step.json")),), 80),
     ]

@@ -9,13 +9,15 @@
 
 namespace loge {
 
+// Of M, N and K: the coordinates of tiles are int32.
+inline constexpr std::int64_t kMaxSize = (std::int64_t{1} << 31) - 256;
+
 // Why no kernel of this module can take `p`, or "". The device's compute capability is the caller's to check.
 inline std::string problem_why_not(const BackwardParams& p) {
     const auto text = [](const char* name, std::int64_t value) {
         return std::string(name) + " = " + std::to_string(value);
     };
     const bool need_dx = p.dx != nullptr, need_dA = p.dA != nullptr, need_dB = p.dB != nullptr;
-    constexpr std::int64_t kMaxSize = (std::int64_t{1} << 31) - 256;  // coordinates of tiles are int32
     if (!need_dx && !need_dA && !need_dB) return "no gradient is asked for";
     if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16)
         return text("dtype", static_cast<std::int64_t>(p.dtype)) + " is neither 0 (float16) nor 1 (bfloat16)";

@@ -27,7 +27,7 @@ inline constexpr int kMaxCluster = 8;  // the largest size that every Hopper par
 inline constexpr int kMaxStages = 6;   // more hides nothing further: five steps in flight are over 100 KiB
 inline constexpr int kMaxSharedBytes = 232448;
 inline constexpr int kElementBytes = 2;
-inline constexpr int kSharedAlignment = 1024;                            // of the 128-byte swizzle's pattern
+inline constexpr int kSharedAlignment = 1024;  // of the 128-byte swizzle's pattern
 
 // R and P are padded to a compiled tile, and the loads fill the rest with zeros. 0: no dX, no adapter.
 LOGE_HOST_DEVICE constexpr int rank_tile(int rank) {

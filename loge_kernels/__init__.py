@@ -1,5 +1,7 @@
 """Linear layers whose backward pass is cheap: full weight forward, low-rank activation gradient, exact LoRA."""
 
+from typing import TYPE_CHECKING, Any
+
 from .backends import Backend, backends, use_backend
 from .calibration import calibrate
 from .eight_bit import EightBitWeight
@@ -12,6 +14,9 @@ from .report import LayerReport, Report
 from .schedule import Schedule, refresh, schedule_of
 from .statistics import LayerStatistics, Statistics
 from .triton_kernels import explain
+
+if TYPE_CHECKING:
+    from .trainer import LogeCallback as LogeCallback  # not in __all__: a star import would need transformers
 
 __version__ = "0.1.0"
 
@@ -38,3 +43,12 @@ __all__ = [
     "schedule_of",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`LogeCallback` on first use: its base class is transformers', which takes seconds to import."""
+    if name != "LogeCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .trainer import LogeCallback
+
+    return LogeCallback

@@ -140,8 +140,27 @@ def finetune(
     text: Annotated[
         list[Path] | None, typer.Option(help="Files to train on; default: Python's standard library.")
     ] = None,
-    rank: Annotated[str, typer.Option(help="Rank of the factors: an int, or a share of min(N, K).")] = "0.25",
-    subspace: Annotated[str, typer.Option(help="svd or random.")] = "svd",
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the dense backward flops to spend on exact steps in 8 bits, in turn with cheap ones; "
+            "default: 0.25, unless --rank, --subspace or --exact-every is given.",
+        ),
+    ] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option(help="Rank of the factors in cheap steps: an int, or a share of min(N, K); default: 0.125."),
+    ] = None,
+    subspace: Annotated[
+        str | None,
+        typer.Option(help="svd, random or dropped; default: svd, or dropped where --budget comes without --rank."),
+    ] = None,
+    exact_every: Annotated[
+        float | None, typer.Option(help="One step in so many is exact, instead of --budget.")
+    ] = None,
+    exact_dtype: Annotated[
+        str | None, typer.Option(help="float8 or int8, of exact products; default: under a budget, what is fast here.")
+    ] = None,
     lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
     targets: Annotated[
         list[str] | None, typer.Option(help="Layers with adapters, by name; default: every linear of the blocks.")
@@ -164,8 +183,11 @@ def finetune(
         options = FinetuneOptions(
             model=model,
             text=tuple(text or ()),
-            rank=number("rank", rank),
+            budget=budget,
+            rank=None if rank is None else number("rank", rank),
             subspace=subspace,
+            exact_every=exact_every,
+            exact_dtype=exact_dtype,
             lora_rank=lora_rank,
             targets=split(targets) or None,
             dtype=dtype,

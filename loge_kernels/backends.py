@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from . import cuda_backend, reference, triton_backend
+from . import cuda_backend, cuda_measured, reference, triton_backend
 from .problem import BackwardProblem, Gradients
 from .verification import is_verified
 
 logger = logging.getLogger("loge_kernels")
+
+_UNVERIFIED = "not verified on this GPU: 'auto' waits for python -m loge_kernels check --device cuda"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class _Implementation:
     backward: Callable[[BackwardProblem], Gradients]
     about: str
     worse_than_next: Callable[[BackwardProblem], str | None] = lambda problem: None  # asked by "auto" alone
+    state: Callable[[], str] = lambda: ""  # follows `about` where it can run
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +50,26 @@ def _triton_passed_over(problem: BackwardProblem) -> str | None:
     if device.type != "cuda":
         return "on the CPU it runs in an interpreter, for tests"
     if not is_verified("triton", device):
-        return "not verified on this GPU: run python -m loge_kernels check --device cuda"
+        return _UNVERIFIED
+    if cuda_measured.faster_than_triton(problem) and is_verified("cuda", device) and not cuda_backend.why_not(problem):
+        return "the CUDA kernels are measured to be faster for this shape"
     return triton_backend.slower_than_torch(problem)
 
 
 def _cuda_passed_over(problem: BackwardProblem) -> str | None:
     device = problem.dy.device
-    if device.type == "cuda" and not is_verified("cuda", device):
-        return "not verified on this GPU: run python -m loge_kernels check --device cuda"
-    return None if device.type != "cuda" else triton_backend.slower_than_torch(problem)
+    if device.type != "cuda":
+        return None  # that reason is the backend's own
+    if not is_verified("cuda", device):
+        return _UNVERIFIED
+    return None if cuda_measured.faster_than_triton(problem) else triton_backend.slower_than_torch(problem)
+
+
+def _state_on_gpu(name: str) -> str:
+    if not torch.cuda.is_available():
+        return ""
+    verified = is_verified(name, torch.device("cuda", torch.cuda.current_device()))
+    return "; verified on this GPU" if verified else f"; {_UNVERIFIED}"
 
 
 # In the order in which "auto" considers them.
@@ -63,15 +78,17 @@ _REGISTRY: dict[str, _Implementation] = {
         unavailable=triton_backend.unavailable,
         why_not=triton_backend.why_not,
         backward=triton_backend.backward,
-        about="one-launch and two-launch kernels; 'auto' takes them once `check --device cuda` has passed on this GPU",
+        about="one-launch and two-launch kernels",
         worse_than_next=_triton_passed_over,
+        state=lambda: _state_on_gpu("triton"),
     ),
     "cuda": _Implementation(
         unavailable=cuda_backend.unavailable,
         why_not=cuda_backend.why_not,
         backward=cuda_backend.backward,
-        about="one-launch CUDA C++ kernels; 'auto' takes them once `check --device cuda` has passed on this GPU",
+        about="one-launch CUDA C++ kernels",
         worse_than_next=_cuda_passed_over,
+        state=lambda: f", built {cuda_backend.built_for()}{_state_on_gpu('cuda')}",
     ),
     "reference": _Implementation(
         unavailable=lambda: None,
@@ -89,7 +106,7 @@ def backends() -> list[Backend]:
     rows = []
     for name, implementation in _REGISTRY.items():
         reason = implementation.unavailable()
-        rows.append(Backend(name, reason is None, implementation.about if reason is None else reason))
+        rows.append(Backend(name, reason is None, reason or implementation.about + implementation.state()))
     return rows
 
 

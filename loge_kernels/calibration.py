@@ -71,10 +71,9 @@ def calibrate(
     path = None if file is None else Path(f"{file}.rank{torch.distributed.get_rank()}" if group else file)
     layers = {}
     for site in chosen:
-        weight = site.linear.weight
-        scored = min(SCORED, *weight.shape) if scores else 0
-        kept_on = weight.device if device is None else torch.device(device)
-        layers[site.name] = LayerStatistics.empty((weight.shape[0], weight.shape[1]), kept_on, scored)
+        scored = min(SCORED, *site.shape) if scores else 0
+        kept_on = site.linear.weight.device if device is None else torch.device(device)
+        layers[site.name] = LayerStatistics.empty(site.shape, kept_on, scored)
     statistics = Statistics(layers)
     done = 0
     if path is not None and path.exists():
@@ -230,7 +229,7 @@ class _Collector:
         squares = rows.float().square()
         into.importance += squares.sum(0).to(into.importance.device)
         into.norms.add(squares.sum(1).sqrt())
-        into.moment.add(rows @ self.site.linear.weight.to(rows.dtype) if into.of_dx else rows)
+        into.moment.add(rows @ self.site.weight().to(rows.dtype) if into.of_dx else rows)
         if into.scores is not None and x is not None:
             into.scores += self._scores(dy, x).to(into.scores.device)
 
@@ -238,7 +237,7 @@ class _Collector:
         """[3, q]: sums over the batch's samples of g, |g| and g²; a 2-D gradient is one sample."""
         if self.directions is None:
             assert self.statistics.scores is not None
-            U, _, Vt = leading_triplets(self.site.linear.weight, self.statistics.scores.shape[1])
+            U, _, Vt = leading_triplets(self.site.weight(), self.statistics.scores.shape[1])
             self.directions = U, Vt.t()
         U, V = self.directions
         samples = dy.shape[0] if dy.dim() > 2 else 1

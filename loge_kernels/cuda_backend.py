@@ -33,7 +33,16 @@ def unavailable() -> str | None:
         return extension
     if torch.version.hip is not None:
         return "only NVIDIA GPUs are supported"
-    return None if torch.cuda.is_available() else "no CUDA GPU"
+    return None if torch.cuda.is_available() else f"no CUDA GPU (built {built_for()})"
+
+
+def built_for() -> str:
+    """The architectures and the toolkit of the extension; "" without one."""
+    extension = _extension()
+    if isinstance(extension, str):
+        return ""
+    archs = ", ".join(f"sm_{arch}" for arch in extension.archs.split())
+    return f"for {archs} with CUDA {extension.toolkit}"
 
 
 def why_not(p: BackwardProblem) -> str | None:
@@ -51,13 +60,11 @@ def why_not(p: BackwardProblem) -> str | None:
         return f"dtype {p.dy.dtype} is not supported; float16 and bfloat16 are"
     if p.need_dx and p.left is None:
         return "without factors dX is the dense product, which PyTorch computes"
-    if p.dy.shape[0] == 0:
-        return "nothing to compute"
     properties = torch.cuda.get_device_properties(p.dy.device)
     if properties.major < 8:
         return "compute capability 8.0 or newer is needed"
     try:
-        plan = extension.plan(_kernel(extension, properties.major, properties.minor), **_sizes(p), **_needs(p))
+        plan = extension.plan(_target(extension, p.dy.device)[0], **_sizes(p), **_needs(p))
     except ValueError as error:
         return str(error)
     limit = getattr(properties, "shared_memory_per_block_optin", plan["shared_bytes"])
@@ -71,9 +78,7 @@ def backward(p: BackwardProblem) -> Gradients:
     extension = _extension()
     assert not isinstance(extension, str)
     device, dtype = p.dy.device, p.dy.dtype
-    properties = torch.cuda.get_device_properties(device)
-    kernel, sizes, needs = _kernel(extension, properties.major, properties.minor), _sizes(p), _needs(p)
-    sm_count = properties.multi_processor_count
+    (kernel, sm_count), sizes, needs = _target(extension, device), _sizes(p), _needs(p)
     M, N, K, P = sizes["M"], sizes["N"], sizes["K"], sizes["P"]
 
     dy = _rows(p.dy)
@@ -118,8 +123,11 @@ def backward(p: BackwardProblem) -> Gradients:
     return gradients
 
 
-def _kernel(extension: ModuleType, major: int, minor: int) -> str:
-    return "sm90" if (major, minor) == (9, 0) and "sm90" in extension.kernels else "sm80"
+def _target(extension: ModuleType, device: torch.device) -> tuple[str, int]:
+    """The kernel for a device, and its count of multiprocessors."""
+    properties = torch.cuda.get_device_properties(device)
+    hopper = (properties.major, properties.minor) == (9, 0) and "sm90" in extension.kernels
+    return "sm90" if hopper else "sm80", properties.multi_processor_count
 
 
 def _sizes(p: BackwardProblem) -> dict[str, int]:

@@ -46,6 +46,8 @@ def apply(
 
     On a PEFT model (`peft.get_peft_model`) a layer with one active LoRA adapter runs frozen weight and adapter in one
     op; elsewhere the adapter stays PEFT's and only the frozen weight's backward changes. The forward is unchanged.
+    Layers that bitsandbytes (NF4, FP4, int8) or torchao quantised keep their library's forward, and dequantise in
+    backward for exact products alone (`loge_kernels.quantized`).
 
     Args:
         model: any module; its layers are changed in place, its parameters are not.
@@ -112,11 +114,7 @@ def apply(
         raise ValueError(nothing_to_convert(model, sites, targets))
     plan = make_plan(model, chosen, targets, request)
     for site in chosen:
-        LoGELinear.convert_(site.linear, plan.factors[site.name], exact_fraction, backend, plan.policy.exact_dtype)
-        if site.adapter is not None:
-            from .peft_layers import LoGELoraLinear
-
-            LoGELoraLinear.convert_(site.adapter)
+        site.convert_(plan.factors[site.name], exact_fraction, backend, plan.policy.exact_dtype)
     _follow_steps(model, [site for site in chosen if plan.factors[site.name] is not None], plan.policy, request)
     return Report(tuple(_row(site, plan) for site in sites), plan.policy)
 
@@ -143,10 +141,10 @@ def remove(model: nn.Module) -> None:
     schedule.detach(model)
     modules = list(model.modules())
     if "peft" in sys.modules:
-        from .peft_layers import LoGELoraLinear
+        from .peft_layers import FusedLora
 
         for module in modules:
-            if isinstance(module, LoGELoraLinear):
+            if isinstance(module, FusedLora):
                 module.revert_()
     for module in modules:
         if isinstance(module, LoGELinear) and module.converted:
@@ -154,25 +152,25 @@ def remove(model: nn.Module) -> None:
 
 
 def _row(site: Site, plan: Plan) -> LayerReport:
-    N, K = site.linear.weight.shape
+    N, K = site.shape
     if site.obstacle is not None:
         return LayerReport(site.name, (N, K), None, None, "skipped", site.obstacle, 0.0)
     factors, policy = plan.factors[site.name], plan.policy
     cheap, exact = plan.costs[site.name]
     if policy.exact_every == 1.0:
-        return LayerReport(site.name, (N, K), None, None, "exact", "every step is exact", 1.0 - exact)
+        return LayerReport(site.name, (N, K), None, None, "exact", site.about("every step is exact"), 1.0 - exact)
     saved = 1.0 - average_cost(cheap, exact, policy.exact_every, policy.correction is not None)
     if factors is None:
         reason = f"dense is cheaper at this rank (break-even at {N * K // (N + K)})"
         if plan.allocated:
             reason = "exact by allocation"
-        return LayerReport(site.name, (N, K), None, None, "exact", reason, saved)
+        return LayerReport(site.name, (N, K), None, None, "exact", site.about(reason), saved)
     path, reason = _path(site)
-    return LayerReport(site.name, (N, K), factors.rank, factors.energy, path, reason, saved)
+    return LayerReport(site.name, (N, K), factors.rank, factors.energy, path, site.about(reason), saved)
 
 
 def _path(site: Site) -> tuple[LayerPath, str]:
     if site.adapter is None:
         return "plain", ""
-    obstacle = site.adapter.obstacle()  # a LoGELoraLinear by now
+    obstacle = site.adapter.obstacle()  # a FusedLora by now
     return ("fused", "") if obstacle is None else ("base", obstacle)

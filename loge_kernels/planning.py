@@ -41,11 +41,11 @@ def make_plan(model: nn.Module, sites: list[Site], targets: Targets, request: Re
     """The plan for `sites`, the layers to convert. Raises as `apply` does."""
     exact_dtype = request.exact_dtype
     if request.budget is not None and exact_dtype is None:
-        largest = max(sites, key=lambda site: site.linear.weight.numel())
-        exact_dtype = preferred_exact_dtype(largest.linear.weight)
+        largest = max(sites, key=lambda site: site.outline.numel())
+        exact_dtype = preferred_exact_dtype(largest.outline)
     for site in sites:
         _check_weight(site, exact_dtype)
-    exact_costs = [dense_cost(site.linear.weight, exact_dtype) for site in sites]
+    exact_costs = [dense_cost(site.outline, exact_dtype) for site in sites]
     exact = _mean(sites, exact_costs)
     factors: dict[str, Factors | None] = dict.fromkeys(site.name for site in sites)
     if not (request.exact_every == 1.0 or (request.budget is not None and exact <= request.budget)):
@@ -62,7 +62,7 @@ def make_plan(model: nn.Module, sites: list[Site], targets: Targets, request: Re
 
 
 def _check_weight(site: Site, exact_dtype: str | None) -> None:
-    weight = site.linear.weight
+    weight = site.weight()
     if not torch.isfinite(weight).all():
         raise ValueError(f"the weight of layer {site.name!r} contains NaN or inf; the model is unchanged")
     if exact_dtype is not None and weight.dtype == torch.float64:
@@ -81,12 +81,12 @@ def _directions(model: nn.Module, sites: list[Site], targets: Targets, request: 
     for site in _with_progress(sites):
         if site.name not in statistics.layers:
             raise ValueError(f"calibration has nothing of layer {site.name!r}; calibrate with the same targets")
-        N, K = site.linear.weight.shape
+        N, K = site.shape
         # Beyond break-even no rank is taken; "energy" weighs all directions up to there.
         limit = min(N, K, N * K // (N + K) + 1) if request.allocation == "energy" else _rank(site, request)
         try:
             chosen[site.name] = subspace(
-                site.linear.weight, statistics.layers[site.name], request.subspace, limit, request.salience
+                site.weight(), statistics.layers[site.name], request.subspace, limit, request.salience
             )
         except ValueError as error:
             raise ValueError(f"layer {site.name!r}: {error}") from None
@@ -94,7 +94,7 @@ def _directions(model: nn.Module, sites: list[Site], targets: Targets, request: 
 
 
 def _rank(site: Site, request: Request) -> int:
-    N, K = site.linear.weight.shape
+    N, K = site.shape
     if request.subspace == "dropped":
         return 0
     return resolve_rank(min(request.rank, N, K) if isinstance(request.rank, int) else request.rank, N, K)
@@ -120,7 +120,7 @@ def _ranks(
             )
     candidates = []
     for site, exact_cost in zip(sites, exact_costs, strict=True):
-        N, K = site.linear.weight.shape
+        N, K = site.shape
         found = directions.get(site.name)
         candidates.append(Candidate(N, K, exact_cost, None if found is None else found.worth.cpu()))
     share = request.rank if isinstance(request.rank, float) else 1 / 8
@@ -131,11 +131,11 @@ def _factors(site: Site, rank: int | None, directions: dict[str, Subspace], requ
     """The site's factors, or None where the dense product is asked for or costs less."""
     if rank is None:
         return None
-    weight = site.linear.weight
-    N, K = weight.shape
+    N, K = site.shape
     rows = math.ceil(request.residual * N)
     if rank * (N + K) + rows * K > N * K:
         return None
+    weight = site.weight()
     found = directions.get(site.name)
     made = cached_factors(weight, rank, request.subspace) if found is None else found.factors(weight, rank)
     return made.with_residual(weight, rows) if rows else made
@@ -153,7 +153,7 @@ def _policy(request: Request, exact_dtype: str | None, cheap: float, exact: floa
 
 def _mean(sites: list[Site], costs: list[float]) -> float:
     """The layers' costs, weighted by their size."""
-    sizes = [site.linear.weight.numel() for site in sites]
+    sizes = [site.outline.numel() for site in sites]
     return sum(size * cost for size, cost in zip(sizes, costs, strict=True)) / sum(sizes)
 
 

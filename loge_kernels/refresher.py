@@ -94,7 +94,8 @@ class Refresher:
         self.check_state(state)
         for name, layer in self._named():
             right, shares = state[f"{name}|right"], state[f"{name}|shares"]
-            self._take(layer, right.to(layer.weight.device), shares.to(layer.weight.device))
+            weight = layer.dense_weight()
+            self._take(layer, weight, right.to(weight.device), shares.to(weight.device))
 
     def check_state(self, state: dict[str, Tensor]) -> None:
         """Raise ValueError where `state` does not fit these layers."""
@@ -126,7 +127,8 @@ class Refresher:
     def _refresh(self, layer: LoGELinear, rows: list[Tensor] | None) -> None:
         factors = layer.factors
         assert factors is not None
-        W = layer.weight.float()
+        weight = layer.dense_weight()
+        W = weight.float()
         V = factors.right.detach().float()  # [R, K]
         shares = _shares(layer).to(V)
         Y = torch.cat(rows).float() @ W if rows else V.new_zeros(1, V.shape[1])  # [q, K]
@@ -145,13 +147,15 @@ class Refresher:
             values, vectors = torch.linalg.eigh((quotient + quotient.t()) / 2)
         new = vectors.t().flip(0) @ basis
         usable = _mean_over_ranks(usable.float()) > 0
-        self._take(layer, torch.where(usable, new, V), torch.where(usable, values.flip(0).clamp_min(0), shares))
+        shares = torch.where(usable, values.flip(0).clamp_min(0), shares)
+        self._take(layer, weight, torch.where(usable, new, V), shares)
 
     @staticmethod
-    def _take(layer: LoGELinear, right: Tensor, shares: Tensor) -> None:
+    def _take(layer: LoGELinear, weight: Tensor, right: Tensor, shares: Tensor) -> None:
         assert layer.factors is not None
-        fresh = projection(layer.weight, right, layer.factors.method, min(1.0, shares.sum().item()))
-        layer.factors.become(fresh, layer.weight)
+        fresh = projection(weight, right, layer.factors.method, min(1.0, shares.sum().item()))
+        layer.factors.become(fresh, weight)
+        layer.factors.bind(layer.weight)  # which `weight` may have been dequantised from
         layer.factors.shares = shares.double()
 
 

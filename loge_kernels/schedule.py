@@ -9,8 +9,10 @@ under DDP, where every rank counts alike. A step that a `GradScaler` skips is no
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -52,7 +54,7 @@ class Schedule:
 
         def follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             method = on_step()
-            if method is not None:
+            if method is not None and not _inside_another_step(optimizer, sys._getframe(1)):
                 method(optimizer)
 
         self._handle = register_optimizer_step_post_hook(follow)
@@ -141,6 +143,17 @@ class Schedule:
 def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The part of a state whose names begin with `prefix`, without it."""
     return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _inside_another_step(optimizer: torch.optim.Optimizer, hooks: FrameType) -> bool:
+    """Whether the step whose hooks run in frame `hooks` was called by another step of `optimizer`, as a subclass calls
+    its base's: torch runs the hooks after each of the two."""
+    frame = hooks.f_back
+    while frame is not None:
+        if frame.f_code is hooks.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def attach(model: nn.Module, schedule: Schedule) -> None:

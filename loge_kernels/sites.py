@@ -8,11 +8,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .linear import LoGELinear
+from .quantized import QuantizedLinear, layer_class
 
 Targets = str | Iterable[str] | None
+
+# Libraries whose layers are no `nn.Linear`, and whose kernels differ in how they give the weight back, if at all.
+_REFUSED = ("gptqmodel", "auto_gptq", "awq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +26,41 @@ class Site:
 
     name: str
     linear: nn.Linear
-    adapter: Any  # peft.tuners.lora.Linear, a LoGELoraLinear once converted
+    adapter: Any  # one of PEFT's LoRA layers, a FusedLora once converted
     obstacle: str | None
+    quantized: type[QuantizedLinear] | None = None  # what a quantised layer becomes
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K): the shape of `linear.weight`, or of what a quantised one stands for."""
+        return self.linear.out_features, self.linear.in_features
+
+    @property
+    def outline(self) -> Tensor:
+        """Shape, dtype and device of `weight()` without its values: for questions about costs."""
+        if self.quantized is None or self.obstacle is not None:
+            return self.linear.weight
+        dtype = self.quantized.factor_dtype(self.linear)
+        return torch.empty((), dtype=dtype, device=self.linear.weight.device).expand(self.shape)
+
+    def weight(self) -> Tensor:
+        """The weight [N, K] in a floating dtype; a quantised one is dequantised at each call."""
+        if self.quantized is None:
+            return self.linear.weight
+        return self.quantized.dequantize(self.linear, self.quantized.factor_dtype(self.linear))
+
+    def convert_(self, *options: Any) -> None:
+        """Make the layer a `LoGELinear` (`LoGELinear.convert_`), and PEFT's layer around it one that shares its op."""
+        (self.quantized or LoGELinear).convert_(self.linear, *options)
+        if self.adapter is not None:
+            from .peft_layers import FusedLora
+
+            FusedLora.convert_(self.adapter)
+
+    def about(self, reason: str = "") -> str:
+        """`reason` for the report, after what the weight is where that is not plain."""
+        label = "" if self.quantized is None else self.quantized.label(self.linear)
+        return "; ".join(part for part in (label, reason) if part)
 
 
 def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
@@ -30,7 +68,7 @@ def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
     wanted = _matcher(targets)
     explicit = targets is not None and targets != "all-linear"
     head = _output_head(model)
-    tuner_layer, lora_linear, saved_module = _peft_classes()
+    tuner_layer, lora_layers, saved_module = _peft_classes()
     inside_adapters: set[int] = set()
     around: dict[int, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
@@ -42,29 +80,47 @@ def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
             inside_adapters.update(id(child) for child in module.original_module.modules())
     for name, module in model.named_modules():
         wrapped = around.get(id(module))
-        if not isinstance(module, nn.Linear) or (wrapped is None and id(module) in inside_adapters):
+        if not _is_linear(module) or (wrapped is None and id(module) in inside_adapters):
             continue
         path, wrapper = wrapped or (name, None)
         if not wanted(path):
             continue
-        adapter = wrapper if lora_linear is not None and type(wrapper) is lora_linear else None
-        obstacle = _obstacle(module, head, explicit)
+        adapter = wrapper if type(wrapper) in lora_layers else None
+        quantized = layer_class(module)
+        obstacle = _obstacle(module, quantized, head, explicit)
         if obstacle is None and wrapper is not None and adapter is None:
             kind = f"{type(wrapper).__module__}.{type(wrapper).__name__}"
             obstacle = f"its adapter is a {kind}: factors could not follow the weight when that merges"
-        yield Site(path, module, adapter, obstacle)
+        yield Site(path, module, adapter, obstacle, quantized)
 
 
-def _obstacle(module: nn.Linear, head: nn.Module | None, explicit: bool) -> str | None:
+def _is_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer, or stands for one in a format that is refused by name."""
+    return isinstance(module, nn.Linear) or (_library(module) in _REFUSED and hasattr(module, "out_features"))
+
+
+def _library(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
+
+
+def _obstacle(
+    module: Any, quantized: type[QuantizedLinear] | None, head: nn.Module | None, explicit: bool
+) -> str | None:
     if type(module) is LoGELinear:
         return "is a LoGELinear of its own"
-    if type(module) is not nn.Linear:
+    if _library(module) in _REFUSED:
+        return f"is a {type(module).__name__} of {_library(module)}: GPTQ and AWQ layers keep their library's backward"
+    if quantized is None and type(module) is not nn.Linear:
         return f"is a {type(module).__module__}.{type(module).__name__}, not a plain torch.nn.Linear"
     if "forward" in vars(module):
         return "its forward was replaced on the instance (an offloading hook?)"
     if module.weight.is_meta:
         return "its weight is on the meta device: load the model first"
-    if not module.weight.dtype.is_floating_point:
+    if quantized is not None:
+        reason = quantized.why_not(module)
+        if reason is not None:
+            return reason
+    elif not module.weight.dtype.is_floating_point:
         return f"its weight is {module.weight.dtype}"
     if explicit:
         return None
@@ -103,12 +159,13 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 def _peft_classes() -> tuple[Any, Any, Any]:
     """PEFT's layer classes where PEFT is loaded: a PEFT model cannot exist without it."""
     if "peft" not in sys.modules:
-        return None, None, None
-    from peft.tuners.lora.layer import Linear as LoraLinear
+        return None, (), None
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    return BaseTunerLayer, LoraLinear, ModulesToSaveWrapper
+    from .peft_layers import FUSED
+
+    return BaseTunerLayer, FUSED, ModulesToSaveWrapper
 
 
 def nothing_to_convert(model: nn.Module, sites: list[Site], targets: Targets) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +18,7 @@ import pytest
 import torch
 
 import loge_kernels as loge
-from loge_kernels import cuda_backend
+from loge_kernels import cuda_backend, cuda_measured
 from loge_kernels.problem import BackwardProblem
 
 registry = import_module("loge_kernels.backends")
@@ -26,9 +29,16 @@ needs_extension = pytest.mark.skipif(
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def extension() -> ModuleType:
     return import_module("loge_kernels._C")
+
+
+@pytest.fixture(params=["sm80", "sm90"])
+def kernel(extension: ModuleType, request: pytest.FixtureRequest) -> str:
+    if request.param not in extension.kernels:
+        pytest.skip(f"this build has no {request.param} kernel (LOGE_CUDA_ARCHS)")
+    return request.param
 
 
 # Addresses that are aligned and never read: every call here is refused before a launch.
@@ -36,11 +46,11 @@ POINTERS = dict.fromkeys(("dy", "x", "xa", "left", "right", "lora_A", "lora_B", 
 SIZES = {"M": 100, "N": 200, "K": 136, "R": 64, "P": 16}
 
 
-def call(extension: ModuleType, **changes: Any) -> None:
+def call(extension: ModuleType, kernel: str, **changes: Any) -> None:
     arguments: dict[str, Any] = POINTERS | SIZES
     arguments |= {"dy_stride": 200, "x_stride": 136, "scaling": 1.0, "dtype": extension.BFLOAT16}
     arguments |= {"deterministic": False, "sm_count": 108, "device": 0, "stream": 0}
-    extension.backward("sm80", **(arguments | changes))
+    extension.backward(kernel, **(arguments | changes))
 
 
 @needs_extension
@@ -68,15 +78,18 @@ def test_imports_without_torch_or_driver(extension: ModuleType) -> None:
         ({"dy_stride": 204}, "dy_stride = 204 is not a multiple of 8 that is at least N = 200"),
         ({"x_stride": 128}, "x_stride = 128 is not a multiple of 8 that is at least K = 136"),
         ({"dtype": 7}, "dtype = 7 is neither 0"),
+        ({"M": 2**31}, "M = 2147483648 is not in 0 .. 2^31 - 256"),
         ({"left": 0}, "left is missing"),
         ({"x": 4100}, "x starts 4 bytes past a 16-byte boundary"),
         ({"dx": 0, "dA": 0, "dB": 0}, "no gradient is asked for"),
         ({"sm_count": 0}, "sm_count = 0 is not positive"),
     ],
 )
-def test_arguments_are_refused_with_their_values(extension: ModuleType, changes: dict[str, int], message: str) -> None:
+def test_arguments_are_refused_with_their_values(
+    extension: ModuleType, kernel: str, changes: dict[str, int], message: str
+) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        call(extension, **changes)
+        call(extension, kernel, **changes)
 
 
 @needs_extension
@@ -85,23 +98,33 @@ def test_an_unknown_kernel_names_those_there_are(extension: ModuleType) -> None:
         extension.plan("sm70", **SIZES)
 
 
+# What each kernel asks of CUDA first.
+FIRST_CALLS = {"sm80": r"cudaGetDevice: cudaError", "sm90": r"cuTensorMapEncodeTiled.*is there an NVIDIA driver\?"}
+
+
 @needs_extension
 @needs_no_gpu
-def test_cuda_errors_name_the_call(extension: ModuleType) -> None:
-    with pytest.raises(extension.CudaError, match=r"cudaGetDevice: cudaError"):
-        call(extension)
-    call(extension, M=0)
+def test_cuda_errors_name_the_call(extension: ModuleType, kernel: str) -> None:
+    for _ in range(2):  # what failed once is tried again
+        with pytest.raises(extension.CudaError, match=FIRST_CALLS[kernel]):
+            call(extension, kernel)
+    call(extension, kernel, M=0)
+
+
+SHARED_BYTES = {"sm80": 166912, "sm90": 232448}
 
 
 @needs_extension
 @pytest.mark.parametrize("P", [0, 8, 16, 64])
 @pytest.mark.parametrize("R", [8, 64, 72, 128, 256])
-def test_plans_fit_the_card(extension: ModuleType, R: int, P: int) -> None:
+def test_plans_fit_the_card(extension: ModuleType, kernel: str, R: int, P: int) -> None:
     for M in (0, 1, 64, 65, 16384):
-        plan = extension.plan("sm80", M=M, N=4096, K=4096, R=R, P=P, need_dA=P > 0, need_dB=P > 0)
-        assert plan["slabs"] == plan["grid"] == -(-M // plan["block_m"])
+        plan = extension.plan(kernel, M=M, N=4096, K=4096, R=R, P=P, need_dA=P > 0, need_dB=P > 0, sm_count=132)
+        assert plan["slabs"] == -(-M // plan["block_m"])
+        assert plan["grid"] == plan["slabs"] * plan["cluster"]
+        assert plan["cluster"] in ((1,) if kernel == "sm80" else (1, 2, 4, 8))
         assert plan["stages"] >= 2
-        assert plan["shared_bytes"] <= 166912
+        assert plan["shared_bytes"] <= SHARED_BYTES[kernel]
 
 
 def tool(name: str) -> Path:
@@ -112,33 +135,73 @@ def tool(name: str) -> Path:
     return path
 
 
-@needs_extension
-def test_the_machine_code_keeps_everything_in_registers(extension: ModuleType) -> None:
-    usage = subprocess.run(
-        [str(tool("cuobjdump")), "-res-usage", str(extension.__file__)], capture_output=True, text=True, timeout=300
-    ).stdout
-    kernels = re.findall(r"Function (\S*sm80\S*):\s+REG:(\d+) STACK:(\d+)", usage)
-    assert len(kernels) == 22 * len(extension.archs.split())  # tiles of R and P, two dtypes, every architecture
-    assert [name for name, _, stack in kernels if stack != "0"] == []
+@dataclass(frozen=True)
+class Function:
+    """One kernel as compiled for one architecture; the names of the instructions in its machine code."""
+
+    name: str
+    arch: str
+    stack: int
+    instructions: frozenset[str]
+
+
+@pytest.fixture(scope="module")
+def functions(extension: ModuleType) -> list[Function]:
+    """Every kernel for every architecture: one dump of each."""
+    path = {"PATH": str(tool("nvdisasm").parent)}
+
+    def dump(*options: str) -> str:
+        command = [str(tool("cuobjdump")), *options, str(extension.__file__)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=500, env=path, check=True).stdout
+
+    found = []
+    for arch in extension.archs.split():
+        usage = dict(re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+)", dump("-res-usage", "-arch", f"sm_{arch}")))
+        for part in dump("-sass", "-arch", f"sm_{arch}").split("Function : ")[1:]:
+            name, _, code = part.partition("\n")
+            instructions = re.findall(r"\*/ +(?:@!?U?P\w+ )?([A-Z][\w.]+)", code)
+            found.append(Function(name, arch, int(usage[name]), frozenset(instructions)))
+    return found
 
 
 @needs_extension
-def test_the_machine_code_uses_the_tensor_cores(extension: ModuleType) -> None:
-    sass = subprocess.run(
-        [str(tool("cuobjdump")), "-sass", "-arch", "sm_80", str(extension.__file__)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={"PATH": str(tool("nvdisasm").parent)},
-    ).stdout
-    functions = [part for part in sass.split("Function : ")[1:] if "sm80" in part.split("\n", 1)[0]]
-    if "80" in extension.archs.split():
-        assert len(functions) == 22
+def test_the_machine_code_keeps_everything_in_registers(functions: list[Function], extension: ModuleType) -> None:
+    archs = extension.archs.split()
+    # Tiles of R and P by two dtypes.
+    assert sum("sm80" in f.name for f in functions) == 22 * len(archs)
+    assert sum("sm90" in f.name for f in functions) == (22 if "sm90" in extension.kernels else 0)
     for function in functions:
-        name = function.split("\n", 1)[0]
-        for instruction in ("HMMA.16816.F32", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS"):
-            assert instruction in function, (name, instruction)
-        assert re.search(r"\b(LDL|STL)\b", function) is None, name
+        assert len(function.instructions) > 40, function.name
+        spills = [i for i in function.instructions if i.startswith(("LDL", "STL"))]
+        assert (function.stack, spills) == (0, []), (function.name, function.arch)
+
+
+INSTRUCTIONS = {
+    # mma.sync, ldmatrix.trans, cp.async
+    "sm80": ("HMMA.16816.F32", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS"),
+    # wgmma, TMA loads and their barriers, the registers' redistribution, the cluster's barrier
+    "sm90": ("HGMMA.64x", "UTMALDG.2D", "SYNCS", "USETMAXREG", "UCGABAR_ARV"),
+}
+
+
+@needs_extension
+def test_the_machine_code_uses_tensor_cores_and_asynchronous_copies(functions: list[Function], kernel: str) -> None:
+    for function in functions:
+        if kernel in function.name:
+            for wanted in INSTRUCTIONS[kernel]:
+                assert any(i.startswith(wanted) for i in function.instructions), (function.name, function.arch, wanted)
+
+
+@needs_extension
+def test_no_library_of_cuda_or_torch_is_linked(extension: ModuleType) -> None:
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("needs readelf")
+    command = [readelf, "-d", str(extension.__file__)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", listing)
+    assert any(name.startswith("libc.so") for name in needed)
+    assert [name for name in needed if re.match(r"lib(cuda|nv|torch|c10)", name)] == []
 
 
 def problem(**changes: Any) -> BackwardProblem:
@@ -158,27 +221,112 @@ def problem(**changes: Any) -> BackwardProblem:
     return BackwardProblem(**(arguments | changes))
 
 
-def test_the_row_of_backends_says_why() -> None:
+def cuda_row() -> loge.Backend:
     (row,) = [b for b in loge.backends() if b.name == "cuda"]
+    return row
+
+
+def test_the_row_of_backends_says_why() -> None:
+    row = cuda_row()
     if find_spec("loge_kernels._C") is None:
         assert not row.available
         assert "not built" in row.reason
     elif not torch.cuda.is_available():
-        assert row == loge.Backend("cuda", False, "no CUDA GPU")
+        assert not row.available
+        assert re.fullmatch(r"no CUDA GPU \(built for sm_\w+(, sm_\w+)* with CUDA \d+\.\d+\)", row.reason)
+
+
+@pytest.mark.parametrize("verified", [False, True])
+def test_the_row_says_what_was_built_and_whether_it_is_verified(
+    verified: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Built:
+        archs, toolkit = "80 90a", "13.0"
+
+    monkeypatch.setattr(cuda_backend, "_extension", Built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(registry, "is_verified", lambda name, device: verified)
+    row = cuda_row()
+    assert row.available
+    assert "built for sm_80, sm_90a with CUDA 13.0" in row.reason
+    assert ("not verified on this GPU" in row.reason) is not verified
+    assert ("verified on this GPU" in row.reason) is True
+
+
+class OnCuda:
+    """Stands for dY on a GPU."""
+
+    device, is_cuda, dtype, shape = torch.device("cuda", 0), True, torch.bfloat16, (4096, 24)
+
+
+def on_cuda(**changes: Any) -> BackwardProblem:
+    p = problem(**changes)
+    p.dy = OnCuda()  # type: ignore[assignment]
+    return p
 
 
 def test_auto_wants_a_recorded_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, "auto" passes the kernels over until they are verified there."""
     seen = []
     monkeypatch.setattr(registry, "is_verified", lambda name, device: seen.append(name))
-
-    class OnCuda:
-        device = torch.device("cuda", 0)
-
-    p = problem()
-    p.dy = OnCuda()  # type: ignore[assignment]
-    assert "not verified on this GPU" in (registry._cuda_passed_over(p) or "")
+    assert "not verified on this GPU" in (registry._cuda_passed_over(on_cuda()) or "")
     assert seen == ["cuda"]
+
+
+ROW = {"device": "NVIDIA H200", "dtype": "bfloat16", "M": [4096, 8192], "N": 24, "K": 16, "R": 16, "P": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "preferred"),
+    [({}, True), ({"device": "NVIDIA A100"}, False), ({"dtype": "float16"}, False), ({"M": [1, 4095]}, False)]
+    + [({name: 32}, False) for name in "NKRP"],
+)
+def test_measured_shapes_are_preferred_to_triton(
+    changes: dict[str, Any], preferred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(registry, "is_verified", lambda name, device: True)
+    monkeypatch.setattr(cuda_backend, "why_not", lambda problem: None)
+    monkeypatch.setattr(registry.triton_backend, "slower_than_torch", lambda problem: None)
+    monkeypatch.setattr(cuda_measured, "_rows", lambda: (ROW | changes,))
+    assert (registry._triton_passed_over(on_cuda()) is not None) is preferred
+    assert registry._cuda_passed_over(on_cuda()) is None
+
+
+@pytest.mark.parametrize("obstacle", ["unverified", "refuses"])
+def test_measured_or_not_triton_stays_where_cuda_cannot(obstacle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(registry, "is_verified", lambda name, device: name == "triton" or obstacle != "unverified")
+    monkeypatch.setattr(cuda_backend, "why_not", lambda problem: "no" if obstacle == "refuses" else None)
+    monkeypatch.setattr(registry.triton_backend, "slower_than_torch", lambda problem: None)
+    monkeypatch.setattr(cuda_measured, "_rows", lambda: (ROW,))
+    assert registry._triton_passed_over(on_cuda()) is None
+
+
+def test_an_empty_table_prefers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it ships: a row needs a measurement, and the file must hold what a row needs."""
+    for row in cuda_measured._rows():
+        assert row.keys() >= ROW.keys() | {"speedup", "source"}
+        assert row["speedup"] > 1.0
+    monkeypatch.setattr(cuda_measured, "_rows", tuple)
+    assert not cuda_measured.faster_than_triton(on_cuda())
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dropout": 0.1}, "no dropout mask"),
+        ({"exact_fraction": 0.5}, "dense products"),
+        ({"left": None, "right": None}, "without factors"),
+    ],
+)
+def test_what_the_kernels_do_not_compute_is_refused(
+    changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_backend, "unavailable", lambda: None)
+    assert reason in (cuda_backend.why_not(on_cuda(**changes)) or "")
 
 
 def test_rows_are_copied_only_where_they_must() -> None:
@@ -192,41 +340,56 @@ def test_rows_are_copied_only_where_they_must() -> None:
         assert torch.equal(copy, awkward)
 
 
-@needs_extension
-def test_the_adapter_hands_over_the_whole_problem(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names, sizes, strides and buffers on their way to the extension, with a device that is not there."""
-    calls: list[dict[str, Any]] = []
+class Recorder:
+    """Stands for the extension on a GPU: plans, and keeps what it was called with."""
 
-    class Recorder:
-        plan, kernels = staticmethod(extension.plan), extension.kernels
-        FLOAT16, BFLOAT16 = extension.FLOAT16, extension.BFLOAT16
+    def __init__(self, real: ModuleType) -> None:
+        self.plan, self.kernels, self.FLOAT16, self.BFLOAT16 = real.plan, real.kernels, real.FLOAT16, real.BFLOAT16
+        self.calls: list[dict[str, Any]] = []
 
-        @staticmethod
-        def backward(kernel: str, **arguments: Any) -> None:
-            calls.append(arguments)
+    def backward(self, kernel: str, **arguments: Any) -> None:
+        self.calls.append(arguments | {"kernel": kernel})
+        if arguments["dx"]:
+            ctypes.memset(arguments["dx"], 0, 2 * arguments["M"] * arguments["K"])
 
-    class Properties:
-        major, minor, multi_processor_count = 8, 0, 108
 
-    class Stream:
-        cuda_stream = 77
+class Properties:
+    major, minor, multi_processor_count = 9, 0, 132
 
-    monkeypatch.setattr(cuda_backend, "_extension", Recorder)
+
+class Stream:
+    cuda_stream = 77
+
+
+@pytest.fixture
+def recorder(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    made = Recorder(extension)
+    monkeypatch.setattr(cuda_backend, "_extension", lambda: made)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
-    adapter = {
-        "xa": torch.randn(4, 8, dtype=torch.float16),
+    return made
+
+
+def adapter(M: int = 4) -> dict[str, Any]:
+    return {
+        "xa": torch.randn(M, 8, dtype=torch.float16),
         "lora_A": torch.randn(8, 16),
         "lora_B": torch.randn(24, 8),
         "need_dA": True,
         "need_dB": True,
         "need_dbias": True,
     }
+
+
+@needs_extension
+def test_the_adapter_hands_over_the_whole_problem(recorder: Recorder) -> None:
+    """Names, sizes, strides and buffers on their way to the extension, with a device that is not there."""
     wide = torch.randn(4, 32, dtype=torch.float16)
-    gradients = cuda_backend.backward(problem(dy=wide[:, :24], **adapter))
-    (sent,) = calls
+    gradients = cuda_backend.backward(problem(dy=wide[:, :24], **adapter()))
+    (sent,) = recorder.calls
     assert (sent["M"], sent["N"], sent["K"], sent["R"], sent["P"]) == (4, 24, 16, 16, 8)
-    assert (sent["dy_stride"], sent["x_stride"], sent["stream"]) == (32, 16, 77)
+    assert (sent["dy_stride"], sent["x_stride"], sent["stream"], sent["sm_count"]) == (32, 16, 77, 132)
+    assert sent["kernel"] == recorder.kernels[-1]  # Hopper's own where the build has it
     assert sent["dy"] == wide.data_ptr()
     assert all(sent[name] != 0 for name in POINTERS)
     assert gradients.dA is not None
@@ -234,3 +397,27 @@ def test_the_adapter_hands_over_the_whole_problem(extension: ModuleType, monkeyp
     assert gradients.dA.shape == (8, 16)
     assert torch.count_nonzero(gradients.dA) == torch.count_nonzero(gradients.dB) == 0  # atomics add to zeros
     assert gradients.dbias is not None
+
+
+@needs_extension
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_no_rows_give_zeros(recorder: Recorder, deterministic: bool) -> None:
+    half = torch.float16
+    empty = {"dy": torch.empty(0, 24, dtype=half), "x": torch.empty(0, 16, dtype=half), "deterministic": deterministic}
+    gradients = cuda_backend.backward(problem(**adapter(0) | empty))
+    assert gradients.dx is not None
+    assert gradients.dA is not None
+    assert gradients.dB is not None
+    assert gradients.dx.shape == (0, 16)
+    assert torch.equal(gradients.dA, torch.zeros(8, 16))
+    assert torch.equal(gradients.dB, torch.zeros(24, 8))
+
+
+@needs_extension
+def test_a_residual_is_added_to_what_the_kernel_wrote(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = replace(registry._REGISTRY["cuda"], why_not=lambda problem: None)
+    monkeypatch.setattr(registry, "_REGISTRY", {"cuda": cuda})
+    rows, residual = torch.tensor([3, 7]), torch.randn(2, 16, dtype=torch.float16)
+    p = problem(rows=rows, residual=residual)
+    gradients = registry.run_backward(p, "cuda")
+    torch.testing.assert_close(gradients.dx, p.dy[:, rows] @ residual, rtol=1e-2, atol=1e-2)

@@ -1,26 +1,27 @@
-"""The Ampere kernel's own code on the host: every instruction emulated, every gradient against float64.
+"""The CUDA kernels' own code on the host: every instruction emulated, every gradient against float64.
 
-What runs here is `csrc/sm80_block.h` as the GPU runs it, one fiber a thread, under AddressSanitizer and UBSan: index
-arithmetic, fragment layouts, pipeline and edges. What only hardware can show, memory ordering and speed, it does not.
+What runs here is `csrc/sm80_block.h` and `csrc/sm90_*.cuh` as the GPU runs them, one fiber a thread, under sanitizers:
+index arithmetic, fragments, descriptors and swizzles, pipelines, the exchange within a cluster, and edges. What only
+hardware can show, memory ordering and speed, it does not.
 """
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from toolchain import HOST_SOURCES, SOURCES, WARNINGS, build, cute_options, needs_compiler
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
-COMPILER = shutil.which("g++")
-pytestmark = pytest.mark.skipif(
-    COMPILER is None or not (ROOT / "csrc" / "sm80_block.h").exists(), reason="needs g++ and a checkout"
-)
+pytestmark = needs_compiler
+
+BLOCK_M = {"sm80": 64, "sm90": 128}
+LAST_FIRST, LATE_LOADS, LATE_PRODUCTS, LATE_STORES = 1, 2, 4, 8  # bits of Case.schedule for sm90
 
 
 @dataclass(frozen=True)
@@ -36,20 +37,36 @@ class Case:
     x_gap: int = 0
     deterministic: bool = False
     need: tuple[bool, bool, bool] = (True, True, True)  # dx, dA, dB
-    late: bool = True  # cp.async lands at its wait, not at its issue
+    schedule: int = 1  # when what is asynchronous happens; sm80: 1 for at its wait, 0 for at its issue
+    cluster: int = 1  # sm90 alone
+
+    def __str__(self) -> str:
+        return f"{self.M}-{self.N}-{self.K}-{self.R}-{self.P}-schedule{self.schedule}-cluster{self.cluster}"
+
+
+@dataclass(frozen=True)
+class Emulator:
+    kernel: str
+    program: Path
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    program = tmp_path_factory.mktemp("emulator") / "sm80_emulate"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined"]
-    flags += ["-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'csrc'}"]
-    source = ROOT / "tests" / "csrc" / "sm80_emulate.cpp"
-    made = subprocess.run([str(COMPILER), *flags, str(source), "-o", str(program)], capture_output=True, text=True)
-    if "sanitize" in made.stderr and "cannot find" in made.stderr:
-        pytest.skip("g++ has no sanitizer libraries")
-    assert made.returncode == 0, made.stderr[-4000:]
-    return program
+def sm80(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    program = tmp_path_factory.mktemp("emulator") / "sm80"
+    return Emulator("sm80", build(program, [HOST_SOURCES / "sm80_emulate.cpp"], *WARNINGS))
+
+
+@pytest.fixture(scope="module")
+def sm90(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    options = cute_options()
+    folder = tmp_path_factory.mktemp("sm90")
+    # An include looks beside the file it stands in: there the emulated instructions must lie.
+    for source in (*SOURCES.iterdir(), *HOST_SOURCES.iterdir()):
+        if source.suffix in (".h", ".cuh", ".cpp"):
+            shutil.copy(source, folder)
+    sources = [folder / "sm90_emulate.cpp", folder / "sm90_backward.cpp"]
+    # UBSan would double the compiler's time; test_sm90_host.py has the index maths under both.
+    return Emulator("sm90", build(folder / "sm90", sources, *options, sanitize="address"))
 
 
 def raw(tensor: Tensor) -> bytes:
@@ -63,8 +80,8 @@ def with_gap(tensor: Tensor, gap: int) -> bytes:
     return raw(wide.flatten()[: wide.numel() - gap])
 
 
-def run(emulator: Path, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
-    """The gradients, those of the formula in float64, and the instructions counted."""
+def run(emulator: Emulator, case: Case) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The gradients, compared with those of the formula in float64, and what was counted."""
     c = case
     torch.manual_seed(c.M * 1009 + c.N + c.K + c.R + c.P)
     need_dx, need_dA, need_dB = c.need
@@ -75,16 +92,15 @@ def run(emulator: Path, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor
     parts += [raw(left), raw(right), raw(lora_A)] if need_dx else []
     parts += [raw(lora_B)] if need_dx or need_dA else []
     numbers = [c.M, c.N, c.K, c.R, c.P, c.N + c.dy_gap, c.K + c.x_gap, int(c.dtype == torch.bfloat16)]
-    numbers += [int(c.deterministic), *map(int, c.need), c.scaling, int(c.late)]
+    numbers += [int(c.deterministic), *map(int, c.need), c.scaling, c.schedule, c.cluster]
     environment = {"ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
-    done = subprocess.run(
-        [str(emulator), *map(str, numbers)], input=b"".join(parts), capture_output=True, timeout=300, env=environment
-    )
+    command = [str(emulator.program), *map(str, numbers)]
+    done = subprocess.run(command, input=b"".join(parts), capture_output=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     items = done.stderr.decode().splitlines()[-1].split()  # above it ASan says that it is new to swapcontext
     counts = {key: int(value) for key, value in (item.split("=") for item in items)}
 
-    slabs = -(-c.M // 64) if c.deterministic else 1
+    slabs = -(-c.M // BLOCK_M[emulator.kernel]) if c.deterministic else 1
     shapes = {"dx": (c.M, c.K), "dA": (slabs, c.P, c.K), "dB": (slabs, c.N, c.P)}
     got, position = {}, 0
     for (name, shape), needed in zip(shapes.items(), c.need, strict=True):
@@ -106,47 +122,78 @@ def run(emulator: Path, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor
     for name, gradient in got.items():
         error, allowed = (d(gradient) - want[name]).abs().max(), (near[name] - want[name]).abs().max()
         assert error <= 2 * allowed + 1e-5 * want[name].abs().max(), (name, case, error, allowed)
-    return got, want, counts
+    return got, counts
 
 
-CASES = [
+SM80 = [
     Case(64, 64, 128, 64, 16),
     Case(1, 8, 8, 8, 8),
-    Case(67, 200, 136, 48, 8, late=False),
+    Case(67, 200, 136, 48, 8, schedule=0),
     Case(130, 328, 264, 72, 16, dy_gap=8, x_gap=24),
     Case(33, 136, 200, 128, 64, dtype=torch.bfloat16),
-    Case(70, 264, 392, 256, 16, dtype=torch.bfloat16, late=False),
+    Case(70, 264, 392, 256, 16, dtype=torch.bfloat16, schedule=0),
     Case(70, 392, 264, 248, 24, deterministic=True),
-    Case(65, 72, 328, 256, 64, late=False, deterministic=True, dtype=torch.bfloat16),
+    Case(65, 72, 328, 256, 64, schedule=0, deterministic=True, dtype=torch.bfloat16),
     Case(66, 328, 200, 64, 0, need=(True, False, False)),
-    Case(66, 200, 328, 256, 0, need=(True, False, False), late=False),
+    Case(66, 200, 328, 256, 0, need=(True, False, False), schedule=0),
     Case(100, 200, 136, 0, 16, need=(False, True, True)),
-    Case(100, 136, 328, 0, 64, need=(False, True, False), late=False),
+    Case(100, 136, 328, 0, 64, need=(False, True, False), schedule=0),
     Case(100, 200, 136, 0, 16, need=(False, False, True)),
     Case(50, 72, 136, 128, 16, need=(True, False, True)),
-    Case(50, 72, 136, 128, 40, need=(True, True, False), late=False),
+    Case(50, 72, 136, 128, 40, need=(True, True, False), schedule=0),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.M}-{c.N}-{c.K}-{c.R}-{c.P}-{'late' if c.late else 'eager'}")
-def test_gradients(emulator: Path, case: Case) -> None:
-    _, _, counts = run(emulator, case)
+@pytest.mark.parametrize("case", SM80, ids=str)
+def test_sm80(sm80: Emulator, case: Case) -> None:
+    _, counts = run(sm80, case)
     assert counts["mma"] > 0
     assert counts["ldmatrix"] > 0
     assert counts["conflicts"] == 0
     assert (counts["reductions"] == 0) == (case.deterministic or case.need[1:] == (False, False))
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["eager", "late"])
+@pytest.mark.parametrize("schedule", [0, 1], ids=["eager", "late"])
 @pytest.mark.parametrize("P", [0, 16, 64])
 @pytest.mark.parametrize("R", [64, 128, 256])
-def test_every_pipeline_turns_over(emulator: Path, R: int, P: int, late: bool) -> None:
+def test_every_pipeline_of_sm80_turns_over(sm80: Emulator, R: int, P: int, schedule: int) -> None:
     """More steps than stages in both walks, so that every tile is filled again while its neighbours are read."""
-    run(emulator, Case(40, 456, 520, R, P, late=late, x_gap=8, need=(True, P > 0, P > 0)))
+    run(sm80, Case(40, 456, 520, R, P, schedule=schedule, x_gap=8, need=(True, P > 0, P > 0)))
 
 
-def test_partials_add_up_in_order(emulator: Path) -> None:
-    case = Case(150, 136, 200, 64, 16, deterministic=True)
-    first, _, _ = run(emulator, case)
-    again, _, _ = run(emulator, case)
+BF16 = torch.bfloat16
+SM90 = [
+    Case(128, 64, 64, 64, 16, schedule=0),
+    Case(1, 8, 8, 8, 8, schedule=15),
+    Case(130, 328, 264, 48, 8, schedule=LATE_LOADS, dy_gap=8, x_gap=24, cluster=2),
+    Case(67, 520, 648, 64, 16, schedule=LATE_PRODUCTS | LATE_STORES),
+    Case(200, 520, 456, 56, 16, schedule=LATE_LOADS | LATE_STORES | LAST_FIRST, cluster=4, deterministic=True),
+    Case(33, 72, 136, 136, 40, dtype=BF16, schedule=15, cluster=2, deterministic=True),
+    Case(140, 264, 392, 256, 64, dtype=BF16, schedule=LATE_PRODUCTS | LATE_STORES, cluster=1),
+    Case(60, 328, 264, 248, 24, dtype=BF16, schedule=LATE_LOADS | LATE_STORES, cluster=4),
+    Case(66, 456, 200, 72, 0, need=(True, False, False), schedule=LATE_PRODUCTS, cluster=2),
+    Case(100, 200, 136, 0, 16, need=(False, True, True), schedule=LATE_LOADS, cluster=2),
+    Case(150, 136, 584, 0, 64, need=(False, True, False), dtype=BF16, schedule=LATE_PRODUCTS | LAST_FIRST),
+    Case(150, 456, 136, 0, 16, need=(False, False, True), schedule=LATE_PRODUCTS, cluster=4, deterministic=True),
+    Case(50, 72, 136, 64, 16, need=(True, False, True), schedule=LATE_STORES, cluster=2),
+    Case(50, 72, 136, 64, 16, schedule=LATE_PRODUCTS, cluster=2),  # loads in a hurry to overwrite the exchange
+    Case(50, 136, 72, 64, 16, need=(True, True, False), schedule=LATE_STORES | LAST_FIRST, cluster=8),
+]
+
+
+@pytest.mark.parametrize("case", SM90, ids=str)
+def test_sm90(sm90: Emulator, case: Case) -> None:
+    _, counts = run(sm90, case)
+    assert counts["loads"] > 0
+    assert counts["products"] > 0
+    assert (counts["stores"] > 0) == case.need[0]
+    assert (counts["reductions"] == 0) == (case.deterministic or case.need[1:] == (False, False))
+
+
+@pytest.mark.parametrize(("kernel", "cluster"), [("sm80", 1), ("sm90", 2)])
+def test_partials_add_up_in_order(kernel: str, cluster: int, request: pytest.FixtureRequest) -> None:
+    """The same bits whatever runs first."""
+    emulator = request.getfixturevalue(kernel)
+    case = Case(150, 136, 200, 64, 16, deterministic=True, cluster=cluster, schedule=0)
+    (first, _), (again, _) = run(emulator, case), run(emulator, replace(case, schedule=1))
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
 import loge_kernels as loge
-from loge_kernels import check
+from loge_kernels import check, cuda_backend
+from loge_kernels.accuracy import judge
 from loge_kernels.products import matmul
 
 pytestmark = [
@@ -15,43 +18,110 @@ pytestmark = [
 ]
 
 CUDA = "cuda"
+BACKENDS = ["triton", "cuda-sm80", "cuda-sm90"]
 
 
-def operands(M: int = 300, N: int = 512, K: int = 384, P: int = 16) -> tuple[torch.Tensor, ...]:
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each backend's name; of "cuda" each kernel that this GPU can run."""
+    name, _, kernel = request.param.partition("-")
+    (row,) = [row for row in loge.backends() if row.name == name]
+    if not row.available:
+        pytest.skip(row.reason)
+    if kernel:
+        use_kernel(monkeypatch, kernel)
+    return name
+
+
+def use_kernel(monkeypatch: pytest.MonkeyPatch, kernel: str, sm_count: int | None = None) -> None:
+    """Has the backend "cuda" run `kernel`, as on a device of `sm_count` multiprocessors."""
+    if cuda_backend.unavailable() is not None:
+        pytest.skip(str(cuda_backend.unavailable()))
+    extension = import_module("loge_kernels._C")
+    capability = torch.cuda.get_device_capability()
+    if kernel not in extension.kernels or (kernel == "sm90" and capability != (9, 0)):
+        pytest.skip(f"no {kernel} kernel in this build, or not for a GPU of compute capability {capability}")
+    count = sm_count or torch.cuda.get_device_properties(CUDA).multi_processor_count
+    monkeypatch.setattr(cuda_backend, "_target", lambda extension, device: (kernel, count))
+
+
+def operands(
+    M: int = 300, N: int = 512, K: int = 384, P: int = 16, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, ...]:
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=CUDA, dtype=torch.bfloat16) * shape[-1] ** -0.5
+        return torch.randn(*shape, device=CUDA, dtype=dtype) * shape[-1] ** -0.5
 
     x, A, B = (t.requires_grad_() for t in (random(M, K), random(P, K), random(N, P)))
     return x, random(N, K), A, B, random(M, N)
 
 
-def gradients(operands: tuple[torch.Tensor, ...], backend: str, dropout: float = 0.0) -> tuple[torch.Tensor, ...]:
+def gradients(
+    operands: tuple[torch.Tensor, ...], backend: str, dropout: float = 0.0, factors: loge.Factors | None = None
+) -> tuple[torch.Tensor, ...]:
     x, weight, A, B, dy = operands
-    factors = loge.factorize(weight, 64)
+    factors = factors or loge.factorize(weight, 64)
     torch.cuda.manual_seed(5)
     y = loge.linear(x, weight, factors, None, A, B, 0.5, dropout, backend=backend)
     return torch.autograd.grad(y, (x, A, B), dy)
 
 
 @pytest.mark.parametrize("dtype", list(check.DTYPES))
-def test_triton_in_every_dtype(dtype: str) -> None:
-    report = check.run("triton", CUDA, (dtype,), sample=60)
+def test_every_dtype(backend: str, dtype: str) -> None:
+    if backend == "cuda" and dtype == "float32":
+        pytest.skip("the CUDA kernels multiply 16-bit operands")
+    report = check.run(backend, CUDA, (dtype,), sample=60)
     assert report.passed, [row for row in report.rows if row.failed]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_deterministic_mode_repeats_its_bits(dropout: float) -> None:
+def test_deterministic_mode_repeats_its_bits(backend: str, dropout: float) -> None:
+    if backend == "cuda" and dropout > 0.0:
+        pytest.skip("the CUDA kernels regenerate no dropout mask")
     given = operands(M=4096)
     torch.use_deterministic_algorithms(True)
     try:
-        first, second = gradients(given, "triton", dropout), gradients(given, "triton", dropout)
+        first, second = gradients(given, backend, dropout), gradients(given, backend, dropout)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+# As if the GPU had so many multiprocessors: then a slab is one block's, or shared by a cluster of 2, 4 or 8.
+CUDA_KERNELS = [("sm80", 1), ("sm90", 1), ("sm90", 2), ("sm90", 4), ("sm90", 8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(("R", "P"), [(40, 8), (128, 16), (256, 64)])
+@pytest.mark.parametrize(("kernel", "sm_count"), CUDA_KERNELS)
+def test_cuda_kernels(
+    kernel: str, sm_count: int, R: int, P: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ragged edges of every tile, full pipelines, every cluster; what compute-sanitizer watches."""
+    use_kernel(monkeypatch, kernel, sm_count)
+    M, N, K = 100, 1032, 1160
+    if kernel == "sm90":
+        extension = import_module("loge_kernels._C")
+        assert extension.plan(kernel, M=M, N=N, K=K, R=R, P=P, sm_count=sm_count)["cluster"] == sm_count
+    given = operands(M, N, K, P, dtype)
+    factors = loge.factorize(given[1], R, "random")
+    in_double = loge.Factors(factors.left.double(), factors.right.double())
+    got, plain = (gradients(given, backend, factors=factors) for backend in ("cuda", "reference"))
+    doubles = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in given)
+    exact = gradients(doubles, "reference", factors=in_double)
+    for mine, reference, truth in zip(got, plain, exact, strict=True):
+        verdict = judge(mine, reference, truth)
+        assert verdict.passed, verdict
+
+
+def test_graph_capture_and_side_stream_of_torch() -> None:
+    captured_and_on_side_stream("reference")
+
+
 def test_graph_capture_and_side_stream(backend: str) -> None:
+    captured_and_on_side_stream(backend)
+
+
+def captured_and_on_side_stream(backend: str) -> None:
     x, weight, A, B, dy = operands()
     factors = loge.factorize(weight, 64)
 
@@ -76,7 +146,7 @@ def test_graph_capture_and_side_stream(backend: str) -> None:
             torch.testing.assert_close(result, wanted, rtol=2e-2, atol=1e-3)
 
 
-def test_offsets_beyond_32_bits() -> None:
+def test_offsets_beyond_32_bits(backend: str) -> None:
     M, N, K = 300_000, 8192, 64  # dY has 2.46e9 elements
     if torch.cuda.mem_get_info()[0] < 24 << 30:
         pytest.skip("needs 24 GiB of free GPU memory")
@@ -84,7 +154,7 @@ def test_offsets_beyond_32_bits() -> None:
     x = torch.randn(M, K, device=CUDA, dtype=torch.bfloat16).requires_grad_()
     weight = torch.randn(N, K, device=CUDA, dtype=torch.bfloat16)
     factors = loge.factorize(weight, 16, "random")
-    y = loge.linear(x, weight, factors, backend="triton")
+    y = loge.linear(x, weight, factors, backend=backend)
     (dx,) = torch.autograd.grad(y, x, dy)
     tail = matmul(matmul(dy[-64:], factors.left), factors.right)
     torch.testing.assert_close(dx[-64:], tail, rtol=2e-2, atol=2e-1)

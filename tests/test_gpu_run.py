@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ def test_correctness_first_and_within_the_time() -> None:
     everything, quick = gpu.steps(Path("r"), "cuda", False), gpu.steps(Path("r"), "cuda", True)
     names = [step.name for step in everything]
     assert names.index("check") < names.index("linear")
+    for tool in ("memcheck", "racecheck"):
+        (step,) = [step for step in everything if step.name == tool]
+        watched = [" ".join(command) for command in step.commands]
+        assert all(f"--tool {tool}" in command for command in watched)
+        assert any("--backend triton" in command for command in watched)
+        assert any("test_cuda_kernels" in command for command in watched) is (find_spec("loge_kernels._C") is not None)
     assert sum(step.limit for step in quick) <= 3 * 60
     assert sum(step.limit for step in everything) <= 10 * 60 + 10
 

@@ -187,10 +187,10 @@ void check_plan() {
     refused([](auto& q) { q.P = 72; }, "P = 72");
     refused([](auto& q) { q.P = 0; }, "P = 0");
     refused([](auto& q) { q.N = 201; }, "N = 201");
-    refused([](auto& q) { q.K = 0; }, "must not be 0");
+    refused([](auto& q) { q.K = 0; }, "neither may be 0");
     refused([](auto& q) { q.dy_stride = 192; }, "dy_stride = 192");
     refused([](auto& q) { q.x = nullptr; }, "x is missing");
-    refused([](auto& q) { q.left = bytes + 2; }, "left does not start");
+    refused([](auto& q) { q.left = bytes + 2; }, "left starts 2 bytes");
     refused([](auto& q) { q.dx = nullptr, q.dA = q.dB = nullptr; }, "no gradient");
     BackwardParams alone = p;
     alone.P = 0, alone.dA = alone.dB = nullptr, alone.x = alone.xa = alone.lora_A = alone.lora_B = nullptr;

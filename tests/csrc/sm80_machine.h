@@ -6,59 +6,20 @@
 // under both.
 #pragma once
 
-#include <ucontext.h>
-
 #include <array>
-#include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
-#include <memory>
 #include <vector>
 
+#include "fibers.h"
+#include "formats.h"
 #include "params.h"
 
 namespace emulator {
 
 enum class Schedule { kEager, kLate };
-
-[[noreturn]] inline void fail(const char* why, long long a = 0, long long b = 0) {
-    std::fprintf(stderr, "emulator: %s (%lld, %lld)\n", why, a, b);
-    std::fflush(nullptr);
-    std::_Exit(3);
-}
-
-template <loge::DType kType>
-float widen(std::uint16_t bits) {
-    if constexpr (kType == loge::DType::kBFloat16) {
-        const std::uint32_t word = std::uint32_t{bits} << 16;
-        float value;
-        std::memcpy(&value, &word, 4);
-        return value;
-    } else {
-        _Float16 value;
-        std::memcpy(&value, &bits, 2);
-        return static_cast<float>(value);
-    }
-}
-
-template <loge::DType kType>
-std::uint16_t narrow(float value) {
-    if constexpr (kType == loge::DType::kBFloat16) {
-        std::uint32_t word;
-        std::memcpy(&word, &value, 4);
-        if (std::isnan(value)) return 0x7fff;
-        return static_cast<std::uint16_t>((word + 0x7fff + (word >> 16 & 1)) >> 16);
-    } else {
-        const _Float16 half = static_cast<_Float16>(value);
-        std::uint16_t bits;
-        std::memcpy(&bits, &half, 2);
-        return bits;
-    }
-}
 
 struct Counters {
     long long ldmatrix = 0, conflicts = 0, mma = 0, reductions = 0;
@@ -113,42 +74,25 @@ class Machine {
 class Block {
  public:
     Block(int threads, int shared_bytes, Schedule schedule)
-        : schedule_(schedule), shared_(shared_bytes, 0xff), fibers_(threads), warps_(threads / 32) {}
+        : schedule_(schedule),
+          shared_(shared_bytes, 0xff),
+          fibers_(threads, schedule == Schedule::kEager ? Fibers::Order::kLastCome : Fibers::Order::kFirstCome),
+          warps_(threads / 32) {}
 
     // Runs `body` as every thread of the block.
     void run(const std::function<void(Machine&)>& body) {
-        body_ = &body;
-        for (int i = 0; i < static_cast<int>(fibers_.size()); ++i) {
-            Fiber& fiber = fibers_[i];
-            fiber.machine = std::make_unique<Machine>(*this, i);
-            fiber.stack = std::make_unique<char[]>(kStack);
-            getcontext(&fiber.context);
-            fiber.context.uc_stack.ss_sp = fiber.stack.get();
-            fiber.context.uc_stack.ss_size = kStack;
-            fiber.context.uc_link = &scheduler_;
-            const auto self = reinterpret_cast<std::uintptr_t>(this);
-            makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Block::enter), 3,
-                        static_cast<unsigned>(self >> 32), static_cast<unsigned>(self), static_cast<unsigned>(i));
-            ready_.push_back(i);
-        }
-        while (!ready_.empty()) {
-            running_ = schedule_ == Schedule::kEager ? ready_.back() : ready_.front();
-            schedule_ == Schedule::kEager ? ready_.pop_back() : ready_.pop_front();
-            swapcontext(&scheduler_, &fibers_[running_].context);
-        }
-        if (finished_ != static_cast<int>(fibers_.size())) fail("threads wait for each other", finished_);
+        fibers_.run(
+            [&](int thread) {
+                Machine machine(*this, thread);
+                body(machine);
+            },
+            [] { return false; });
     }
 
     Counters counters;
 
  private:
     friend class Machine;
-    static constexpr std::size_t kStack = 1 << 18;
-    struct Fiber {
-        ucontext_t context;
-        std::unique_ptr<char[]> stack;
-        std::unique_ptr<Machine> machine;
-    };
     struct Lane {
         float* c;
         const std::uint32_t *a, *b;
@@ -160,17 +104,6 @@ class Block {
         std::array<Lane, 32> lanes;
     };
 
-    static void enter(unsigned high, unsigned low, unsigned thread) {
-        Block& block = *reinterpret_cast<Block*>(std::uintptr_t{high} << 32 | low);
-        (*block.body_)(*block.fibers_[thread].machine);
-        ++block.finished_;
-    }
-
-    void suspend() {
-        const int self = running_;
-        swapcontext(&fibers_[self].context, &scheduler_);
-    }
-
     // The last of a warp to come performs the instruction for all 32.
     template <class Perform>
     void together(int thread, int kind, const Lane& lane, Perform perform) {
@@ -178,11 +111,11 @@ class Block {
         if (warp.arrived > 0 && warp.kind != kind) fail("the lanes of a warp diverge", warp.kind, kind);
         warp.kind = kind;
         warp.lanes[thread % 32] = lane;
-        if (++warp.arrived < 32) return suspend();
+        if (++warp.arrived < 32) return fibers_.suspend();
         warp.arrived = 0;
         perform(warp.lanes);
         for (int i = 0; i < 32; ++i)
-            if (thread / 32 * 32 + i != thread) ready_.push_back(thread / 32 * 32 + i);
+            if (thread / 32 * 32 + i != thread) fibers_.resume(thread / 32 * 32 + i);
     }
 
     unsigned char* at(int offset, int bytes) {
@@ -193,23 +126,17 @@ class Block {
 
     Schedule schedule_;
     std::vector<unsigned char> shared_;
-    std::vector<Fiber> fibers_;
+    Fibers fibers_;
     std::vector<Warp> warps_;
-    std::deque<int> ready_;
     std::vector<int> waiting_;
-    const std::function<void(Machine&)>* body_ = nullptr;
-    ucontext_t scheduler_{};
-    int running_ = 0, finished_ = 0;
 };
 
 inline void Machine::sync() {
-    if (static_cast<int>(block_.waiting_.size()) + 1 < static_cast<int>(block_.fibers_.size())) {
+    if (static_cast<int>(block_.waiting_.size()) + 1 < block_.fibers_.size()) {
         block_.waiting_.push_back(thread_);
-        return block_.suspend();
+        return block_.fibers_.suspend();
     }
-    for (const int thread : block_.waiting_)
-        block_.ready_.push_back(thread);
-    block_.waiting_.clear();
+    block_.fibers_.resume(block_.waiting_);
 }
 
 inline void Machine::perform(const Copy& copy) {

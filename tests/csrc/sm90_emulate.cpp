@@ -1,0 +1,116 @@
+// The Hopper kernel's clusters, one after the other, on the host, from sm90_backward on; see problem_io.h. Built among
+// copies of csrc/ in which tests/csrc/sm90_ptx.cuh has taken the place of the instructions. Last line of stderr: what
+// was counted.
+//
+// schedule: the bits of Schedule. cluster: blocks to a slab, or 0 for the plan's own.
+#include <cuda_runtime_api.h>
+
+#include <string>
+#include <type_traits>
+
+#include "problem_io.h"
+#include "sm90_arguments.h"
+#include "sm90_backward.h"
+#include "sm90_kernel.cuh"
+#include "tensor_map.h"
+
+namespace {
+
+emulator::Schedule schedule;
+emulator::Counters total;
+
+// The compiled tiles, to bound the compiler's time: every path of the kernel, every swizzle, both types.
+template <loge::DType kType, int kRank, int kAdapter>
+constexpr bool kCompiled =
+    kType == loge::DType::kFloat16
+        ? (kRank == 0 && kAdapter == 16) || (kRank == 64 && kAdapter == 16) || (kRank == 128 && kAdapter == 0)
+        : (kRank == 0 && kAdapter == 64) || (kRank == 256 && kAdapter == 64);
+
+}  // namespace
+
+cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int) {
+    return cudaSuccess;
+}
+const char* cudaGetErrorName(cudaError_t) {
+    return "";
+}
+const char* cudaGetErrorString(cudaError_t) {
+    return "";
+}
+
+namespace loge {
+
+CUtensorMap encode_tensor_map(DType, const void* base, std::int64_t rows, std::int64_t columns, std::int64_t row_stride,
+                              int box_rows, int box_columns) {
+    // What the driver checks.
+    if (reinterpret_cast<std::uintptr_t>(base) % 16 != 0) emulator::fail("a matrix off its 16-byte boundary");
+    if (row_stride % 8 != 0 || row_stride < columns) emulator::fail("a bad row stride", row_stride, columns);
+    if (box_rows > 256 || (box_columns != 64 && box_columns != 16)) emulator::fail("a bad box", box_rows, box_columns);
+    CUtensorMap map{};
+    const emulator::TensorMap made{static_cast<const char*>(base), rows, columns, row_stride, box_rows, box_columns};
+    static_assert(sizeof(made) <= sizeof(map) && alignof(emulator::TensorMap) <= alignof(CUtensorMap));
+    std::memcpy(&map, &made, sizeof(made));
+    return map;
+}
+
+namespace sm90 {
+
+template <DType kType, int kRank, int kAdapter>
+void launch(const Arguments& arguments, const Plan& plan, int, void*) {
+    if constexpr (kCompiled<kType, kRank, kAdapter>) {
+        using Element = std::conditional_t<kType == DType::kFloat16, cute::half_t, cute::bfloat16_t>;
+        for (int first = 0; first < plan.grid; first += plan.cluster) {
+            emulator::Cluster cluster(plan.cluster, plan.shared_bytes, schedule);
+            emulator::cluster = &cluster;
+            emulator::first_block = first;
+            cluster.run(
+                [&](int, char* shared) { run_block<Element, Layouts<Element, kRank, kAdapter>>(arguments, shared); });
+            total.loads += cluster.counters.loads;
+            total.stores += cluster.counters.stores;
+            total.products += cluster.counters.products;
+            total.reductions += cluster.counters.reductions;
+            total.conflicts += cluster.counters.conflicts;
+        }
+    } else {
+        emulator::fail("tiles that are not compiled here", kRank, kAdapter);
+    }
+}
+
+#define LOGE_INSTANTIATE(kRank, kAdapter)                                                              \
+    template void launch<DType::kFloat16, kRank, kAdapter>(const Arguments&, const Plan&, int, void*); \
+    template void launch<DType::kBFloat16, kRank, kAdapter>(const Arguments&, const Plan&, int, void*);
+LOGE_INSTANTIATE(0, 16)
+LOGE_INSTANTIATE(0, 64)
+LOGE_INSTANTIATE(64, 0)
+LOGE_INSTANTIATE(64, 16)
+LOGE_INSTANTIATE(64, 64)
+LOGE_INSTANTIATE(128, 0)
+LOGE_INSTANTIATE(128, 16)
+LOGE_INSTANTIATE(128, 64)
+LOGE_INSTANTIATE(256, 0)
+LOGE_INSTANTIATE(256, 16)
+LOGE_INSTANTIATE(256, 64)
+
+}  // namespace sm90
+
+}  // namespace loge
+
+int main(int argc, char** argv) {
+    emulator::compute(argc, argv, loge::sm90::kBlockM, [](const loge::BackwardParams& p, emulator::Options options) {
+        const int bits = options.schedule;
+        schedule = {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0};
+        loge::Plan plan = loge::sm90_plan(p, 132);
+        if (options.cluster != 0) {
+            plan.cluster = options.cluster;
+            plan.grid = plan.slabs * plan.cluster;
+        }
+        loge::sm90_backward(p, plan, 0, nullptr);
+        std::fprintf(stderr, "loads=%lld stores=%lld products=%lld reductions=%lld conflicts=%lld\n", total.loads,
+                     total.stores, total.products, total.reductions, total.conflicts);
+    });
+    return 0;
+}
