@@ -147,6 +147,7 @@ def try_beside(torch: str, wheels: list[Wheel]) -> None:
         pip(python, "install", "--no-compile", "--no-deps", "--force-reinstall", wheel.path)
         call(python, "-I", "-c", TRY_PACKAGE, "pure" if wheel.toolkit is None else "extension", cwd=WORK)
         call(python, "-I", "-m", "loge_kernels", "check", "--sample", "20", "--dtype", "float32", cwd=WORK)
+    shutil.rmtree(WORK / "beside")  # gigabytes, where torch brings CUDA
 
 
 def release(home: Path) -> str:
