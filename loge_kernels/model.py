@@ -6,64 +6,59 @@ factors, `remove` changes it back. Names, parameters, hooks and the state dict s
 
 from __future__ import annotations
 
-import math
-import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
-import torch
-from rich.progress import track
 from torch import nn
 
 from . import schedule
-from .backends import check_name
-from .cache import cached_factors
+from .calibration import Batch
 from .correction import BiasCorrection
-from .eight_bit import EightBitWeight
-from .factors import METHODS, Factors, resolve_rank
 from .linear import LoGELinear
-from .policy import Policy, average_cost, dense_cost, exact_every_within, preferred_exact_dtype
+from .planning import Plan, make_plan
+from .policy import Policy, average_cost
+from .refresher import Refresher
 from .report import LayerPath, LayerReport, Report
-
-Targets = str | Iterable[str] | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Site:
-    """A linear layer that may be converted: its name, itself, PEFT's layer around it, why it is left alone."""
-
-    name: str
-    linear: nn.Linear
-    adapter: Any  # peft.tuners.lora.Linear, a LoGELoraLinear once converted
-    obstacle: str | None
+from .request import Request
+from .sites import Site, Targets, find_sites, nothing_to_convert
+from .statistics import Statistics
 
 
 def apply(
     model: nn.Module,
     rank: int | float | None = None,
     subspace: str | None = None,
+    calibration: Statistics | Iterable[Batch] | None = None,
     targets: Targets = None,
     budget: float | None = None,
+    allocation: str | None = None,
     exact_every: float | None = None,
     exact_dtype: str | None = None,
     exact_fraction: float = 0.0,
     residual: float = 0.0,
     correction: float | None = 0.5,
+    salience: str = "taylor",
+    refresh_every: int | None = None,
     backend: str | None = None,
 ) -> Report:
     """Give the frozen linear layers of `model` a low-rank activation gradient, in place.
 
     On a PEFT model (`peft.get_peft_model`) a layer with one active LoRA adapter runs frozen weight and adapter in one
     op; elsewhere the adapter stays PEFT's and only the frozen weight's backward changes. The forward is unchanged.
+    Layers that bitsandbytes (NF4, FP4, int8) or torchao quantised keep their library's forward, and dequantise in
+    backward for exact products alone (`loge_kernels.quantized`).
 
     Args:
         model: any module; its layers are changed in place, its parameters are not.
         rank: an int (at most min(N, K) of each layer is taken), or a float in (0, 1], a share of min(N, K) rounded to
             a multiple of 16; None: 1/8. Where rank · (N + K) > N · K the layer stays exact: dense is cheaper.
-        subspace: "svd" (closest to the weight; None means it, but see `budget`), "random" (a control), or "dropped":
-            no factors at all, cheap steps send the gradient through adapters and skip connections alone.
+        subspace: which directions the factors keep (`loge_kernels.subspaces`). "svd": closest to the weight; None means
+            it, but see `budget` and `calibration`. "gradient": those that carry most of dX on batches of the task.
+            "salience": the paper's index, read as `salience` says. "random": a control. "dropped": no factors at all,
+            cheap steps send the gradient through adapters and skip connections alone.
+        calibration: for "gradient" (which it implies where `subspace` is None) and "salience": what
+            `calibrate(model, batches)` returned, or the batches themselves.
         targets: as PEFT's `target_modules`: a list of names (a layer's own or the end of its path), or a string, a
             regular expression that the whole path must match; "all-linear" or None: every frozen linear layer but the
             output head.
@@ -71,6 +66,9 @@ def apply(
             in 8 bits counted half (`loge_kernels.policy`). Exact steps, in 8 bits where the device has them, are made
             as frequent as it allows; from 0.5 on that is every step. With neither rank nor subspace the frozen path is
             "dropped" between them, and all of the budget goes to exact steps.
+        allocation: instead of on exact steps, spend the budget among the layers. "depth": `rank` (a share) everywhere
+            and exact layers from the output downwards. "energy": ranks where calibration saw most of dX per flop,
+            weighted by depth. With `exact_every` its exact steps are paid first.
         exact_every: one optimizer step in so many is exact, the first among them: any number from 1 up, 1.5 for two
             steps in three. `loge_kernels.schedule_of(model)` holds the count, for checkpoints.
         exact_dtype: "float8" or "int8" for the dense products of exact layers, rows and steps; None for the weight's.
@@ -79,6 +77,9 @@ def apply(
         correction: with exact steps, the decay in [0, 1) of the running mean of exact minus cheap adapter gradient that
             is added in the cheap steps; None: none (needed for sharded parameters). A model to be compiled is compiled
             after `apply`: its graph has no hooks otherwise.
+        salience: the reading of the index for "salience": "taylor", "signed", "fisher" or "gradient".
+        refresh_every: for "gradient", an optimizer step in so many brings the subspaces up to date with the gradients
+            of the training under way (`loge_kernels.refresh`); None: they stay as calibrated.
         backend: a name of `backends()`, or None for the one in force at each call.
 
     Returns:
@@ -91,38 +92,47 @@ def apply(
 
     Source: Zhang et al., Applied Sciences 2025, 15(1), 82 (LoGE).
     """
-    if subspace is None:
-        subspace = "svd" if budget is None or rank is not None else "dropped"
-    rank = 1 / 8 if rank is None else rank
-    _check(model, rank, subspace, exact_fraction, backend)
-    _check_exactness(model, budget, exact_every, exact_dtype, residual, correction)
-    sites = list(_sites(model, targets))
+    request = Request.with_defaults(
+        rank,
+        subspace,
+        calibration=calibration,
+        budget=budget,
+        allocation=allocation,
+        exact_every=exact_every,
+        exact_dtype=exact_dtype,
+        exact_fraction=exact_fraction,
+        residual=residual,
+        correction=correction,
+        salience=salience,
+        refresh_every=refresh_every,
+        backend=backend,
+    )
+    request.check(model)
+    sites = list(find_sites(model, targets))
     chosen = [site for site in sites if site.obstacle is None]
     if not chosen:
-        raise ValueError(_nothing_to_convert(model, sites, targets))
-    # Everything that can fail happens before the first layer is touched.
-    factors: dict[str, Factors | None] = {}
-    if budget is not None and exact_dtype is None:
-        largest = max(chosen, key=lambda site: site.linear.weight.numel())
-        exact_dtype = preferred_exact_dtype(largest.linear.weight)
-    exact = _mean(chosen, [dense_cost(site.linear.weight, exact_dtype) for site in chosen])
-    always_exact = exact_every == 1.0 or (budget is not None and exact <= budget)
-    for site in _with_progress(chosen):
-        _check_weight(site, exact_dtype)
-        factors[site.name] = None if always_exact else _factors(site, rank, subspace, residual)
-    costs = {site.name: _costs(site, factors[site.name], exact_dtype, exact_fraction) for site in chosen}
-    policy = _policy(chosen, costs, budget, exact_every, exact_dtype, correction)
+        raise ValueError(nothing_to_convert(model, sites, targets))
+    plan = make_plan(model, chosen, targets, request)
     for site in chosen:
-        LoGELinear.convert_(site.linear, factors[site.name], exact_fraction, backend, exact_dtype)
-        if site.adapter is not None:
-            from .peft_layers import LoGELoraLinear
+        site.convert_(plan.factors[site.name], exact_fraction, backend, plan.policy.exact_dtype)
+    _follow_steps(model, [site for site in chosen if plan.factors[site.name] is not None], plan.policy, request)
+    return Report(tuple(_row(site, plan) for site in sites), plan.policy)
 
-            LoGELoraLinear.convert_(site.adapter)
-    if policy.exact_every is not None and policy.exact_every > 1.0:
-        learned = None if policy.correction is None else BiasCorrection(model, policy.correction)
-        scheduled: list[Any] = [site.linear for site in chosen if factors[site.name] is not None]
-        schedule.attach(model, schedule.Schedule(model, scheduled, policy.exact_every, learned))
-    return Report(tuple(_row(site, factors.get(site.name), costs, policy) for site in sites), policy)
+
+def _follow_steps(model: nn.Module, sites: list[Site], policy: Policy, request: Request) -> None:
+    """Attach what has to happen at optimizer steps; `sites` have factors, converted by now."""
+    correction = refresher = None
+    if policy.correction is not None:
+        correction = BiasCorrection(model, policy.correction)
+    layers: list[Any] = [site.linear for site in sites]
+    if request.subspace == "gradient":
+        outer = [site.linear if site.adapter is None else site.adapter for site in sites]
+        names = [site.name for site in sites]
+        refresher = Refresher(zip(names, layers, outer, strict=True), request.refresh_every)
+    if policy.exact_every == 1.0 or not sites:
+        return
+    if policy.exact_every is not None or refresher is not None:
+        schedule.attach(model, schedule.Schedule(model, layers, policy.exact_every, correction, refresher))
 
 
 def remove(model: nn.Module) -> None:
@@ -131,240 +141,36 @@ def remove(model: nn.Module) -> None:
     schedule.detach(model)
     modules = list(model.modules())
     if "peft" in sys.modules:
-        from .peft_layers import LoGELoraLinear
+        from .peft_layers import FusedLora
 
         for module in modules:
-            if isinstance(module, LoGELoraLinear):
+            if isinstance(module, FusedLora):
                 module.revert_()
     for module in modules:
         if isinstance(module, LoGELinear) and module.converted:
             module.revert_()
 
 
-def _check(model: nn.Module, rank: Any, subspace: str, exact_fraction: float, backend: str | None) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
-    if isinstance(rank, int) and rank < 1:
-        raise ValueError(f"rank={rank!r}; give an int from 1 up, or a float in (0, 1]")
-    resolve_rank(min(rank, 1) if isinstance(rank, int) else rank, 1, 1)
-    if subspace == "gradient":
-        raise ValueError("subspace='gradient' needs gradient statistics: use factorize(method='gradient', covariance=)")
-    if subspace not in METHODS:
-        raise ValueError(f"subspace={subspace!r} is unknown; choose 'svd', 'random' or 'dropped'")
-    if not 0.0 <= exact_fraction <= 1.0:
-        raise ValueError(f"exact_fraction={exact_fraction!r} is not a share of the rows in [0, 1]")
-    if backend is not None:
-        check_name(backend, "backend")
-    for name, module in model.named_modules():
-        if isinstance(module, LoGELinear) and module.converted:
-            raise ValueError(f"model is converted already (layer {name!r}); call loge_kernels.remove(model) first")
-
-
-def _check_exactness(
-    model: nn.Module,
-    budget: float | None,
-    exact_every: float | None,
-    exact_dtype: str | None,
-    residual: float,
-    correction: float | None,
-) -> None:
-    if exact_dtype is not None:
-        EightBitWeight(exact_dtype)  # its message
-    given = {"budget": budget, "exact_every": exact_every, "residual": residual, "correction": correction}
-    for name, value in given.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
-    if budget is not None and not 0.0 < budget <= 1.0:
-        raise ValueError(f"budget={budget!r} is not a share of the dense flops in (0, 1]")
-    if exact_every is not None and not 1.0 <= exact_every < math.inf:
-        raise ValueError(f"exact_every={exact_every!r}: one step in so many is exact; give a number from 1 up")
-    if budget is not None and exact_every is not None:
-        raise ValueError(f"budget={budget!r} decides how often a step is exact; give it or exact_every={exact_every!r}")
-    if not 0.0 <= residual <= 1.0:
-        raise ValueError(f"residual={residual!r} is not a share of a weight's rows in [0, 1]")
-    if correction is None:
-        return
-    if not 0.0 <= correction < 1.0:
-        raise ValueError(f"correction={correction!r} is the decay of a running mean; give a number in [0, 1), or None")
-    if budget is not None or exact_every is not None:
-        for name, p in model.named_parameters():
-            if p.requires_grad and hasattr(p, "placements"):
-                raise ValueError(f"correction={correction!r}: {name} is sharded (FSDP); give correction=None")
-
-
-def _sites(model: nn.Module, targets: Targets) -> Iterator[_Site]:
-    """Every linear layer of the model that is not part of an adapter, with the reason where it is left alone."""
-    wanted = _matcher(targets)
-    explicit = targets is not None and targets != "all-linear"
-    head = _output_head(model)
-    tuner_layer, lora_linear, saved_module = _peft_classes()
-    inside_adapters: set[int] = set()
-    around: dict[int, tuple[str, nn.Module]] = {}
-    for name, module in model.named_modules():
-        if tuner_layer is not None and isinstance(module, tuner_layer):
-            base = module.get_base_layer()
-            around[id(base)] = name, module
-            inside_adapters.update(id(child) for child in module.modules())
-        elif saved_module is not None and isinstance(module, saved_module):
-            inside_adapters.update(id(child) for child in module.original_module.modules())
-    for name, module in model.named_modules():
-        wrapped = around.get(id(module))
-        if not isinstance(module, nn.Linear) or (wrapped is None and id(module) in inside_adapters):
-            continue
-        path, wrapper = wrapped or (name, None)
-        if not wanted(path):
-            continue
-        adapter = wrapper if lora_linear is not None and type(wrapper) is lora_linear else None
-        obstacle = _obstacle(module, head, explicit)
-        if obstacle is None and wrapper is not None and adapter is None:
-            kind = f"{type(wrapper).__module__}.{type(wrapper).__name__}"
-            obstacle = f"its adapter is a {kind}: factors could not follow the weight when that merges"
-        yield _Site(path, module, adapter, obstacle)
-
-
-def _obstacle(module: nn.Linear, head: nn.Module | None, explicit: bool) -> str | None:
-    if type(module) is LoGELinear:
-        return "is a LoGELinear of its own"
-    if type(module) is not nn.Linear:
-        return f"is a {type(module).__module__}.{type(module).__name__}, not a plain torch.nn.Linear"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance (an offloading hook?)"
-    if module.weight.is_meta:
-        return "its weight is on the meta device: load the model first"
-    if not module.weight.dtype.is_floating_point:
-        return f"its weight is {module.weight.dtype}"
-    if explicit:
-        return None
-    if module is head:
-        return "output head: its error would reach every layer below (name it in targets to convert it)"
-    if module.weight.requires_grad:
-        return "its weight is trainable, and factors follow a frozen one (name it in targets to convert it)"
-    return None
-
-
-def _check_weight(site: _Site, exact_dtype: str | None) -> None:
-    weight = site.linear.weight
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"the weight of layer {site.name!r} contains NaN or inf; the model is unchanged")
-    if exact_dtype is not None and weight.dtype == torch.float64:
-        raise TypeError(f"exact_dtype={exact_dtype!r}: the weight of layer {site.name!r} is float64; give None")
-
-
-def _factors(site: _Site, rank: int | float, subspace: str, residual: float) -> Factors | None:
-    """The site's factors, or None where the dense product costs less."""
-    N, K = site.linear.weight.shape
-    R = resolve_rank(min(rank, N, K) if isinstance(rank, int) else rank, N, K)
-    if subspace == "dropped":
-        R = 0
-    rows = math.ceil(residual * N)
-    if R * (N + K) + rows * K > N * K:
-        return None
-    factors = cached_factors(site.linear.weight, R, subspace)
-    return factors.with_residual(site.linear.weight, rows) if rows else factors
-
-
-def _mean(sites: list[_Site], costs: list[float]) -> float:
-    """The layers' costs, weighted by their size."""
-    sizes = [site.linear.weight.numel() for site in sites]
-    return sum(size * cost for size, cost in zip(sizes, costs, strict=True)) / sum(sizes)
-
-
-def _costs(site: _Site, factors: Factors | None, exact_dtype: str | None, exact_fraction: float) -> tuple[float, float]:
-    """Of the layer's dX in a cheap and in an exact step."""
-    exact = dense_cost(site.linear.weight, exact_dtype)
-    return (exact if factors is None else factors.cost + exact_fraction * exact), exact
-
-
-def _policy(
-    sites: list[_Site],
-    costs: dict[str, tuple[float, float]],
-    budget: float | None,
-    exact_every: float | None,
-    exact_dtype: str | None,
-    correction: float | None,
-) -> Policy:
-    cheap, exact = (_mean(sites, [costs[site.name][index] for site in sites]) for index in (0, 1))
-    if budget is not None:
-        exact_every = exact_every_within(budget, cheap, exact, correction is not None)
-    exact_every = None if exact_every is None else float(exact_every)
-    if exact_every is None or exact_every == 1.0:
-        correction = None
-    return Policy(exact_every, exact_dtype, correction, average_cost(cheap, exact, exact_every, correction is not None))
-
-
-def _row(site: _Site, factors: Factors | None, costs: dict[str, tuple[float, float]], policy: Policy) -> LayerReport:
-    N, K = site.linear.weight.shape
+def _row(site: Site, plan: Plan) -> LayerReport:
+    N, K = site.shape
     if site.obstacle is not None:
         return LayerReport(site.name, (N, K), None, None, "skipped", site.obstacle, 0.0)
-    cheap, exact = costs[site.name]
+    factors, policy = plan.factors[site.name], plan.policy
+    cheap, exact = plan.costs[site.name]
     if policy.exact_every == 1.0:
-        return LayerReport(site.name, (N, K), None, None, "exact", "every step is exact", 1.0 - exact)
+        return LayerReport(site.name, (N, K), None, None, "exact", site.about("every step is exact"), 1.0 - exact)
     saved = 1.0 - average_cost(cheap, exact, policy.exact_every, policy.correction is not None)
     if factors is None:
         reason = f"dense is cheaper at this rank (break-even at {N * K // (N + K)})"
-        return LayerReport(site.name, (N, K), None, None, "exact", reason, saved)
+        if plan.allocated:
+            reason = "exact by allocation"
+        return LayerReport(site.name, (N, K), None, None, "exact", site.about(reason), saved)
     path, reason = _path(site)
-    return LayerReport(site.name, (N, K), factors.rank, factors.energy, path, reason, saved)
+    return LayerReport(site.name, (N, K), factors.rank, factors.energy, path, site.about(reason), saved)
 
 
-def _path(site: _Site) -> tuple[LayerPath, str]:
+def _path(site: Site) -> tuple[LayerPath, str]:
     if site.adapter is None:
         return "plain", ""
-    obstacle = site.adapter.obstacle()  # a LoGELoraLinear by now
+    obstacle = site.adapter.obstacle()  # a FusedLora by now
     return ("fused", "") if obstacle is None else ("base", obstacle)
-
-
-def _matcher(targets: Targets) -> Any:
-    """PEFT's rule for `target_modules`."""
-    if targets is None or targets == "all-linear":
-        return lambda path: True
-    if isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise ValueError(f"targets={targets!r} is not a regular expression: {error}") from None
-        return lambda path: pattern.fullmatch(path) is not None
-    names = list(targets) if isinstance(targets, Iterable) else [targets]
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"targets={names!r}; give module names, or one string, a regular expression")
-    return lambda path: any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    # PEFT wraps a targeted head and one in modules_to_save.
-    for attribute in ("base_layer", "original_module"):
-        head = getattr(head, attribute, head)
-    return head
-
-
-def _peft_classes() -> tuple[Any, Any, Any]:
-    """PEFT's layer classes where PEFT is loaded: a PEFT model cannot exist without it."""
-    if "peft" not in sys.modules:
-        return None, None, None
-    from peft.tuners.lora.layer import Linear as LoraLinear
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
-    return BaseTunerLayer, LoraLinear, ModulesToSaveWrapper
-
-
-def _nothing_to_convert(model: nn.Module, sites: list[_Site], targets: Targets) -> str:
-    if sites:
-        shown = "; ".join(f"{site.name} {site.obstacle}" for site in sites[:3])
-        rest = f"; and {len(sites) - 3} more" if len(sites) > 3 else ""
-        return f"nothing to convert in this {type(model).__name__}: {shown}{rest}"
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not names:
-        return f"nothing to convert: this {type(model).__name__} has no torch.nn.Linear layer"
-    return f"targets={targets!r} matches no linear layer of this {type(model).__name__}, which has {names[:5]}"
-
-
-def _with_progress(sites: list[_Site]) -> Iterable[_Site]:
-    """A progress bar on a terminal's standard error; silent elsewhere."""
-    if not sys.stderr.isatty() or len(sites) < 8:
-        return sites
-    from rich.console import Console
-
-    return track(sites, description="factorising", console=Console(stderr=True), transient=True)

@@ -108,9 +108,8 @@ def linear(
     if factors is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled():
         _warn_when_stale(factors, weight)
     given = weight
-    device_type = x.device.type
-    if _autocasts(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         if lora_A is not None and lora_B is not None and lora_A.dtype != torch.float32:
@@ -185,11 +184,17 @@ def _eight_bit(
     return None, None
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast, where it is on, casts `x` to for a matrix product; None where it leaves it alone."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if _autocasts(device_type) and x.dtype != torch.float64 else None
+
+
 def _autocasts(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """An operator's implementation, out of reach of autocast: its operands are cast already, and its own products are
     to run in the dtypes it chose, also when backward is called inside an autocast block."""
 
@@ -204,7 +209,7 @@ def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@_without_autocast
+@without_autocast
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -233,7 +238,7 @@ def _forward_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor
     return x.new_empty(M, weight.shape[0]), xa
 
 
-@_without_autocast
+@without_autocast
 def _backward(
     dy: Tensor,
     x: Tensor | None,

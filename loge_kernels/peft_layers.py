@@ -1,20 +1,20 @@
-"""PEFT's LoRA linear layer with the frozen weight and the adapter in one op.
+"""PEFT's LoRA linear layers with the frozen weight and the adapter in one op.
 
-The class is PEFT's own with another `forward`: parameters, names, merging, saving and switching adapters stay PEFT's.
-Where one op cannot stand for the layer (several active adapters, DoRA, a mixed batch, merged or disabled adapters)
-PEFT's forward runs, and only the base layer's backward is low-rank.
+The classes are PEFT's own with another `forward`: parameters, names, merging, saving and switching adapters stay
+PEFT's. Where one op cannot stand for the layer (several active adapters, DoRA, a mixed batch, merged or disabled
+adapters) PEFT's forward runs, and only the base layer's backward is low-rank.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
 from .linear import LoGELinear
-from .ops import linear
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -23,20 +23,31 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-class LoGELoraLinear(LoraLinear):
-    """`peft.tuners.lora.Linear` over a `LoGELinear` base layer."""
+class FusedLora:
+    """What a LoRA layer of PEFT becomes, over a base layer that is a `LoGELinear`: comes before PEFT's class in the
+    bases of one class for each of PEFT's (`FUSED`)."""
 
-    @classmethod
-    def convert_(cls, layer: LoraLinear) -> None:
+    base_layer: Any
+    active_adapters: Any
+    disable_adapters: Any
+    merged: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_variant: Any
+    scaling: Any
+
+    @staticmethod
+    def convert_(layer: Any) -> None:
         """Make PEFT's layer one of these, in place; its base layer must be a `LoGELinear`."""
-        layer.__class__ = cls
+        layer.__class__ = FUSED[type(layer)]
 
     def revert_(self) -> None:
         """Undo `convert_`."""
-        self.__class__ = LoraLinear
+        self.__class__ = next(plain for plain, fused in FUSED.items() if fused is type(self))
 
-    def obstacle(self) -> str | None:
-        """Why the adapter cannot share the base layer's op as things stand, or None when it can."""
+    def obstacle(self, x: Tensor | None = None) -> str | None:
+        """Why the adapter cannot share the base layer's op as things stand (with this input), or None when it can."""
         adapters = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters:
             return "adapters are disabled"
@@ -52,56 +63,68 @@ class LoGELoraLinear(LoraLinear):
             return "adapter has a bias or is not a plain linear layer"
         if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
             return f"adapter dropout is {dropout}"
-        if A.weight.dtype not in (self.base_layer.weight.dtype, torch.float32) or A.weight.dtype != B.weight.dtype:
-            return f"adapter is {A.weight.dtype} over a {self.base_layer.weight.dtype} base"
-        if type(self.base_layer) is not LoGELinear or any(map(_hooked, (self.base_layer, A, B, dropout))):
+        if not isinstance(self.base_layer, LoGELinear) or any(map(_hooked, (self.base_layer, A, B, dropout))):
             return "hooks or a wrapper on the base layer or the adapter"
-        return None
+        if A.weight.dtype != B.weight.dtype:
+            return f"adapter is {A.weight.dtype} and {B.weight.dtype}"
+        return self.base_layer.adapter_obstacle(A.weight.dtype, x)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or self.obstacle() is not None:
-            return super().forward(x, *args, **kwargs)
+        parent: Any = super()
+        if args or kwargs or self.obstacle(x) is not None:
+            return parent.forward(x, *args, **kwargs)
         name = next(name for name in self.active_adapters if name in self.lora_A)
-        base: Any = self.base_layer
-        A: Any = self.lora_A[name]
-        B: Any = self.lora_B[name]
-        dropout: Any = self.lora_dropout[name]
-        return linear(
-            x,
-            base.weight,
-            base.current_factors(),
-            base.bias,
-            A.weight,
-            B.weight,
-            self.scaling[name],
-            dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
-            base.exact_fraction,
-            base.backend,
-            base.eight_bit,
-        )
+        dropout = self.lora_dropout[name]
+        probability = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        adapter = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        return self.base_layer.run(x, *adapter, probability)
 
     # PEFT writes the weight through `.data`, which torch does not count as a change: in merges, also in one that fails
     # at its second adapter, and where an adapter starts from a decomposition of the weight (PiSSA, OLoRA, ...).
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
+        parent: Any = super()
         try:
-            super().merge(*args, **kwargs)
+            parent.merge(*args, **kwargs)
         finally:
             self._invalidate()
 
     def unmerge(self) -> None:
+        parent: Any = super()
         try:
-            super().unmerge()
+            parent.unmerge()
         finally:
             self._invalidate()
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        super().update_layer(*args, **kwargs)
+        parent: Any = super()
+        parent.update_layer(*args, **kwargs)
         config = kwargs.get("config", args[3] if len(args) > 3 else None)
         start = kwargs.get("init_lora_weights", getattr(config, "init_lora_weights", True))
         if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva"):
             self._invalidate()
 
     def _invalidate(self) -> None:
-        base: Any = self.base_layer
-        base.invalidate()
+        self.base_layer.invalidate()
+
+
+class LoGELoraLinear(FusedLora, LoraLinear):
+    """`peft.tuners.lora.Linear` over a `LoGELinear` base layer."""
+
+
+class LoGETorchaoLoraLinear(FusedLora, TorchaoLoraLinear):
+    """PEFT's layer over a weight that torchao quantised."""
+
+
+FUSED: dict[type, type[FusedLora]] = {LoraLinear: LoGELoraLinear, TorchaoLoraLinear: LoGETorchaoLoraLinear}
+
+if is_bnb_available() and is_bnb_4bit_available():
+    from peft.tuners.lora import bnb
+
+    class LoGELoraLinear4bit(FusedLora, bnb.Linear4bit):
+        """PEFT's layer over `bitsandbytes.nn.Linear4bit`."""
+
+    class LoGELoraLinear8bitLt(FusedLora, bnb.Linear8bitLt):
+        """PEFT's layer over `bitsandbytes.nn.Linear8bitLt`."""
+
+    FUSED |= {bnb.Linear4bit: LoGELoraLinear4bit, bnb.Linear8bitLt: LoGELoraLinear8bitLt}

@@ -52,9 +52,21 @@ def forward(
         y += bias
     if lora_A is None or lora_B is None:
         return y, None
+    return y, add_adapter_(y, x, lora_A, lora_B, scaling, dropout, seed)
+
+
+def add_adapter_(
+    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float, seed: Tensor | None
+) -> Tensor:
+    """y [M, N] += s · xa Bᵀ, in place; returns xa [M, P]. The products are taken in x's dtype; y may have another."""
     adapter_input = drop(x, seed, dropout) if dropout > 0.0 and seed is not None else x
     xa = matmul(adapter_input, lora_A.to(x.dtype).t())
-    return add_matmul_(y, xa, (scaling * lora_B).to(x.dtype).t()), xa
+    scaled_B = (scaling * lora_B).to(x.dtype).t()
+    if y.dtype == x.dtype:
+        add_matmul_(y, xa, scaled_B)
+    else:
+        y += matmul(xa, scaled_B)
+    return xa
 
 
 def backward(problem: BackwardProblem) -> Gradients:

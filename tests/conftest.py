@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from finetuning import base, finished, kept_factors, tiny, whole  # noqa: F401 (fixtures)
 
 # The package exports a function of the same name, so `from loge_kernels import backends` is not the module.
 backends = import_module("loge_kernels.backends")

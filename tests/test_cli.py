@@ -23,7 +23,9 @@ def test_module_runs() -> None:
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", [("info",), ("check",), ("bench", "linear"), ("bench", "step"), ("finetune",)])
+@pytest.mark.parametrize(
+    "command", [("info",), ("check",), ("bench", "linear"), ("bench", "step"), ("bench", "fidelity"), ("finetune",)]
+)
 def test_help(command: tuple[str, ...]) -> None:
     result = runner.invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import loge_kernels as loge
 from loge_kernels.factors import resolve_rank
 
-module = import_module("loge_kernels.factors")
+decompositions = import_module("loge_kernels.decompositions")
 
 
 def orthogonal(*sizes: int) -> list[Tensor]:
@@ -44,13 +44,13 @@ def error(factors: loge.Factors, weight: Tensor) -> float:
 def iterations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes that went through the randomised decomposition."""
     calls: list[tuple[int, ...]] = []
-    original = module._subspace_iteration
+    original = decompositions._subspace_iteration
 
     def spy(W: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
         calls.append(tuple(W.shape))
         return original(W, width)
 
-    monkeypatch.setattr(module, "_subspace_iteration", spy)
+    monkeypatch.setattr(decompositions, "_subspace_iteration", spy)
     return calls
 
 

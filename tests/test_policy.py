@@ -89,7 +89,7 @@ def test_a_budget_with_a_rank_keeps_the_factors() -> None:
 def test_nothing_is_factorised_where_every_step_is_exact(
     options: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loge_kernels.model.cached_factors", None)
+    monkeypatch.setattr("loge_kernels.planning.cached_factors", None)
     assert loge.apply(wide(), rank=16, **options).layers[0].path == "exact"  # type: ignore[arg-type]
 
 
@@ -136,7 +136,7 @@ def test_exact_rows_are_counted() -> None:
         ({"exact_dtype": "int4"}, "exact_dtype='int4' is unknown"),
         ({"residual": -0.1}, r"residual=-0\.1 is not a share"),
         ({"correction": 1.0}, r"correction=1\.0 is the decay"),
-        ({"subspace": "magic"}, "choose 'svd', 'random' or 'dropped'"),
+        ({"subspace": "magic"}, "subspace='magic' is unknown; choose one of 'svd', 'gradient'"),
     ],
 )
 def test_bad_arguments_leave_the_model_alone(options: dict[str, object], message: str) -> None:

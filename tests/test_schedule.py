@@ -376,3 +376,36 @@ def test_evaluation_between_steps_changes_nothing() -> None:
         with cheap_backward():
             pass
         assert_close(step(model, optimizers[0]), step(other, optimizers[1]))
+
+
+class _Sub(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_a_subclass_that_calls_its_base_is_counted_once() -> None:
+    """Once both classes have had an instance, torch runs the hooks after the base's step and after the subclass's."""
+    model = lora()
+    loge.apply(model, RANK, exact_every=2)
+    schedule, plain, sub = schedule_of(model), optimizer_of(model), _Sub(adapters(model).values(), lr=0.05)
+    assert schedule is not None
+    for number, optimizer in enumerate((sub, plain, sub, sub), 1):
+        step(model, optimizer)
+        assert schedule.step == number
+
+
+def test_a_cheap_pass_of_the_users_leaves_an_exact_step_alone() -> None:
+    model, other = lora(), lora()
+    seen = []
+    for one, measured in ((model, True), (other, False)):
+        loge.apply(one, RANK, exact_every=2)
+        optimizer = optimizer_of(one)
+        if measured:
+            with cheap_backward():
+                measured_gradient = torch.autograd.grad(
+                    one(input_ids=tokens(), labels=tokens()).loss, list(adapters(one).values())
+                )
+        seen.append([step(one, optimizer) for _ in range(2)])
+    for ours, theirs in zip(*seen, strict=True):
+        assert_close(ours, theirs, 1e-6)
+    assert_close(dict(zip(adapters(model), measured_gradient, strict=True)), gradient(lora(), cheap=True))

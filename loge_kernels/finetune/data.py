@@ -47,31 +47,45 @@ class Corpus:
 
 def load(options: FinetuneOptions, tokenizer: Any) -> Corpus:
     """The corpus of `options`: its --text files, or the standard library of the running Python."""
+    wanted = options.steps * options.batch
+    source, train, heldout = read(options, tokenizer, wanted, max(1, HELDOUT_TOKENS // options.seq))
+    check_enough(options, len(train), options.batch, len(heldout), 1)
+    generator = torch.Generator().manual_seed(options.seed)
+    return Corpus(source, train, heldout, shuffled(len(train), wanted, generator))
+
+
+def read(options: FinetuneOptions, tokenizer: Any, train: int, heldout: int) -> tuple[str, Tensor, Tensor]:
+    """Where the text of `options` is from, and up to `train` and `heldout` sequences [n, seq + 1] of its two parts."""
     if options.text:
         texts = [_read(Path(path)) for path in options.text]
         cuts = [_line_end(text, len(text) * 9 // 10) for text in texts]
-        train = [_pieces(text[:cut]) for text, cut in zip(texts, cuts, strict=True)]
-        heldout = [_pieces(text[cut:]) for text, cut in zip(texts, cuts, strict=True)]
+        seen = [_pieces(text[:cut]) for text, cut in zip(texts, cuts, strict=True)]
+        unseen = [_pieces(text[cut:]) for text, cut in zip(texts, cuts, strict=True)]
         source = ", ".join(Path(path).name for path in options.text)
     else:
         files = standard_library()
-        train = [_file_pieces(path) for path, held in files if not held]
-        heldout = [_file_pieces(path) for path, held in files if held]
+        seen = [_file_pieces(path) for path, held in files if not held]
+        unseen = [_file_pieces(path) for path, held in files if held]
         source = f"Python {sysconfig.get_python_version()}'s standard library"
+    sequences = [_sequences(*part, options.seq) for part in ((seen, tokenizer, train), (unseen, tokenizer, heldout))]
+    return source, sequences[0], sequences[1]
 
-    wanted = options.steps * options.batch
-    sequences = _sequences(train, tokenizer, wanted, options.seq)
-    unseen = _sequences(heldout, tokenizer, max(1, HELDOUT_TOKENS // options.seq), options.seq)
-    if len(sequences) < options.batch or len(unseen) == 0:
+
+def check_enough(options: FinetuneOptions, train: int, need_train: int, heldout: int, need_heldout: int) -> None:
+    """Raise FinetuneError where the text gives fewer sequences than are needed."""
+    if train < need_train or heldout < need_heldout:
         name = "--text" if options.text else "the standard library's text"
         raise FinetuneError(
-            f"{name} is too short: it gives {len(sequences)} training and {len(unseen)} held-out sequences of --seq "
-            f"{options.seq} tokens, and at least {options.batch} (--batch) and 1 are needed; give more text (--text "
-            "again), or a smaller --seq or --batch"
+            f"{name} is too short: it gives {train} training and {heldout} held-out sequences of --seq "
+            f"{options.seq} tokens, and at least {need_train} (--batch) and {need_heldout} are needed; give more text "
+            "(--text again), or a smaller --seq or --batch"
         )
-    generator = torch.Generator().manual_seed(options.seed)
-    rounds = [torch.randperm(len(sequences), generator=generator) for _ in range(-(-wanted // len(sequences)))]
-    return Corpus(source, sequences, unseen, torch.cat(rounds)[:wanted])
+
+
+def shuffled(count: int, wanted: int, generator: torch.Generator) -> Tensor:
+    """`wanted` of `count` indices in random order: every one once before any twice."""
+    rounds = [torch.randperm(count, generator=generator) for _ in range(-(-wanted // count))]
+    return torch.cat(rounds)[:wanted]
 
 
 def standard_library() -> list[tuple[Path, bool]]:

@@ -16,6 +16,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..atomic import replacing
 from .options import FinetuneError
 
 
@@ -59,24 +60,6 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
         path.mkdir(exist_ok=True)
         for file in sorted(Path(aside).iterdir()):
             os.replace(file, path / file.name)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, with its suffix, that takes its place on success and vanishes on failure."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is not what the user's other files have
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

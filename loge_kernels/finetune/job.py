@@ -13,10 +13,12 @@ from rich.console import Console
 from torch import Tensor
 
 from .. import model as loge
+from ..eight_bit import EightBitWeight
 from ..factors import Factors
+from ..schedule import schedule_of
 from . import data, files, models, results, state
 from .memory import PeakMemory
-from .options import FinetuneError, FinetuneOptions, Interrupted, choose_device, choose_dtype
+from .options import FinetuneError, FinetuneOptions, Interrupted, choose_device, choose_dtype, flag
 from .progress import progress
 from .training import Record, Stop, Trainer, heldout_loss, stop_on_interrupt
 
@@ -51,7 +53,9 @@ def run(options: FinetuneOptions, console: Console | None = None) -> dict[str, A
 class _Job:
     def __init__(self, options: FinetuneOptions, device: torch.device, dtype: torch.dtype, console: Console) -> None:
         self.given = options
-        self.options = dataclasses.replace(options, device=str(device), dtype=str(dtype).removeprefix("torch."))
+        self.options = dataclasses.replace(
+            options, device=str(device), dtype=str(dtype).removeprefix("torch."), **options.policy()
+        )
         self.device, self.dtype, self.console = device, dtype, console
         self.out = Path(options.out)
         self.saved: dict[str, state.Saved] = {}
@@ -83,8 +87,8 @@ class _Job:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.trainable = sum(p.numel() for p in trained)
         self.parameters = sum(p.numel() for p in self.model.parameters()) - self.trainable
-        # Two adapters, and for each the weights, both moments of Adam and the first gradient.
-        files.need_space(self.out, 10 * 4 * self.trainable + 2**20)
+        # Two adapters, and for each the weights, both moments of Adam and the first gradient; LoGE's correction.
+        files.need_space(self.out, 11 * 4 * self.trainable + 2**20)
         self.start = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         self.corpus = data.load(self.options, loaded.tokenizer)
         where = str(self.device)
@@ -128,8 +132,6 @@ class _Job:
         self._set_adapter(self.start)
         if method == "loge":
             record.report = self._apply()
-            factors = [module for module in self.model.modules() if isinstance(module, Factors)]
-            record.factors_bytes = sum(each.left.nbytes + each.right.nbytes for each in factors)
         try:
             trainer = Trainer(self.model, self.corpus, self.options, record)
             if saved is not None:
@@ -157,6 +159,7 @@ class _Job:
                     break
         if self.memory.bytes is not None:
             record.peak_memory = max(self.memory.bytes, record.peak_memory or 0)
+        record.kept_bytes = max(self._kept_bytes(), record.kept_bytes)
         if stop.requested:
             self._stop(method, trainer)
 
@@ -200,15 +203,28 @@ class _Job:
                 p.copy_(values[name])
 
     def _apply(self) -> dict[str, Any]:
-        self._say("Factorising the frozen weights (kept for the next run) ...")
+        policy = self.options.policy()
+        self._say("Preparing the backward pass (factors are kept for the next run) ...")
         start = time.perf_counter()
         torch.manual_seed(self.options.seed)  # of the "random" subspace, the same after a resume
         try:
-            report = loge.apply(self.model, rank=self.options.rank, subspace=self.options.subspace)
+            report = loge.apply(self.model, **policy)
         except (TypeError, ValueError) as error:
-            raise FinetuneError(f"--rank {self.options.rank} --subspace {self.options.subspace}: {error}") from error
+            given = " ".join(f"{flag(name)} {value}" for name, value in policy.items())
+            raise FinetuneError(f"{given}: {error}") from error
         self._say(f"LoGE:  {report.summary()} ({time.perf_counter() - start:.0f} s)")
         return json.loads(json.dumps(report.to_dict()))  # tuples as lists, the same after a resume
+
+    def _kept_bytes(self) -> int:
+        """What the low-rank backward keeps beside the model."""
+        schedule = schedule_of(self.model)
+        kept = [] if schedule is None else list(schedule.state_dict().values())
+        for module in self.model.modules():
+            if isinstance(module, Factors):
+                kept += [module.left, module.right]
+            elif isinstance(module, EightBitWeight) and module.tensor is not None and module.scale is not None:
+                kept += [module.tensor, module.scale]
+        return sum(tensor.nbytes for tensor in kept)
 
     def _hand_over(self) -> dict[str, Any]:
         exact = self.saved["lora"].tensors["first_gradient"]
@@ -218,6 +234,7 @@ class _Job:
             )
             for method, saved in self.saved.items()
         }
+        methods["loge"]["recovered"] = results.recovered(methods)
         metrics: dict[str, Any] = {
             "methods": methods,
             "model": {"name": self.name, "parameters": self.parameters, "trainable": self.trainable},

@@ -91,6 +91,17 @@ def attach_lora(model: Any, options: FinetuneOptions) -> Any:
         return get_peft_model(model, config)
 
 
+def start_again(model: Any, seed: int) -> None:
+    """Give every adapter of `model` a fresh start, as PEFT makes it, the same one for the same seed."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.active_adapters:
+                module.reset_lora_parameters(name, init_lora_weights=True)
+
+
 def save_adapter(model: Any, directory: Path) -> None:
     """PEFT's own files; the embedding is never trained here, and asking PEFT to find out would query the hub."""
     with _quiet():

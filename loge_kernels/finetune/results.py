@@ -11,7 +11,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from .files import explained, replacing
+from ..atomic import replacing
+from ..policy import Policy
+from .files import explained
 from .training import PARTS, Record
 
 TITLES = {"lora": "LoRA (exact)", "loge": "LoGE"}
@@ -24,14 +26,23 @@ def method_metrics(record: Record, heldout_before: float, cosine: float) -> dict
         "heldout_after": record.heldout_after,
         "losses": record.losses,
         "step_seconds": record.step_seconds,
-        "median_seconds": {part: record.median(part) for part in ("step", *PARTS)},
+        "typical_seconds": {part: record.typical(part) for part in ("step", *PARTS)},
         "peak_memory_bytes": record.peak_memory,
-        "first_gradient_cosine": cosine,
+        "cheap_gradient_cosine": cosine,
+        "cost": 1.0,
     }
     metrics |= {f"{part}_seconds": getattr(record, part) for part in PARTS}
     if record.report is not None:
-        metrics |= {"factors_bytes": record.factors_bytes, "report": record.report}
+        policy = Policy(**record.report["policy"])
+        metrics |= {"policy": str(policy), "cost": policy.cost, "report": record.report}
+        metrics |= {"exact_steps": record.exact, "kept_bytes": record.kept_bytes}
     return metrics
+
+
+def recovered(methods: dict[str, dict[str, Any]]) -> float | None:
+    """LoGE's gain in held-out loss as a share of exact LoRA's; None where that has none."""
+    gains = {name: method["heldout_before"] - method["heldout_after"] for name, method in methods.items()}
+    return gains["loge"] / gains["lora"] if gains["lora"] > 0 else None
 
 
 def versions() -> dict[str, str]:
@@ -53,20 +64,25 @@ def cosine(gradient: Tensor, exact: Tensor) -> float:
 
 
 def table(metrics: dict[str, Any]) -> Table:
-    """Both methods side by side, and LoGE against LoRA."""
+    """Both methods side by side, and LoGE against LoRA; the policy below."""
     lora, loge = metrics["methods"]["lora"], metrics["methods"]["loge"]
     steps = metrics["arguments"]["steps"]
-    result = Table(title=f"{metrics['model']['name']}, {steps} steps; times are medians", title_justify="left")
+    result = Table(
+        title=f"{metrics['model']['name']}, {steps} steps; typical times",
+        title_justify="left",
+        caption=f"LoGE: {loge['policy']}" + ("; the cosine is before correction" if any(loge["exact_steps"]) else ""),
+        caption_justify="left",
+    )
     result.add_column("")
-    for heading in (TITLES["lora"], f"{TITLES['loge']} (rank {metrics['arguments']['rank']})", "LoGE : LoRA"):
+    for heading in (TITLES["lora"], _loge_title(metrics["arguments"]), "LoGE : LoRA"):
         result.add_column(heading, justify="right")
 
-    gains = [method["heldout_before"] - method["heldout_after"] for method in (lora, loge)]
-    share = f"{gains[1] / gains[0]:.0%} of the gain" if gains[0] > 0 else ""
+    share = "" if loge["recovered"] is None else f"{loge['recovered']:.0%} of the gain"
     result.add_row("held-out loss before", f"{lora['heldout_before']:.4f}", f"{loge['heldout_before']:.4f}", "")
     result.add_row("held-out loss after", f"{lora['heldout_after']:.4f}", f"{loge['heldout_after']:.4f}", share)
+    result.add_row("dX flops, of dense", f"{lora['cost']:.2f}", f"{loge['cost']:.2f}", "")
     for part in ("step", *PARTS):
-        exact, low = lora["median_seconds"][part], loge["median_seconds"][part]
+        exact, low = lora["typical_seconds"][part], loge["typical_seconds"][part]
         name = "seconds a step" if part == "step" else f"  {part}"
         # Adam's step is the same in both: a ratio of its few milliseconds would be noise.
         ratio = "" if part == "optimizer" else f"{exact / low:.2f}x speed"
@@ -74,10 +90,17 @@ def table(metrics: dict[str, Any]) -> Table:
     peaks = [method["peak_memory_bytes"] for method in (lora, loge)]
     if None not in peaks:
         result.add_row("peak memory", *(f"{peak / 2**20:.0f} MiB" for peak in peaks), f"{peaks[1] / peaks[0]:.2f}x")
-    result.add_row("  of it factors", "", f"{loge['factors_bytes'] / 2**20:.0f} MiB", "")
-    cosines = [f"{method['first_gradient_cosine']:.3f}" for method in (lora, loge)]
-    result.add_row("first gradient, cosine", *cosines, "")
+    result.add_row("  of it LoGE keeps", "", f"{loge['kept_bytes'] / 2**20:.0f} MiB", "")
+    # The first step may be an exact one: what its batch would give in a cheap step is measured instead.
+    name = "cheap gradient, cosine" if any(loge["exact_steps"]) else "first gradient, cosine"
+    result.add_row(name, *(f"{method['cheap_gradient_cosine']:.3f}" for method in (lora, loge)), "")
     return result
+
+
+def _loge_title(arguments: dict[str, Any]) -> str:
+    names = ("budget", "rank", "subspace", "exact_every", "exact_dtype")
+    given = ", ".join(f"{name.replace('_', ' ')} {arguments[name]}" for name in names if arguments[name] is not None)
+    return f"{TITLES['loge']} ({given})"
 
 
 def curves(path: Path, metrics: dict[str, Any]) -> None:
@@ -102,10 +125,13 @@ def curves(path: Path, metrics: dict[str, Any]) -> None:
     for axes in (by_step, by_time):
         axes.grid(alpha=0.3)
     by_step.legend(fontsize="small")
-    arguments = metrics["arguments"]
+    arguments, loge = metrics["arguments"], metrics["methods"]["loge"]
+    share = "" if loge["recovered"] is None else f", {loge['recovered']:.0%} of exact LoRA's held-out gain"
     figure.suptitle(
         f"{metrics['model']['name']}, LoRA rank {arguments['lora_rank']}, {arguments['batch']} x {arguments['seq']} "
-        f"tokens a step, {arguments['dtype']} on {arguments['device']}"
+        f"tokens a step, {arguments['dtype']} on {arguments['device']}\n"
+        f"{_loge_title(arguments)}: {loge['policy']}\n{loge['cost']:.0%} of the dense dX flops{share}",
+        fontsize="medium",
     )
     with explained(path), replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)

@@ -17,10 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops import cheap_backward
+from ..schedule import schedule_of
 from .data import Corpus
 from .options import FinetuneError, FinetuneOptions
 
 PARTS = ("forward", "backward", "optimizer")
+_SCHEDULE = "schedule."
+
+
+class Diverged(FinetuneError):
+    """The training loss is no longer a number."""
 
 
 @dataclass
@@ -31,30 +38,44 @@ class Record:
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
     optimizer: list[float] = field(default_factory=list)
+    exact: list[bool] = field(default_factory=list)  # whether a schedule had made the step an exact one
     peak_memory: int | None = None
     heldout_after: float | None = None
     report: dict[str, Any] | None = None  # what `apply` did
-    factors_bytes: int | None = None
+    kept_bytes: int = 0  # factors, 8-bit copies of weights, means of the correction
 
     @property
     def step_seconds(self) -> list[float]:
         return [sum(parts) for parts in zip(self.forward, self.backward, self.optimizer, strict=True)]
 
-    def median(self, part: str) -> float:
-        """Median over the steps of `part`, one of PARTS or "step", in seconds."""
-        return statistics.median(self.step_seconds if part == "step" else getattr(self, part))
+    def typical(self, part: str) -> float:
+        """Seconds that `part`, one of PARTS or "step", takes: the median of the exact steps and that of the others,
+        weighted by their numbers."""
+        seconds = self.step_seconds if part == "step" else getattr(self, part)
+        kinds = [[s for s, exact in zip(seconds, self.exact, strict=True) if exact is kind] for kind in (True, False)]
+        return sum(len(kind) * statistics.median(kind) for kind in kinds if kind) / len(seconds)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
 class Trainer:
-    """AdamW on the adapters of `model`: `step()` until `done`, from the step that `record` has reached."""
+    """AdamW on the adapters of `model`: `step()` until `done`, from the step that `record` has reached. `rate` gives
+    the share of the learning rate at a step, counted from 0; None: always all of it."""
 
-    def __init__(self, model: nn.Module, corpus: Corpus, options: FinetuneOptions, record: Record) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        corpus: Corpus,
+        options: FinetuneOptions,
+        record: Record,
+        rate: Callable[[int], float] | None = None,
+    ) -> None:
         self.record = record
-        self.first_gradient: Tensor | None = None  # of all adapter parameters, in order, on the CPU in float32
-        self._model, self._corpus, self._options = model, corpus, options
+        # Of all adapter parameters, in order, on the CPU in float32; as a cheap step takes it, before any correction.
+        self.first_gradient: Tensor | None = None
+        self._schedule = schedule_of(model)
+        self._model, self._corpus, self._options, self._rate = model, corpus, options, rate
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._device = next(iter(self._parameters.values())).device
         self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=options.lr, weight_decay=0.0)
@@ -67,36 +88,44 @@ class Trainer:
         number = len(self.record.losses)
         batch = self._corpus.batch(number, self._options.batch).to(self._device)
         # A model with dropout of its own draws the same numbers in both methods, and again after a resume.
-        torch.manual_seed(self._options.seed + number)
+        seed = self._options.seed + number
         self._model.train()
+        if number == 0:
+            torch.manual_seed(seed)
+            self.first_gradient = self._cheap_gradient(batch)
+        torch.manual_seed(seed)
+        exact = self._schedule is not None and self._schedule.exact
         start = self._now()
         loss = token_losses(self._model, batch).mean()
         forward = self._now()
         loss.backward()
         backward = self._now()
-        if number == 0:
-            self.first_gradient = torch.cat([gradient.flatten().float().cpu() for gradient in self._gradients()])
-        updating = self._now()
+        if self._rate is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._options.lr * self._rate(number)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         end = self._now()
         value = loss.item()
         if not math.isfinite(value):
-            raise FinetuneError(
+            raise Diverged(
                 f"--lr {self._options.lr}: the training loss became {value} at step {number + 1}; try a smaller --lr"
             )
         self.record.losses.append(value)
         self.record.forward.append(forward - start)
         self.record.backward.append(backward - forward)
-        self.record.optimizer.append(end - updating)
+        self.record.optimizer.append(end - backward)
+        self.record.exact.append(exact)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The adapter and the optimizer's state, by name."""
+        """The adapter, the optimizer's state and the schedule's, by name."""
         tensors = {f"adapter.{name}": p.detach() for name, p in self._parameters.items()}
         for name, p in self._parameters.items():
             tensors |= {f"{key}.{name}": value for key, value in self._optimizer.state[p].items()}
         if self.first_gradient is not None:
             tensors["first_gradient"] = self.first_gradient
+        if self._schedule is not None:
+            tensors |= {_SCHEDULE + name: value for name, value in self._schedule.state_dict().items()}
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -112,12 +141,14 @@ class Trainer:
                     for key, value in kept.items()
                     if value is not None
                 }
+        if self._schedule is not None:
+            start = len(_SCHEDULE)
+            self._schedule.load_state_dict({n[start:]: t for n, t in tensors.items() if n.startswith(_SCHEDULE)})
 
-    def _gradients(self) -> list[Tensor]:
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        if len(gradients) < len(self._parameters):
-            raise RuntimeError(f"{len(self._parameters) - len(gradients)} adapter parameters got no gradient")
-        return gradients
+    def _cheap_gradient(self, batch: Tensor) -> Tensor:
+        with cheap_backward():
+            gradients = torch.autograd.grad(token_losses(self._model, batch).mean(), list(self._parameters.values()))
+        return torch.cat([gradient.flatten().float().cpu() for gradient in gradients])
 
     def _now(self) -> float:
         if self._device.type == "cuda":

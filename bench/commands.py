@@ -1,0 +1,220 @@
+"""`python -m loge_kernels bench`: linear, step and fidelity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from loge_kernels.command_line import SETTINGS, JsonOption, leave, number, numbers, split
+
+
+class _DefaultCommand(TyperGroup):
+    """`bench` without a subcommand's name is `bench linear`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ("--help", "-h")):
+            args = ["linear", *args]
+        return super().parse_args(ctx, args)
+
+
+bench_app = typer.Typer(
+    cls=_DefaultCommand, context_settings=SETTINGS, help="Measure speed, and what is learnt, against the baselines."
+)
+
+
+@bench_app.command("linear")
+def bench_linear(
+    shapes: Annotated[
+        list[str] | None,
+        typer.Argument(help="Model names (SmolLM2-135M, LLaMA-2-7B, LLaMA-3-8B, Qwen2.5-7B) or M,N,K."),
+    ] = None,
+    rows: Annotated[list[str] | None, typer.Option("--rows", "-M", help="M, tokens: a list.")] = None,
+    rank: Annotated[list[str] | None, typer.Option("--rank", "-R", help="R: ints, or shares of min(N, K).")] = None,
+    lora_rank: Annotated[list[str] | None, typer.Option("--lora-rank", "-P", help="P: a list.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16: a list.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    direction: Annotated[str, typer.Option(help="forward+backward or backward.")] = "forward+backward",
+    budget: Annotated[float, typer.Option(help="Seconds of measured rounds for each case.")] = 20.0,
+    slow_limit: Annotated[
+        float, typer.Option(help="Leave out a baseline predicted to take longer than this many seconds a call.")
+    ] = 180.0,
+    json_file: JsonOption = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Instead: measure the Triton configurations for these problems and keep the best in the user's cache.",
+        ),
+    ] = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write the rows to this file, as CSV.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw speed-up against R into this file.")] = None,
+) -> None:
+    """One frozen linear layer with LoRA: every backend against the dense product, PEFT and the unfused composition.
+
+    Lists are given by repeating an option or separating values by commas. No speed-up is printed for a wrong result.
+    """
+
+    def work() -> bool:
+        from . import micro
+
+        given: dict[str, Any] = {
+            "rows": tuple(numbers("rows", rows)),
+            "ranks": tuple(numbers("rank", rank)),
+            "lora_ranks": tuple(numbers("lora-rank", lora_rank)),
+            "dtypes": tuple(split(dtype)),
+        }
+        given = {name: value for name, value in given.items() if value}
+        if tune:
+            from . import tune as tuner
+
+            wanted = tuner.TuneOptions(
+                shapes=tuple(shapes or ()), device=device, budget=budget, json=json_file, **given
+            )
+            return bool(tuner.run(wanted)["passed"])
+        options = micro.MicroOptions(
+            shapes=tuple(shapes or ()),
+            device=device,
+            direction=direction,
+            budget=budget,
+            slow_limit=slow_limit,
+            json=json_file,
+            csv=csv,
+            png=png,
+            **given,
+        )
+        return bool(micro.run(options)["passed"])
+
+    leave(work)
+
+
+@bench_app.command("step")
+def bench_step(
+    hidden: Annotated[int, typer.Option(help="Width of the model.")] = 2048,
+    intermediate: Annotated[int, typer.Option(help="Width of its MLP.")] = 5632,
+    layers: Annotated[int, typer.Option(help="Blocks.")] = 4,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 32,
+    kv_heads: Annotated[int | None, typer.Option(help="Heads of keys and values; default: as many.")] = None,
+    vocab: Annotated[int, typer.Option(help="Size of the vocabulary.")] = 5824,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 2,
+    seq: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
+    rank: Annotated[str, typer.Option("--rank", "-R", help="R: an int, or a share of min(N, K).")] = "0.0625",
+    lora_rank: Annotated[int, typer.Option("--lora-rank", "-P", help="P, on every linear of the blocks.")] = 16,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16: a list.")] = None,
+    methods: Annotated[list[str] | None, typer.Option(help="Of peft, exact, loge: a list.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    budget: Annotated[float, typer.Option(help="Seconds of measured rounds for each dtype.")] = 120.0,
+    slow_limit: Annotated[float, typer.Option(help="Leave PEFT out above this many predicted seconds a step.")] = 180.0,
+    json_file: JsonOption = None,
+) -> None:
+    """A training step of a LLaMA-shaped model with random weights: PEFT's exact LoRA, the same through this package's
+    op, and the low-rank backward, in turn."""
+
+    def work() -> bool:
+        from . import step
+
+        given: dict[str, Any] = {"dtypes": tuple(split(dtype)), "methods": tuple(split(methods))}
+        options = step.StepOptions(
+            hidden=hidden,
+            intermediate=intermediate,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            vocab=vocab,
+            batch=batch,
+            seq=seq,
+            rank=number("rank", rank),
+            lora_rank=lora_rank,
+            device=device,
+            budget=budget,
+            slow_limit=slow_limit,
+            json=json_file,
+            **{name: value for name, value in given.items() if value},
+        )
+        return bool(step.run(options)["passed"])
+
+    leave(work)
+
+
+@bench_app.command("fidelity")
+def bench_fidelity(
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            help='What to compare, repeated: exact, float8, int8, a subspace with arguments of apply ("gradient:rank='
+            '1/8,exact_every=4"), arguments alone ("budget=0.35"), or exact LoRA with as many steps as cost what a '
+            'policy does ("exact:cost=0.35"). Default: a list of all kinds.',
+        ),
+    ] = None,
+    seed: Annotated[
+        list[str] | None, typer.Option(help="Of adapters, batches and choice of text: a list; default 0,1,2.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A directory, a .gguf file or a hub id; default: SmolLM2-135M-Instruct.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Files to train on; default: Python's standard library.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 50,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 4,
+    seq: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
+    lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 5e-4,
+    schedule: Annotated[str, typer.Option(help="Of the learning rate: constant, or cosine to zero.")] = "constant",
+    warmup: Annotated[int, typer.Option(help="Steps in which the learning rate rises.")] = 0,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters, on every linear of the blocks.")] = 8,
+    checkpoints: Annotated[int, typer.Option(help="How often the held-out loss is taken in a run.")] = 5,
+    heldout: Annotated[int, typer.Option(help="Held-out sequences.")] = 16,
+    calibration: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 8,
+    gradient_steps: Annotated[int, typer.Option(help="Exact steps before the gradients are compared.")] = 5,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the result to this file after every run, and skip what it holds already."),
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw learning against flops, and loss against time.")] = None,
+) -> None:
+    """What cheap gradients teach: held-out loss, cosine and cost of every policy against exact LoRA, on a real model.
+
+    Interrupted, it goes on with the same --json where it stopped; more policies and seeds can be added to a file.
+    """
+
+    def work() -> bool:
+        from . import fidelity
+
+        options = fidelity.FidelityOptions(
+            policies=tuple(policy or ()),
+            seeds=_seeds(seed),
+            model=model,
+            text=tuple(text or ()),
+            steps=steps,
+            batch=batch,
+            seq=seq,
+            lr=lr,
+            schedule=schedule,
+            warmup=warmup,
+            lora_rank=lora_rank,
+            checkpoints=checkpoints,
+            heldout=heldout,
+            calibration=calibration,
+            gradient_steps=gradient_steps,
+            dtype=dtype,
+            device=device,
+            json=json_file,
+            png=png,
+        )
+        fidelity.run(options)
+        return True
+
+    leave(work)
+
+
+def _seeds(values: list[str] | None) -> tuple[int, ...]:
+    found = numbers("seed", ["0,1,2"] if values is None else values)
+    for value in found:
+        if not isinstance(value, int):
+            raise ValueError(f"--seed {value!r} is not an integer")
+    return tuple(int(value) for value in found)

@@ -1,0 +1,179 @@
+"""The linear layers of a model that a low-rank backward could serve, and why some are left alone."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .linear import LoGELinear
+from .quantized import QuantizedLinear, layer_class
+
+Targets = str | Iterable[str] | None
+
+# Libraries whose layers are no `nn.Linear`, and whose kernels differ in how they give the weight back, if at all.
+_REFUSED = ("gptqmodel", "auto_gptq", "awq")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A linear layer that may be converted: its name, itself, PEFT's layer around it, why it is left alone."""
+
+    name: str
+    linear: nn.Linear
+    adapter: Any  # one of PEFT's LoRA layers, a FusedLora once converted
+    obstacle: str | None
+    quantized: type[QuantizedLinear] | None = None  # what a quantised layer becomes
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K): the shape of `linear.weight`, or of what a quantised one stands for."""
+        return self.linear.out_features, self.linear.in_features
+
+    @property
+    def outline(self) -> Tensor:
+        """Shape, dtype and device of `weight()` without its values: for questions about costs."""
+        if self.quantized is None or self.obstacle is not None:
+            return self.linear.weight
+        dtype = self.quantized.factor_dtype(self.linear)
+        return torch.empty((), dtype=dtype, device=self.linear.weight.device).expand(self.shape)
+
+    def weight(self) -> Tensor:
+        """The weight [N, K] in a floating dtype; a quantised one is dequantised at each call."""
+        if self.quantized is None:
+            return self.linear.weight
+        return self.quantized.dequantize(self.linear, self.quantized.factor_dtype(self.linear))
+
+    def convert_(self, *options: Any) -> None:
+        """Make the layer a `LoGELinear` (`LoGELinear.convert_`), and PEFT's layer around it one that shares its op."""
+        (self.quantized or LoGELinear).convert_(self.linear, *options)
+        if self.adapter is not None:
+            from .peft_layers import FusedLora
+
+            FusedLora.convert_(self.adapter)
+
+    def about(self, reason: str = "") -> str:
+        """`reason` for the report, after what the weight is where that is not plain."""
+        label = "" if self.quantized is None else self.quantized.label(self.linear)
+        return "; ".join(part for part in (label, reason) if part)
+
+
+def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
+    """Every linear layer of the model that is not part of an adapter, with the reason where it is left alone."""
+    wanted = _matcher(targets)
+    explicit = targets is not None and targets != "all-linear"
+    head = _output_head(model)
+    tuner_layer, lora_layers, saved_module = _peft_classes()
+    inside_adapters: set[int] = set()
+    around: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        if tuner_layer is not None and isinstance(module, tuner_layer):
+            base = module.get_base_layer()
+            around[id(base)] = name, module
+            inside_adapters.update(id(child) for child in module.modules())
+        elif saved_module is not None and isinstance(module, saved_module):
+            inside_adapters.update(id(child) for child in module.original_module.modules())
+    for name, module in model.named_modules():
+        wrapped = around.get(id(module))
+        if not _is_linear(module) or (wrapped is None and id(module) in inside_adapters):
+            continue
+        path, wrapper = wrapped or (name, None)
+        if not wanted(path):
+            continue
+        adapter = wrapper if type(wrapper) in lora_layers else None
+        quantized = layer_class(module)
+        obstacle = _obstacle(module, quantized, head, explicit)
+        if obstacle is None and wrapper is not None and adapter is None:
+            kind = f"{type(wrapper).__module__}.{type(wrapper).__name__}"
+            obstacle = f"its adapter is a {kind}: factors could not follow the weight when that merges"
+        yield Site(path, module, adapter, obstacle, quantized)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether this is a linear layer, or stands for one in a format that is refused by name."""
+    return isinstance(module, nn.Linear) or (_library(module) in _REFUSED and hasattr(module, "out_features"))
+
+
+def _library(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
+
+
+def _obstacle(
+    module: Any, quantized: type[QuantizedLinear] | None, head: nn.Module | None, explicit: bool
+) -> str | None:
+    if type(module) is LoGELinear:
+        return "is a LoGELinear of its own"
+    if _library(module) in _REFUSED:
+        return f"is a {type(module).__name__} of {_library(module)}: GPTQ and AWQ layers keep their library's backward"
+    if quantized is None and type(module) is not nn.Linear:
+        return f"is a {type(module).__module__}.{type(module).__name__}, not a plain torch.nn.Linear"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance (an offloading hook?)"
+    if module.weight.is_meta:
+        return "its weight is on the meta device: load the model first"
+    if quantized is not None:
+        reason = quantized.why_not(module)
+        if reason is not None:
+            return reason
+    elif not module.weight.dtype.is_floating_point:
+        return f"its weight is {module.weight.dtype}"
+    if explicit:
+        return None
+    if module is head:
+        return "output head: its error would reach every layer below (name it in targets to convert it)"
+    if module.weight.requires_grad:
+        return "its weight is trainable, and factors follow a frozen one (name it in targets to convert it)"
+    return None
+
+
+def _matcher(targets: Targets) -> Any:
+    """PEFT's rule for `target_modules`."""
+    if targets is None or targets == "all-linear":
+        return lambda path: True
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"targets={targets!r} is not a regular expression: {error}") from None
+        return lambda path: pattern.fullmatch(path) is not None
+    names = list(targets) if isinstance(targets, Iterable) else [targets]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"targets={names!r}; give module names, or one string, a regular expression")
+    return lambda path: any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    # PEFT wraps a targeted head and one in modules_to_save.
+    for attribute in ("base_layer", "original_module"):
+        head = getattr(head, attribute, head)
+    return head
+
+
+def _peft_classes() -> tuple[Any, Any, Any]:
+    """PEFT's layer classes where PEFT is loaded: a PEFT model cannot exist without it."""
+    if "peft" not in sys.modules:
+        return None, (), None
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    from .peft_layers import FUSED
+
+    return BaseTunerLayer, FUSED, ModulesToSaveWrapper
+
+
+def nothing_to_convert(model: nn.Module, sites: list[Site], targets: Targets) -> str:
+    if sites:
+        shown = "; ".join(f"{site.name} {site.obstacle}" for site in sites[:3])
+        rest = f"; and {len(sites) - 3} more" if len(sites) > 3 else ""
+        return f"nothing to convert in this {type(model).__name__}: {shown}{rest}"
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        return f"nothing to convert: this {type(model).__name__} has no torch.nn.Linear layer"
+    return f"targets={targets!r} matches no linear layer of this {type(model).__name__}, which has {names[:5]}"

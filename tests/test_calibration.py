@@ -1,0 +1,259 @@
+"""`calibrate`: sums against brute force, memory, files, refusals; and a model that is as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import llama, lora, tokens
+from torch import Tensor, nn
+
+import loge_kernels as loge
+from loge_kernels.calibration import SCORED
+from loge_kernels.moments import Moment
+from loge_kernels.statistics import TokenNorms
+
+QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
+UP = "base_model.model.model.layers.1.mlp.up_proj"
+
+
+def batches(count: int = 3) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    ids = [torch.randint(50, (2, 12), generator=generator) for _ in range(count)]
+    return [{"input_ids": one, "labels": one} for one in ids]
+
+
+def by_hand(model: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
+    """dY and x of the layer, for each batch."""
+    base: Any = model.get_submodule(name)
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    embedding.weight.requires_grad_()  # the gradient of the first layers exists then
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        output.register_hook(lambda dy: seen.append((dy.clone(), inputs[0].detach())))
+
+    handle = base.base_layer.register_forward_hook(keep)
+    for batch in batches():
+        model(**batch).loss.backward()
+    handle.remove()
+    embedding.weight.requires_grad_(False)
+    model.zero_grad()
+    return seen
+
+
+def test_the_sums_are_those_of_every_batch() -> None:
+    model = lora()
+    statistics = loge.calibrate(model, batches())
+    assert (statistics.batches, statistics.tokens) == (3, 72)
+    assert len(statistics.layers) == 14
+    for name in (QUERY, UP):
+        layer, seen = statistics.layers[name], by_hand(model, name)
+        dy = torch.cat([one.flatten(0, 1) for one, _ in seen])
+        weight = model.get_submodule(name).base_layer.weight.detach()
+        assert layer.of_dx == (name == UP)
+        rows = dy @ weight if layer.of_dx else dy
+        torch.testing.assert_close(layer.moment.matrix, rows.t() @ rows)
+        torch.testing.assert_close(layer.importance, dy.square().sum(0))
+        torch.testing.assert_close(layer.norms.values, dy.norm(dim=1))
+
+
+def test_scores_are_the_weight_gradient_along_each_singular_pair() -> None:
+    model = lora()
+    layer = loge.calibrate(model, batches(), scores=True).layers[QUERY]
+    weight = model.get_submodule(QUERY).base_layer.weight.detach()
+    U, _, Vt = torch.linalg.svd(weight, full_matrices=False)
+    samples = [one.t() @ x for dy, x_all in by_hand(model, QUERY) for one, x in zip(dy, x_all, strict=True)]
+    g = torch.stack([torch.einsum("nj,nk,jk->j", U, gradient, Vt) for gradient in samples])
+    assert layer.scores is not None
+    torch.testing.assert_close(layer.scores, torch.stack([g.sum(0), g.abs().sum(0), g.square().sum(0)]))
+    assert loge.calibrate(model, batches()).layers[QUERY].scores is None
+    assert SCORED == 1024
+
+
+def test_the_model_is_as_it_was() -> None:
+    model = lora(lora_dropout=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.full_like(p, 3.0)
+    loge.calibrate(model, batches(), scores=True)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+        assert p.grad is None if not p.requires_grad else bool((p.grad == 3.0).all())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_a_frozen_model_without_adapters_is_calibrated_too() -> None:
+    plain, adapted = llama(), lora()
+    plain.requires_grad_(False)
+    plain.train()
+    for p in adapted.parameters():
+        p.data = torch.zeros_like(p) if p.requires_grad else p.data
+    found = loge.calibrate(plain, batches())
+    expected = loge.calibrate(adapted, batches())
+    for name, layer in found.layers.items():
+        torch.testing.assert_close(layer.moment.matrix, expected.layers[f"base_model.model.{name}"].moment.matrix)
+
+
+def test_checkpointed_models() -> None:
+    model = lora()
+    expected = loge.calibrate(model, batches())
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    found = loge.calibrate(model, batches())
+    for name, layer in found.layers.items():
+        torch.testing.assert_close(layer.moment.matrix, expected.layers[name].moment.matrix)
+
+
+def test_a_loss_and_a_loader_of_ones_own() -> None:
+    model = lora()
+    loader = torch.utils.data.DataLoader([{"input_ids": batch["input_ids"][0]} for batch in batches()], batch_size=1)
+    found = loge.calibrate(model, loader, loss=lambda model, batch: model(**batch).logits.square().mean())
+    assert found.batches == 3
+
+
+# Sketches and norms
+
+
+def test_a_sketch_gives_the_leading_part_back() -> None:
+    scale = torch.logspace(0, -4, 300)
+    rows = torch.randn(2000, 300) * scale
+    whole, sketch = Moment(300), Moment(300, whole=False)
+    assert sketch.matrix.shape == (300, 300)
+    for part in rows.split(500):
+        whole.add(part)
+        sketch.add(part)
+    for moment in (whole, sketch):
+        root = moment.root()
+        torch.testing.assert_close(root.t() @ root, rows.t() @ rows, rtol=1e-2, atol=2.0)
+
+
+def test_wide_layers_are_sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loge_kernels.moments.WHOLE_UP_TO", 40)
+    monkeypatch.setattr("loge_kernels.moments.WIDTH", 24)
+    model = lora()
+    statistics = loge.calibrate(model, batches())
+    layer = statistics.layers[QUERY]
+    assert layer.moment.matrix.shape == (64, 24)
+    assert layer.nbytes == 4 * (64 * 24 + 64 + len(layer.norms.values))
+    report = loge.apply(model, 16, calibration=statistics)
+    assert all(row.energy is not None and 0.3 < row.energy <= 1.0 for row in report.converted)
+
+
+def test_token_norms_stay_bounded_and_even() -> None:
+    norms = TokenNorms()
+    for start in range(0, 20000, 700):
+        norms.add(torch.arange(start, start + 700).float())
+    assert len(norms.values) <= 4096
+    assert norms.seen == 20300
+    assert torch.equal(norms.values, torch.arange(0, 20300, norms.stride).float())
+    heavy = TokenNorms(torch.tensor([3.0, 1.0, 1.0, 1.0]))
+    assert heavy.share_of_heaviest(0.25) == pytest.approx(9 / 12)
+
+
+# Files
+
+
+def assert_equal(found: loge.Statistics, expected: loge.Statistics) -> None:
+    assert (found.batches, found.tokens, found.layers.keys()) == (
+        expected.batches,
+        expected.tokens,
+        expected.layers.keys(),
+    )
+    for name, layer in found.layers.items():
+        other = expected.layers[name]
+        assert layer.shape == other.shape
+        torch.testing.assert_close(layer.moment.matrix, other.moment.matrix)
+        torch.testing.assert_close(layer.importance, other.importance)
+        torch.testing.assert_close(layer.norms.values, other.norms.values)
+        torch.testing.assert_close(layer.scores, other.scores)
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    model = lora()
+    statistics = loge.calibrate(model, batches(), scores=True)
+    statistics.save(tmp_path / "statistics.safetensors")
+    assert_equal(loge.Statistics.load(tmp_path / "statistics.safetensors"), statistics)
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics.safetensors"]
+    assert "14 layers, 3 batches, 72 tokens" in str(statistics)
+
+
+def test_an_interrupted_calibration_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loge_kernels.calibration._SAVE_EVERY", -1.0)
+    model = lora()
+    file = tmp_path / "statistics.safetensors"
+
+    def broken() -> Iterator[dict[str, Tensor]]:
+        yield from batches()[:2]
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        loge.calibrate(model, broken(), file=file)
+    assert loge.Statistics.load(file).batches == 2
+    assert_equal(loge.calibrate(model, batches(), file=file), loge.calibrate(model, batches()))
+    assert loge.Statistics.load(file).batches == 3
+    with pytest.raises(ValueError, match="statistics of other layers or scores"):
+        loge.calibrate(model, batches(), scores=True, file=file)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"holds no statistics of loge_kernels\.calibrate"):
+        loge.Statistics.load(path)
+
+
+# Refusals
+
+
+def nan_loss(model: Any, batch: Any) -> Tensor:
+    return model(**batch).loss * torch.nan
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batches": []}, "batches is empty"),
+        ({"batches": [tokens()]}, "batch 0 is a Tensor; expected a dict"),
+        ({"batches": [{"input_ids": tokens()}]}, r"batch 0 gives no loss \(no 'labels'\): it has 'input_ids'"),
+        ({"loss": nan_loss}, "the loss of batch 0 is nan"),
+        ({"loss": lambda model, batch: torch.tensor(1.0)}, "the loss of batch 0 has no gradient"),
+        ({"loss": lambda model, batch: model(**batch).logits}, "the loss of batch 0 is .*expected a scalar"),
+        ({"targets": ["nothing"]}, r"targets=\['nothing'\] matches no linear layer"),
+    ],
+)
+def test_refusals(arguments: dict[str, Any], message: str) -> None:
+    model = lora()
+    with pytest.raises((ValueError, TypeError), match=message):
+        loge.calibrate(model, **{"batches": batches(), **arguments})
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_eval_mode_and_converted_models_are_refused() -> None:
+    model = lora()
+    model.eval()
+    with pytest.raises(ValueError, match=r"eval mode.*model\.train\(\)"):
+        loge.calibrate(model, batches())
+    model.train()
+    loge.apply(model, 16)
+    with pytest.raises(ValueError, match="nothing to convert"):
+        loge.calibrate(model, batches())
+
+
+def test_a_gradient_that_is_not_finite_is_named() -> None:
+    model = lora()
+
+    def overflow(model: Any, batch: Any) -> Tensor:
+        value = model(**batch).loss
+        value.register_hook(lambda gradient: gradient * torch.inf)
+        return value
+
+    with pytest.raises(ValueError, match=r"statistics of layer .* contain NaN or inf"):
+        loge.calibrate(model, batches(), loss=overflow)

@@ -1,0 +1,221 @@
+"""A run of `loge_kernels.finetune` that is interrupted, or whose disk is full, and goes on."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import signal
+import stat
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from finetuning import TEXT, go, press_ctrl_c_at_step, tokenizer_of
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+from matplotlib.figure import Figure
+
+from loge_kernels import finetune
+from loge_kernels.finetune import FinetuneError, FinetuneOptions, Interrupted, files, options, training
+
+
+@pytest.mark.parametrize("at", [2, 6, 9])
+def test_interrupted_and_resumed_equals_uninterrupted(base, whole, monkeypatch, at):
+    whole_out, uninterrupted = whole
+    with monkeypatch.context() as patch:
+        press_ctrl_c_at_step(patch, at)
+        with pytest.raises(Interrupted) as stopped:
+            go(base)
+    method, step = ("lora", at) if at <= base.steps else ("loge", at - base.steps)
+    assert f"after step {step} of {base.steps} of {method}" in str(stopped.value)
+    assert f"--resume --out {base.out}" in str(stopped.value)
+    assert stopped.value.exit_status == 130
+    assert not (Path(base.out) / "metrics.json").exists()
+    resumed, printed = go(base, resume=True)
+    for name in ("lora", "loge"):
+        ours, theirs = (metrics["methods"][name] for metrics in (resumed, uninterrupted))
+        for key in ("losses", "heldout_before", "heldout_after", "cheap_gradient_cosine"):
+            assert ours[key] == theirs[key], (name, key)
+        adapters = [load_file(Path(out) / name / "adapter_model.safetensors") for out in (base.out, whole_out)]
+        torch.testing.assert_close(*adapters, rtol=0, atol=0)
+    assert resumed["methods"]["loge"]["exact_steps"] == uninterrupted["methods"]["loge"]["exact_steps"]
+    assert ("done before the interruption" in printed) == (method == "loge")
+    with pytest.raises(FinetuneError, match="has finished"):
+        go(base, resume=True)
+
+
+def test_factors_and_exact_steps_go_on(base, monkeypatch, tmp_path):
+    """A schedule between factors, stopped after a cheap step that the correction had a part in."""
+    changes = {"rank": 16, "exact_every": 2.5}
+    uninterrupted, _ = go(base, out=tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        press_ctrl_c_at_step(patch, base.steps + 2)
+        with pytest.raises(Interrupted):
+            go(base, **changes)
+    resumed, _ = go(base, resume=True, **changes)
+    for key in ("losses", "heldout_after", "exact_steps"):
+        assert resumed["methods"]["loge"][key] == uninterrupted["methods"]["loge"][key]
+
+
+def test_interrupted_while_evaluating(base, monkeypatch):
+    evaluate = training.heldout_loss
+    calls = 0
+
+    def interrupting(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.job, "heldout_loss", interrupting)
+        with pytest.raises(Interrupted, match="after step 6 of 6 of lora"):
+            go(base)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    metrics, _ = go(base, resume=True)
+    assert len(metrics["methods"]["lora"]["losses"]) == base.steps
+
+
+def test_interrupted_before_training(base, monkeypatch):
+    def interrupting(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune.job, "heldout_loss", interrupting)
+    with pytest.raises(Interrupted, match="nothing to resume"):
+        go(base)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lr": 1e-3}, {"lora_rank": 8}, {"budget": 0.125}, {"steps": 7}, {"targets": ("q_proj",)}]
+)
+def test_resume_with_other_arguments(base, monkeypatch, changes):
+    with monkeypatch.context() as patch:
+        press_ctrl_c_at_step(patch, 2)
+        with pytest.raises(Interrupted):
+            go(base)
+    name = options.flag(next(iter(changes)))
+    with pytest.raises(FinetuneError, match=f"{name} .*differs from the interrupted run"):
+        go(base, resume=True, **changes)
+    Path(base.text[0]).write_text(TEXT.replace("return", "yield"))
+    with pytest.raises(FinetuneError, match="the text has changed"):
+        go(base, resume=True)
+
+
+def test_resume_from_nothing_or_damage(base):
+    with pytest.raises(FinetuneError, match="--resume: no interrupted run"):
+        go(base, resume=True)
+    state = Path(base.out) / "state"
+    state.mkdir()
+    (state / "lora.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(FinetuneError, match="is damaged"):
+        go(base, resume=True)
+
+
+def test_starting_anew_over_an_interrupted_run(base, monkeypatch):
+    with monkeypatch.context() as patch:
+        press_ctrl_c_at_step(patch, 8)
+        with pytest.raises(Interrupted):
+            go(base)
+    metrics, printed = go(base, steps=2)
+    assert "starting anew" in printed
+    assert len(metrics["methods"]["loge"]["losses"]) == 2
+
+
+def test_resume_command_is_complete():
+    command = FinetuneOptions(text=("a b.txt", "c.txt"), lora_rank=4, targets=("q_proj",), out="x y").resume_command()
+    assert command == (
+        "python -m loge_kernels finetune --resume --out 'x y' --text 'a b.txt' --text c.txt --lora-rank 4 "
+        "--targets q_proj"
+    )
+
+
+@pytest.mark.parametrize("where", ["state", "adapter", "curves", "metrics"])
+def test_full_disk(base, monkeypatch, where):
+    """At whatever write it happens: one line, and once there is space again the run goes on where it was."""
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def rust_full(*args, **kwargs):
+        raise SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error 28)")
+
+    target, name, failing = {
+        "state": (Path, "write_bytes", full),
+        "adapter": (finetune.models, "save_adapter", rust_full),
+        "curves": (Figure, "savefig", full),
+        "metrics": (Path, "write_bytes", full),
+    }[where]
+    with monkeypatch.context() as patch:
+        if where == "metrics":  # the first write through write_bytes after the picture
+            savefig = Figure.savefig
+
+            def saved_last(self, *args, **kwargs):
+                savefig(self, *args, **kwargs)
+                patch.setattr(target, name, failing)
+
+            patch.setattr(Figure, "savefig", saved_last)
+        else:
+            patch.setattr(target, name, failing)
+        with pytest.raises(
+            FinetuneError, match=r"--out: cannot write .*, the disk is full; free some space"
+        ) as failure:
+            go(base)
+    assert "\n" not in str(failure.value)
+    assert not (Path(base.out) / "metrics.json").exists()
+    if where != "state":
+        metrics, _ = go(base, resume=True)
+        assert len(metrics["methods"]["loge"]["losses"]) == base.steps
+        for method in ("lora", "loge"):
+            assert (Path(base.out) / method / "adapter_model.safetensors").exists()
+
+
+def test_nearly_full_disk_is_noticed_before_training(base, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
+    with pytest.raises(FinetuneError, match=r"--out .*: the disk is nearly full, 1 MB free and \d+ MB needed"):
+        go(base)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "metrics.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        files.write_json(path, {"a": object()})
+    with contextlib.suppress(RuntimeError), files.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_written_files_follow_the_umask(tmp_path):
+    files.write(tmp_path / "x.json", b"{}")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "x.json").stat().st_mode) == 0o666 & ~umask
+
+
+def test_dropout_of_the_model_survives_a_resume(base, monkeypatch, tmp_path):
+    """A model with dropout of its own draws the same masks after a resume."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base.model)
+    model.config.attention_dropout = 0.5
+    model.save_pretrained(tmp_path / "dropout")
+    tokenizer_of(base).save_pretrained(tmp_path / "dropout")
+    base = dataclasses.replace(base, model=str(tmp_path / "dropout"), steps=3)
+    whole, _ = go(base, out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        press_ctrl_c_at_step(patch, 2)
+        with pytest.raises(Interrupted):
+            go(base)
+    resumed, _ = go(base, resume=True)
+    for method in ("lora", "loge"):
+        assert resumed["methods"][method]["losses"] == whole["methods"][method]["losses"]
