@@ -192,11 +192,24 @@ void Machine::ldmatrix(std::uint32_t (&r)[4], int offset) {
     });
 }
 
+// Most of an emulation's time.
+__attribute__((no_sanitize("address", "undefined"), optimize("O3"))) inline void multiply(const float (&A)[16][16],
+                                                                                          const float (&B)[16][8],
+                                                                                          float (&C)[16][8]) {
+    for (int i = 0; i < 16; ++i) {
+        for (int j = 0; j < 8; ++j)
+            C[i][j] = 0.0f;
+        for (int k = 0; k < 16; ++k)
+            for (int j = 0; j < 8; ++j)
+                C[i][j] += A[i][k] * B[k][j];
+    }
+}
+
 template <loge::DType kType>
 void Machine::mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t* b) {
     block_.together(thread_, 3, {c, a, b, nullptr, 0}, [this](auto& lanes) {
         ++block_.counters.mma;
-        float A[16][16], B[16][8];
+        float A[16][16], B[16][8], C[16][8];
         for (int lane = 0; lane < 32; ++lane) {
             const int group = lane / 4, pair = lane % 4 * 2;
             for (int half = 0; half < 2; ++half) {
@@ -208,14 +221,10 @@ void Machine::mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_
                         widen<kType>(static_cast<std::uint16_t>(lanes[lane].b[r] >> 16 * half));
             }
         }
+        multiply(A, B, C);
         for (int lane = 0; lane < 32; ++lane)
-            for (int r = 0; r < 4; ++r) {
-                const int i = lane / 4 + r / 2 * 8, j = lane % 4 * 2 + r % 2;
-                float sum = lanes[lane].c[r];
-                for (int k = 0; k < 16; ++k)
-                    sum += A[i][k] * B[k][j];
-                lanes[lane].c[r] = sum;
-            }
+            for (int r = 0; r < 4; ++r)
+                lanes[lane].c[r] += C[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2];
     });
 }
 
