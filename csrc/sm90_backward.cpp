@@ -78,10 +78,8 @@ void sm90_backward(const BackwardParams& problem, const Plan& plan, int device, 
     const int adapter_tile = sm90::adapter_tile(problem.P);
     const Launch launch = problem.dtype == DType::kFloat16 ? select_rank<DType::kFloat16>(rank_tile, adapter_tile)
                                                            : select_rank<DType::kBFloat16>(rank_tile, adapter_tile);
-    // Before the first call into CUDA that would create a context: without a driver this says so.
-    const sm90::Arguments arguments = arguments_of(problem, plan, rank_tile, adapter_tile);
-    const DeviceGuard guard(device);
-    launch(arguments, plan, device, stream);
+    const DeviceGuard guard(device);  // before the driver encodes tensor maps
+    launch(arguments_of(problem, plan, rank_tile, adapter_tile), plan, device, stream);
 }
 
 }  // namespace loge

