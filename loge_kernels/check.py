@@ -1,7 +1,8 @@
 """The correctness harness: every available backend, over awkward shapes, against float64 dense autograd.
 
 The truth is autograd in float64 through the dense surrogate: the exact layer for the parameters, and for x the layer
-with `left @ right` (or the exact weight, for the exact rows) in the weight's place. The rule is that of `accuracy`.
+with `left @ right` (or the exact weight, for the exact rows) in the weight's place. Products in 8 bits are those of the
+rounded operands. The rule is that of `accuracy`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from . import eight_bit
 from .accuracy import Verdict, judge
 from .backends import backends, check_name, obstacle
 from .dropout import draw_seed, keep_mask
@@ -25,13 +27,15 @@ from .problem import BackwardProblem
 from .reference import heaviest_rows
 from .verification import record
 
-Mode = Literal["low-rank", "exact", "exact rows"]
+Mode = Literal["low-rank", "exact", "exact rows", "exact step", "residual", "float8", "int8"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GRADIENTS = ("x", "weight", "bias", "lora_A", "lora_B")
 _SCALING = 0.7
 _DROPOUT = 0.25
 _EXACT_ROWS = 0.3
+_EXACT_FRACTION = {"exact rows": _EXACT_ROWS, "exact step": 1.0}
+_WITH_FACTORS = ("low-rank", "exact rows", "exact step", "residual")
 # (M, N, K, R, P): empty, one row, ragged everything, N < K and N > K, more than one tile of any kernel; and, for
 # kernels that want rows on 16-byte boundaries, full pipelines and slabs that blocks share.
 _SHAPES = (
@@ -127,9 +131,10 @@ def describe(case: Case) -> str:
 def grid() -> Iterator[Case]:
     """Every shape with every feature, all gradients; and on one shape every subset of the gradients."""
     modes: tuple[Mode, ...] = ("low-rank", "exact", "exact rows")
+    more: tuple[Mode, ...] = ("exact step", "residual", "float8", "int8")
     flags = (False, True)
     for shape, mode, adapter, bias, dropout, contiguous in itertools.product(
-        _SHAPES, modes, flags, flags, flags, flags
+        _SHAPES, modes + more, flags, flags, flags, flags
     ):
         if dropout and not adapter:
             continue
@@ -201,7 +206,8 @@ def run(
 def _check_case(case: Case, inputs: dict[str, Tensor], backend: str) -> dict[str, Verdict]:
     """The verdict on y and on each wanted gradient of one case."""
     results = _through_op(case, inputs, backend)
-    truth = _autograd(case, {name: tensor.double() for name, tensor in inputs.items()}, inputs)
+    double = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+    truth = _autograd(case, double, inputs)
     plain = _autograd(case, inputs, inputs)
     return {name: judge(results[name], plain[name], truth[name]) for name in results}
 
@@ -231,6 +237,9 @@ def _inputs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, T
         "left": random(N, R, scale=R**-0.5),
         "right": random(R, K, scale=K**-0.5),
     }
+    if case.mode == "residual":
+        tensors["rows"] = torch.arange(0, N, 3, device=device)
+        tensors["residual"] = random(len(tensors["rows"]), K, scale=K**-0.5)
     if case.bias:
         tensors["bias"] = random(N)
     if P:
@@ -249,7 +258,7 @@ def _seed_of(case: Case) -> int:
 
 def _problem(case: Case, inputs: dict[str, Tensor]) -> BackwardProblem:
     """The case as its backend will meet it; xa is left out, since no backend's reason depends on it."""
-    low_rank = case.mode != "exact"
+    low_rank = case.mode in _WITH_FACTORS
     need = {name: name in case.wanted for name in GRADIENTS}
     return BackwardProblem(
         dy=inputs["dy"],
@@ -263,7 +272,7 @@ def _problem(case: Case, inputs: dict[str, Tensor]) -> BackwardProblem:
         scaling=_SCALING,
         dropout=_DROPOUT if case.dropout else 0.0,
         seed=None,
-        exact_fraction=_EXACT_ROWS if case.mode == "exact rows" else 0.0,
+        exact_fraction=_EXACT_FRACTION.get(case.mode, 0.0),
         need_dx=need["x"],
         need_dweight=need["weight"],
         need_dbias=need["bias"],
@@ -275,7 +284,9 @@ def _problem(case: Case, inputs: dict[str, Tensor]) -> BackwardProblem:
 
 def _through_op(case: Case, inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
     leaves = {name: inputs[name].detach().requires_grad_(name in case.wanted) for name in GRADIENTS if name in inputs}
-    factors = None if case.mode == "exact" else Factors(inputs["left"], inputs["right"])
+    factors = None
+    if case.mode in _WITH_FACTORS:
+        factors = Factors(inputs["left"], inputs["right"], rows=inputs.get("rows"), residual=inputs.get("residual"))
     torch.manual_seed(_seed_of(case))  # the op draws the seed that `_inputs` drew
     y = linear(
         leaves["x"],
@@ -286,8 +297,9 @@ def _through_op(case: Case, inputs: dict[str, Tensor], backend: str) -> dict[str
         leaves.get("lora_B"),
         _SCALING,
         _DROPOUT if case.dropout else 0.0,
-        _EXACT_ROWS if case.mode == "exact rows" else 0.0,
+        _EXACT_FRACTION.get(case.mode, 0.0),
         backend,
+        case.mode if case.mode in eight_bit.DTYPES else None,
     )
     gradients = torch.autograd.grad(y, [leaves[name] for name in case.wanted], inputs["dy"])
     return {"y": y.detach(), **dict(zip(case.wanted, gradients, strict=True))}
@@ -298,19 +310,46 @@ def _autograd(case: Case, inputs: dict[str, Tensor], original: dict[str, Tensor]
     original dY, so that both precisions agree on them."""
     leaves = {name: inputs[name].detach().requires_grad_(name in case.wanted) for name in GRADIENTS if name in inputs}
     x, weight = leaves["x"], leaves["weight"]
-    path = x.detach() if case.mode != "exact" else x  # with factors, x's gradient takes the surrogate's path
-    y = path @ weight.t()
-    if case.mode != "exact":
-        through = x @ inputs["right"].t() @ inputs["left"].t()
-        if case.mode == "exact rows":
-            heavy = torch.zeros(case.M, 1, dtype=torch.bool, device=x.device)
-            heavy[heaviest_rows(original["dy"], _EXACT_ROWS)] = True
-            through = torch.where(heavy, x @ weight.detach().t(), through)
+    eight_bits = case.mode in eight_bit.DTYPES
+    # With factors, and in 8 bits, x's gradient takes a path of its own.
+    y = (x if case.mode == "exact" else x.detach()) @ weight.t()
+    if case.mode in _WITH_FACTORS:
+        through = _surrogate(case, x, weight.detach(), inputs, original)
         y = y + (through - through.detach())
     if "bias" in leaves:
         y = y + leaves["bias"]
     if "lora_A" in leaves:
         kept = x if not case.dropout else torch.where(original["keep"], x / (1.0 - _DROPOUT), 0.0)
         y = y + _SCALING * (kept @ leaves["lora_A"].t()) @ leaves["lora_B"].t()
-    gradients = torch.autograd.grad(y, [leaves[name] for name in case.wanted], inputs["dy"])
-    return {"y": y.detach(), **{name: g.detach() for name, g in zip(case.wanted, gradients, strict=True)}}
+    wanted = [leaves[name] for name in case.wanted]
+    found = [None] * len(wanted)  # where x alone is wanted, in 8 bits, autograd has no part in it
+    if y.requires_grad:
+        found = torch.autograd.grad(y, wanted, inputs["dy"], allow_unused=True)
+    gradients = dict(zip(case.wanted, found, strict=True))
+    if eight_bits and "x" in gradients:
+        dense = _rounded(original["dy"], case.mode, 1, x.dtype) @ _rounded(original["weight"], case.mode, 0, x.dtype)
+        gradients["x"] = dense if gradients["x"] is None else gradients["x"] + dense
+    return {"y": y.detach(), **{name: gradient.detach() for name, gradient in gradients.items()}}
+
+
+def _surrogate(case: Case, x: Tensor, weight: Tensor, inputs: dict[str, Tensor], original: dict[str, Tensor]) -> Tensor:
+    """What stands for x Wᵀ where x's gradient is taken."""
+    if case.mode == "exact step":
+        return x @ weight.t()
+    through = x @ inputs["right"].t() @ inputs["left"].t()
+    if case.mode == "exact rows":
+        heavy = torch.zeros(case.M, 1, dtype=torch.bool, device=x.device)
+        heavy[heaviest_rows(original["dy"], _EXACT_ROWS)] = True
+        return torch.where(heavy, x @ weight.t(), through)
+    if case.mode == "residual":
+        return through.index_add(1, inputs["rows"], x @ inputs["residual"].t())
+    return through
+
+
+def _rounded(matrix: Tensor, mode: str, dim: int, dtype: torch.dtype) -> Tensor:
+    """`matrix` with every slice along `dim` rounded to 8 bits of its own scale, in `dtype`."""
+    limit = 448.0 if mode == "float8" else 127.0
+    scale = (matrix.float().abs().amax(dim, keepdim=True) / limit).clamp_min(torch.finfo(torch.float32).tiny)
+    steps = matrix.float() / scale
+    steps = steps.to(torch.float8_e4m3fn) if mode == "float8" else steps.round()
+    return steps.to(dtype) * scale.to(dtype)

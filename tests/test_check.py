@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_grid_covers_what_it_promises() -> None:
     assert {0, 1} <= {case.M for case in cases}
     assert any(case.R % 2 for case in cases)
     assert any(case.P % 2 for case in cases if case.P)
-    assert {case.mode for case in cases} == {"low-rank", "exact", "exact rows"}
+    assert {case.mode for case in cases} == set(get_args(check.Mode))
     for feature in ("bias", "dropout", "contiguous"):
         assert {getattr(case, feature) for case in cases} == {False, True}
     assert len({case.wanted for case in cases}) >= 2 ** len(check.GRADIENTS) - 1
@@ -68,6 +68,24 @@ def test_a_wrong_gradient_is_seen(name: str, fault: str, monkeypatch: pytest.Mon
     report = check.run("reference", dtypes=("float32",), sample=60)
     assert not report.passed
     assert failed(report) == {{"dx": "x", "dweight": "weight", "dbias": "bias", "dA": "lora_A", "dB": "lora_B"}[name]}
+
+
+@pytest.mark.parametrize("mode", ["exact rows", "exact step", "residual", "float8", "int8"])
+def test_every_mode_is_held_to_its_own_formula(mode: check.Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right as it is; wrong where the low-rank product alone stands in its place."""
+    cases = [case for case in check.grid() if case.mode == mode and case.M == 65]
+    assert len(cases) == 12
+    monkeypatch.setattr(check, "grid", lambda: iter(cases))
+    assert check.run("reference").passed
+    original = check._through_op
+
+    def low_rank(case: check.Case, inputs: dict[str, torch.Tensor], backend: str) -> dict[str, torch.Tensor]:
+        kept = {name: tensor for name, tensor in inputs.items() if name not in ("rows", "residual")}
+        return original(replace(case, mode="low-rank"), kept, backend)
+
+    monkeypatch.setattr(check, "_through_op", low_rank)
+    report = check.run("reference", dtypes=("float32",))
+    assert failed(report) == {"x"}
 
 
 def test_declined_cases_are_counted_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
