@@ -121,6 +121,8 @@ def apply(
 
 def _follow_steps(model: nn.Module, sites: list[Site], policy: Policy, request: Request) -> None:
     """Attach what has to happen at optimizer steps; `sites` have factors, converted by now."""
+    if policy.exact_every == 1.0 or not sites:
+        return
     correction = refresher = None
     if policy.correction is not None:
         correction = BiasCorrection(model, policy.correction)
@@ -129,8 +131,6 @@ def _follow_steps(model: nn.Module, sites: list[Site], policy: Policy, request: 
         outer = [site.linear if site.adapter is None else site.adapter for site in sites]
         names = [site.name for site in sites]
         refresher = Refresher(zip(names, layers, outer, strict=True), request.refresh_every)
-    if policy.exact_every == 1.0 or not sites:
-        return
     if policy.exact_every is not None or refresher is not None:
         schedule.attach(model, schedule.Schedule(model, layers, policy.exact_every, correction, refresher))
 

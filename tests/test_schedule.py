@@ -320,8 +320,8 @@ def test_an_overflow_teaches_nothing() -> None:
 
 def test_a_loss_scale_is_taken_out_and_put_back() -> None:
     class Scaler:
-        def get_scale(self) -> float:
-            return 1024.0
+        def scale(self, outputs: Tensor) -> Tensor:
+            return outputs * 1024.0
 
     plain, scaled = lora(), lora()
     for model in (plain, scaled):
@@ -340,6 +340,57 @@ def test_a_loss_scale_is_taken_out_and_put_back() -> None:
             p.grad /= 1024.0
         assert_close(snapshot(scaled), expected)
         other.step()
+
+
+def test_a_step_that_the_scaler_skips_leaves_nothing_behind() -> None:
+    plain, scaled = lora(), lora()
+    for model in (plain, scaled):
+        loge.apply(model, RANK, exact_every=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    schedule = schedule_of(scaled)
+    assert schedule is not None
+    assert schedule.correction is not None
+    schedule.correction.scaler = scaler
+    one, other = optimizer_of(plain), optimizer_of(scaled)
+    for number in range(2):  # an exact step and a cheap one
+        expected = step(plain, one)
+        for skipped in (True, False):
+            other.zero_grad()
+            for _ in range(2):
+                scaler.scale(scaled(input_ids=tokens(), labels=tokens()).loss / 2).backward()
+            if skipped:
+                next(iter(adapters(scaled).values())).grad.fill_(torch.inf)  # type: ignore[union-attr]
+            else:
+                scaler.unscale_(other)
+                assert_close(snapshot(scaled), expected)
+            scaler.step(other)
+            scaler.update()
+            assert schedule.step == number + (not skipped)
+
+
+def test_a_converted_head_is_corrected_from_the_loss_down() -> None:
+    model = lora()
+    targets = [*LINEARS, "lm_head"]
+    exact = gradient(model)
+    loge.apply(model, subspace="dropped", exact_every=2, targets=targets)
+    optimizer = torch.optim.SGD(adapters(model).values(), lr=0.0)
+    assert_close(step(model, optimizer), exact)
+    # Nothing comes through the dropped head: the mean is the whole gradient, and stays it.
+    assert_close(step(model, optimizer), exact)
+
+
+def test_no_hook_is_left_where_every_layer_is_exact() -> None:
+    model = lora()
+    loge.apply(model, 1.0, exact_every=4)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_model_with_nothing_to_train_but_its_input() -> None:
+    model = llama().requires_grad_(False)
+    loge.apply(model, RANK, exact_every=2)
+    x = model.get_input_embeddings()(tokens()).requires_grad_()
+    model(inputs_embeds=x, labels=tokens()).loss.backward()
+    assert x.grad is not None
 
 
 def test_a_compiled_model_is_corrected() -> None:
