@@ -164,9 +164,7 @@ class BiasCorrection:
         if not trained:
             return
         with cheap_backward():
-            cheap = torch.autograd.grad(
-                source, list(trained.values()), gradient, retain_graph=True, allow_unused=True
-            )
+            cheap = torch.autograd.grad(source, list(trained.values()), gradient, retain_graph=True, allow_unused=True)
         before, self._pass = self._pass, torch._C._current_graph_task_id()
         for (name, p), part in zip(trained.items(), cheap, strict=True):
             if self._pass != before and self._first(p):

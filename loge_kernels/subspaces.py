@@ -55,7 +55,10 @@ def subspace(weight: Tensor, statistics: LayerStatistics, method: str, limit: in
     if statistics.shape != tuple(weight.shape):
         raise ValueError(f"calibration is of a weight {list(statistics.shape)}, and this one is {list(weight.shape)}")
     if not statistics.importance.any():
-        raise ValueError("calibration saw no gradient at this layer: no token of its batches reached it")
+        raise ValueError(
+            "calibration saw no gradient at this layer: no token of its batches reached it; calibrate with more batches, "
+            "or leave it out of targets"
+        )
     if method == "gradient":
         root = statistics.moment.root().to(weight.device)
         W = weight.detach().float()
