@@ -19,6 +19,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from .autocast import without_autocast
 from .decompositions import leading_triplets
 from .sites import Site, Targets, find_sites, nothing_to_convert
 from .statistics import LayerStatistics, Statistics
@@ -233,6 +234,7 @@ class _Collector:
         return replaced
 
     @torch.no_grad()
+    @without_autocast
     def add(self, dy: Tensor, x: Tensor | None) -> None:
         into = self.statistics
         rows = dy.reshape(-1, dy.shape[-1])  # [M, N]

@@ -131,6 +131,15 @@ def test_a_layer_that_works_in_place_after_a_frozen_one() -> None:
     assert found.layers["0"].importance.any()
 
 
+def test_inside_autocast_the_sums_stay_in_float32() -> None:
+    model = lora()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loge.calibrate(model, batches())
+    for layer in found.layers.values():
+        if not layer.of_dx:  # the trace of dYᵀ dY, added up in another order
+            torch.testing.assert_close(layer.moment.matrix.diagonal(), layer.importance, rtol=1e-5, atol=0.0)
+
+
 # Sketches and norms
 
 
