@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .autocast import without_autocast
 from .decompositions import leading_triplets
-from .sites import Site, Targets, find_sites, nothing_to_convert
+from .sites import Site, Targets, find_sites, nothing_to_convert, unwrapped
 from .statistics import LayerStatistics, Statistics
 
 Batch = Mapping[str, Any]
@@ -65,8 +65,7 @@ def calibrate(
             (with the batch's number), a model in eval mode, converted already or without linear layers, a `file` of
             other layers or other scores or in no folder. The model is as it was.
     """
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        model = model.module
+    model = unwrapped(model)
     chosen = _chosen(model, targets)
     group = torch.distributed.is_available() and torch.distributed.is_initialized()
     path = None if file is None else Path(f"{file}.rank{torch.distributed.get_rank()}" if group else file)

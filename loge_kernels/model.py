@@ -21,7 +21,7 @@ from .policy import Policy, average_cost
 from .refresher import Refresher
 from .report import LayerPath, LayerReport, Report
 from .request import Request
-from .sites import Site, Targets, find_sites, nothing_to_convert
+from .sites import Site, Targets, find_sites, nothing_to_convert, unwrapped
 from .statistics import Statistics
 
 
@@ -50,7 +50,8 @@ def apply(
     backward for exact products alone (`loge_kernels.quantized`).
 
     Args:
-        model: any module; its layers are changed in place, its parameters are not.
+        model: any module; its layers are changed in place, its parameters are not. A `DistributedDataParallel` wrapper
+            is looked through.
         rank: an int (at most min(N, K) of each layer is taken), or a float in (0, 1], a share of min(N, K) rounded to
             a multiple of 16; None: 1/8. Where rank · (N + K) > N · K the layer stays exact: dense is cheaper.
         subspace: which directions the factors keep (`loge_kernels.subspaces`). "svd": closest to the weight; None means
@@ -108,6 +109,7 @@ def apply(
         backend=backend,
     )
     request.check(model)
+    model = unwrapped(model)
     sites = list(find_sites(model, targets))
     chosen = [site for site in sites if site.obstacle is None]
     if not chosen:

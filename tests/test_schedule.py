@@ -277,6 +277,16 @@ def test_copies_and_pickles_have_no_schedule() -> None:
     assert_close(schedule.state_dict(), before)
 
 
+def test_copies_made_before_an_exact_step_are_cheap() -> None:
+    model = lora()
+    loge.apply(model, RANK, exact_every=2, exact_fraction=0.25)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        layers = [module for module in twin.modules() if isinstance(module, LoGELinear)]
+        assert {layer.exact_fraction for layer in layers} == {0.25}
+        loge.remove(twin)
+    assert {module.exact_fraction for module in model.modules() if isinstance(module, LoGELinear)} == {1.0}
+
+
 def test_nothing_outlives_the_model() -> None:
     model = lora()
     loge.apply(model, RANK, exact_every=2)
