@@ -205,7 +205,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 @contextlib.contextmanager
 def _hooks(collectors: list[_Collector]) -> Iterator[None]:
-    handles = [c.site.linear.register_forward_hook(c.on_forward) for c in collectors]
+    handles = [c.site.linear.register_forward_hook(c.on_forward, with_kwargs=True) for c in collectors]
     try:
         yield
     finally:
@@ -222,13 +222,15 @@ class _Collector:
     scores: bool
     directions: tuple[Tensor, Tensor] | None = None  # U [N, q], V [K, q], from the first pass on
 
-    def on_forward(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def on_forward(
+        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None  # the first pass of reentrant checkpointing
         replaced = None
         if not output.requires_grad:  # below the first trained parameter: the gradient comes this far all the same
             output = replaced = output.detach().requires_grad_().clone()  # no leaf: the next layer may work in place
-        x = inputs[0].detach() if self.scores else None
+        x = (*inputs, *named.values())[0].detach() if self.scores else None
         output.register_hook(lambda dy: self.add(dy.detach(), x))
         return replaced
 

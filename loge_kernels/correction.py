@@ -76,8 +76,9 @@ class BiasCorrection:
         if self.exact and not pending and not self._warned:
             self._warned = True
             logger.warning(
-                "bias correction saw no gradient in an exact step (sharded parameters? a model compiled before "
-                "apply? a head that is called by other means than its module?): the cheap steps stay uncorrected"
+                "bias correction saw no gradient in an exact step (reentrant checkpointing: give use_reentrant=False? "
+                "sharded parameters? a model compiled before apply? a head that is called by other means than its "
+                "module?): the cheap steps stay uncorrected"
             )
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self.exact and distributed:

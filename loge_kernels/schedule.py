@@ -100,6 +100,8 @@ class Schedule:
         means, subspaces = _below(state, "correction."), _below(state, "refresher.")
         if means and self.correction is None:
             raise ValueError("state holds the means of a bias correction, and this model was applied without one")
+        if subspaces and self.refresher is None:
+            raise ValueError("state holds subspaces that follow the gradient, and this model was applied without them")
         if self.refresher is not None:
             self.refresher.check_state(subspaces)
         if self.correction is not None:

@@ -125,6 +125,22 @@ def test_a_loader_without_a_length() -> None:
     assert loge.calibrate(lora(), torch.utils.data.DataLoader(Stream(), batch_size=1)).batches == 3
 
 
+def test_a_layer_that_is_called_by_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(32, 32).requires_grad_(False)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.inner(input=input)
+
+    x = {"x": torch.randn(4, 32)}
+    found = loge.calibrate(Named(), [x], ["inner"], scores=True, loss=lambda model, batch: model(batch["x"]).sum())
+    scores = found.layers["inner"].scores
+    assert scores is not None
+    assert scores.any()
+
+
 def test_a_layer_that_works_in_place_after_a_frozen_one() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(inplace=True), nn.Linear(32, 32)).requires_grad_(False)
     found = loge.calibrate(model, [{"x": torch.randn(4, 32)}], loss=lambda model, batch: model(batch["x"]).sum())

@@ -156,6 +156,16 @@ def test_checkpointed_models_are_corrected_too() -> None:
     assert_close(means[1], means[0])
 
 
+def test_reentrant_checkpoints_hide_the_cheap_pass(caplog: pytest.LogCaptureFixture) -> None:
+    model = lora()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.train()
+    loge.apply(model, RANK, exact_every=2)
+    step(model, optimizer_of(model))
+    assert "give use_reentrant=False?" in caplog.text
+
+
 def test_a_model_without_an_output_head() -> None:
     class Stack(nn.Module):
         def __init__(self) -> None:
@@ -241,6 +251,15 @@ def test_a_foreign_state_is_refused_whole() -> None:
     assert uncorrected is not None
     with pytest.raises(ValueError, match="without one"):
         uncorrected.load_state_dict(before)
+    loge.remove(model)
+    loge.apply(model, RANK, calibration=[{"input_ids": tokens(), "labels": tokens()}], exact_every=2)
+    with pytest.raises(ValueError, match=r"state has nothing of layer"):
+        schedule_of(model).load_state_dict(before)  # type: ignore[union-attr]
+    followed = schedule_of(model).state_dict()  # type: ignore[union-attr]
+    loge.remove(model)
+    loge.apply(model, RANK, exact_every=2)
+    with pytest.raises(ValueError, match=r"subspaces that follow the gradient.*without them"):
+        schedule_of(model).load_state_dict(followed)  # type: ignore[union-attr]
     assert name == "step"
 
 
