@@ -19,8 +19,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from .autocast import without_autocast
 from .decompositions import leading_triplets
-from .sites import Site, Targets, find_sites, nothing_to_convert
+from .sites import Site, Targets, find_sites, nothing_to_convert, unwrapped
 from .statistics import LayerStatistics, Statistics
 
 Batch = Mapping[str, Any]
@@ -62,13 +63,14 @@ def calibrate(
     Raises:
         ValueError, TypeError: no batch, a batch that is no dict or has no loss, a loss or gradient that is not finite
             (with the batch's number), a model in eval mode, converted already or without linear layers, a `file` of
-            other layers or other scores. The model is as it was.
+            other layers or other scores or in no folder. The model is as it was.
     """
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        model = model.module
+    model = unwrapped(model)
     chosen = _chosen(model, targets)
     group = torch.distributed.is_available() and torch.distributed.is_initialized()
     path = None if file is None else Path(f"{file}.rank{torch.distributed.get_rank()}" if group else file)
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"file={str(path)!r}: there is no folder {str(path.parent)!r}")
     layers = {}
     for site in chosen:
         scored = min(SCORED, *site.shape) if scores else 0
@@ -86,6 +88,7 @@ def calibrate(
             if number < done:
                 continue
             statistics.tokens += _pass(model, batch, loss, number)
+            statistics.check_batch(number)
             statistics.batches += 1
             if path is not None and time.monotonic() - saved > _SAVE_EVERY:
                 statistics.save(path)
@@ -130,7 +133,7 @@ def _resumed(path: Path, fresh: Statistics) -> Statistics:
 
 def _numbered(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
     """The batches with their numbers, and a progress bar on a terminal's standard error."""
-    total = len(batches) if isinstance(batches, Sized) else None
+    total = _length(batches)
     if not sys.stderr.isatty():
         yield from enumerate(batches)
         return
@@ -142,6 +145,13 @@ def _numbered(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
         for item in enumerate(batches):
             yield item
             progress.advance(task)
+
+
+def _length(batches: Iterable[Batch]) -> int | None:
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a DataLoader over an iterable dataset has a __len__ that raises
+        return None
 
 
 def _pass(model: nn.Module, batch: Batch, loss: Loss | None, number: int) -> int:
@@ -195,7 +205,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 @contextlib.contextmanager
 def _hooks(collectors: list[_Collector]) -> Iterator[None]:
-    handles = [c.site.linear.register_forward_hook(c.on_forward) for c in collectors]
+    handles = [c.site.linear.register_forward_hook(c.on_forward, with_kwargs=True) for c in collectors]
     try:
         yield
     finally:
@@ -212,17 +222,20 @@ class _Collector:
     scores: bool
     directions: tuple[Tensor, Tensor] | None = None  # U [N, q], V [K, q], from the first pass on
 
-    def on_forward(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def on_forward(
+        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None  # the first pass of reentrant checkpointing
         replaced = None
         if not output.requires_grad:  # below the first trained parameter: the gradient comes this far all the same
-            output = replaced = output.detach().requires_grad_()
-        x = inputs[0].detach() if self.scores else None
+            output = replaced = output.detach().requires_grad_().clone()  # no leaf: the next layer may work in place
+        x = (*inputs, *named.values())[0].detach() if self.scores else None
         output.register_hook(lambda dy: self.add(dy.detach(), x))
         return replaced
 
     @torch.no_grad()
+    @without_autocast
     def add(self, dy: Tensor, x: Tensor | None) -> None:
         into = self.statistics
         rows = dy.reshape(-1, dy.shape[-1])  # [M, N]

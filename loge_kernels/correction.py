@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from .linear import LoGELinear
 from .ops import cheap_backward, in_cheap_backward
 
 logger = logging.getLogger("loge_kernels")
 
 
 class LossScaler(Protocol):
-    """What is asked of a `torch.amp.GradScaler`."""
+    """What is asked of a `torch.amp.GradScaler`. Not its `get_scale`, which waits for the GPU."""
 
-    def get_scale(self) -> float: ...
+    def scale(self, outputs: Tensor) -> Tensor: ...
 
 
 class BiasCorrection:
@@ -48,14 +49,15 @@ class BiasCorrection:
         self.means: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}  # exact minus cheap, of the step under way
         self._corrected: set[str] = set()  # parameters whose gradient of the step under way has its mean already
+        self._pass = -1  # autograd's number of the backward pass that fed `_pending` last
         self._model = weakref.ref(model)
         self._watched: dict[str, weakref.ref[Tensor]] = {}
         self._handles: list[RemovableHandle] = []
         self._warned = False
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
-        if isinstance(head, nn.Module):
-            # The head stays exact: the two gradients part below it, and its backward is spared the second time.
+        if isinstance(head, nn.Module) and not _low_rank(head):
+            # The head is exact: the two gradients part below it, and its backward is spared the second time.
             self._handles.append(head.register_forward_pre_hook(_TapInput(self)))
         else:
             self._handles.append(model.register_forward_hook(_TapOutput(self)))
@@ -74,11 +76,17 @@ class BiasCorrection:
         if self.exact and not pending and not self._warned:
             self._warned = True
             logger.warning(
-                "bias correction saw no gradient in an exact step (sharded parameters? a model compiled before "
-                "apply? a head that is called by other means than its module?): the cheap steps stay uncorrected"
+                "bias correction saw no gradient in an exact step (reentrant checkpointing: give use_reentrant=False? "
+                "sharded parameters? a model compiled before apply? a head that is called by other means than its "
+                "module?): the cheap steps stay uncorrected"
             )
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.exact and distributed:
+            # The same collectives on every rank, also for a parameter that this rank's batch did not reach.
+            trained = self._watch().items()
+            pending = {name: pending[name] if name in pending else torch.zeros_like(p) for name, p in trained}
         for name, difference in pending.items():
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if distributed:
                 torch.distributed.all_reduce(difference)
                 difference /= torch.distributed.get_world_size()
             before = self.means.get(name)
@@ -99,7 +107,9 @@ class BiasCorrection:
             if p is None or p.shape != mean.shape:
                 have = "no such trained parameter" if p is None else f"shape {tuple(p.shape)}"
                 raise ValueError(f"state: {name} has shape {tuple(mean.shape)}; this model has {have}")
-        self.means = {name: mean.to(parameters[name].device, copy=True) for name, mean in state.items()}
+        self.means = {name: mean.to(parameters[name], copy=True) for name, mean in state.items()}
+        self._pending.clear()
+        self._corrected.clear()
 
     def _watch(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, each with a hook on its gradient."""
@@ -112,8 +122,18 @@ class BiasCorrection:
                 self._handles.append(p.register_hook(_OnGradient(self, name)))
         return trained
 
-    def _scale(self) -> float:
-        return 1.0 if self.scaler is None else self.scaler.get_scale()
+    def _scaled(self, mean: Tensor) -> Tensor:
+        return mean if self.scaler is None else self.scaler.scale(mean)
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        if self.scaler is None:
+            return gradient
+        return gradient / self.scaler.scale(torch.ones((), device=gradient.device))
+
+    def _first(self, parameter: Tensor | None) -> bool:
+        """Whether this is the first gradient after a `zero_grad`. A scaler skips steps without a word: what was kept of
+        such a step is of a gradient that nobody used."""
+        return self.scaler is not None and parameter is not None and parameter.grad is None
 
     def on_gradient(self, name: str, gradient: Tensor) -> Tensor | None:
         """Of every backward pass that reaches the parameter: one per micro-batch."""
@@ -121,13 +141,13 @@ class BiasCorrection:
             return None
         if self.exact:
             if name in self._pending:  # only what the cheap pass reached, too
-                self._pending[name].add_(gradient, alpha=1.0 / self._scale())
+                self._pending[name].add_(self._unscaled(gradient))
             return None
         mean = self.means.get(name)
-        if mean is None or name in self._corrected:
+        if mean is None or (name in self._corrected and not self._first(self._watched[name]())):
             return None
         self._corrected.add(name)
-        return torch.add(gradient, mean.to(gradient.dtype), alpha=self._scale())
+        return gradient + self._scaled(mean).to(gradient.dtype)
 
     def tap(self, value: Any) -> Any:
         """`value`, with the cheap pass before its backward if it is a tensor of an exact step."""
@@ -141,15 +161,25 @@ class BiasCorrection:
         model = self._model()
         if model is None or in_cheap_backward():  # then the pass under way is cheap itself, and no step
             return
-        names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trained:
+            return
         with cheap_backward():
-            cheap = torch.autograd.grad(source, parameters, gradient, retain_graph=True, allow_unused=True)
-        for name, part in zip(names, cheap, strict=True):
+            cheap = torch.autograd.grad(source, list(trained.values()), gradient, retain_graph=True, allow_unused=True)
+        before, self._pass = self._pass, torch._C._current_graph_task_id()
+        for (name, p), part in zip(trained.items(), cheap, strict=True):
+            if self._pass != before and self._first(p):
+                self._pending.pop(name, None)
             if part is None:
                 continue
             if name not in self._pending:
                 self._pending[name] = torch.zeros_like(part)
-            self._pending[name].sub_(part, alpha=1.0 / self._scale())
+            self._pending[name].sub_(self._unscaled(part))
+
+
+def _low_rank(head: nn.Module) -> bool:
+    """Whether the output head was converted, too."""
+    return any(isinstance(module, LoGELinear) and module.factors is not None for module in head.modules())
 
 
 class _Hook:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .autocast import without_autocast
 from .decompositions import gradient_directions, share, symmetric_root, truncated_svd
 
 METHODS = ("svd", "gradient", "random", "dropped")
@@ -87,6 +88,7 @@ class Factors(nn.Module):
         return f"{size}, {rows}{self.method}, energy={self.energy:.3f}"
 
     @torch.no_grad()
+    @without_autocast
     def with_residual(self, weight: Tensor, count: int, importance: Tensor | None = None) -> Factors:
         """Factors with the same `left` and `right` that stand for `count` rows of `weight` [N, K] exactly.
 
@@ -233,6 +235,7 @@ def resolve_rank(rank: int | float, N: int, K: int, argument: str = "rank") -> i
 
 
 @torch.no_grad()
+@without_autocast
 def factorize(weight: Tensor, rank: int | float, method: str = "svd", covariance: Tensor | None = None) -> Factors:
     """Rank-R factors of `weight` for the backward pass of `linear`.
 
@@ -269,6 +272,7 @@ def factorize(weight: Tensor, rank: int | float, method: str = "svd", covariance
 
 
 @torch.no_grad()
+@without_autocast
 def projection(weight: Tensor, right: Tensor, method: str, energy: float | None = None) -> Factors:
     """The factors W rightᵀ · right of `weight` [N, K] for orthonormal rows `right` [R, K], in the weight's dtype and
     bound to it. `energy` None: the captured share of ‖W‖²."""

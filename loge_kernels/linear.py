@@ -14,7 +14,17 @@ from .eight_bit import EightBitWeight
 from .factors import PROJECTIONS, Factors
 from .ops import linear
 
-_ADDED = ("factors", "eight_bit", "lora_A", "lora_B", "scaling", "lora_dropout", "exact_fraction", "backend")
+_ADDED = (
+    "factors",
+    "eight_bit",
+    "lora_A",
+    "lora_B",
+    "scaling",
+    "lora_dropout",
+    "exact_fraction",
+    "_between",
+    "backend",
+)
 
 
 class LoGELinear(nn.Linear):
@@ -33,6 +43,7 @@ class LoGELinear(nn.Linear):
     factors: Factors | None
     eight_bit: EightBitWeight | None
     _converted: bool
+    _between: float | None  # exact_fraction outside exact steps, during one
     lora_A: nn.Parameter | None  # [P, K]
     lora_B: nn.Parameter | None  # [N, P]
 
@@ -103,6 +114,7 @@ class LoGELinear(nn.Linear):
         self.scaling = 1.0
         self.lora_dropout = 0.0
         self.exact_fraction = _share("exact_fraction", exact_fraction)
+        self._between = None
         self.backend = None if backend is None else check_name(backend, "backend")
 
     def _add_adapter(self, lora_rank: int, lora_alpha: float) -> None:
@@ -156,6 +168,20 @@ class LoGELinear(nn.Linear):
             self.factors.invalidate()
         if self.eight_bit is not None:
             self.eight_bit.invalidate()
+
+    def schedule_exact(self, exact: bool) -> None:
+        """Make the coming forwards exact, or what they were: for the schedule of a model. A copy or pickle of the layer
+        follows no schedule, and has the fraction that it has between exact steps."""
+        kept = self._between
+        if exact and kept is None:
+            self._between, self.exact_fraction = self.exact_fraction, 1.0
+        elif not exact and kept is not None:
+            self._between, self.exact_fraction = None, kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._between is None:
+            return self.__dict__
+        return {**self.__dict__, "exact_fraction": self._between, "_between": None}
 
     def dense_weight(self) -> Tensor:
         """The weight [N, K] in a floating dtype."""

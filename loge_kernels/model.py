@@ -21,7 +21,7 @@ from .policy import Policy, average_cost
 from .refresher import Refresher
 from .report import LayerPath, LayerReport, Report
 from .request import Request
-from .sites import Site, Targets, find_sites, nothing_to_convert
+from .sites import Site, Targets, find_sites, nothing_to_convert, unwrapped
 from .statistics import Statistics
 
 
@@ -50,7 +50,8 @@ def apply(
     backward for exact products alone (`loge_kernels.quantized`).
 
     Args:
-        model: any module; its layers are changed in place, its parameters are not.
+        model: any module; its layers are changed in place, its parameters are not. A `DistributedDataParallel` wrapper
+            is looked through.
         rank: an int (at most min(N, K) of each layer is taken), or a float in (0, 1], a share of min(N, K) rounded to
             a multiple of 16; None: 1/8. Where rank · (N + K) > N · K the layer stays exact: dense is cheaper.
         subspace: which directions the factors keep (`loge_kernels.subspaces`). "svd": closest to the weight; None means
@@ -108,6 +109,7 @@ def apply(
         backend=backend,
     )
     request.check(model)
+    model = unwrapped(model)
     sites = list(find_sites(model, targets))
     chosen = [site for site in sites if site.obstacle is None]
     if not chosen:
@@ -121,6 +123,8 @@ def apply(
 
 def _follow_steps(model: nn.Module, sites: list[Site], policy: Policy, request: Request) -> None:
     """Attach what has to happen at optimizer steps; `sites` have factors, converted by now."""
+    if policy.exact_every == 1.0 or not sites:
+        return
     correction = refresher = None
     if policy.correction is not None:
         correction = BiasCorrection(model, policy.correction)
@@ -129,8 +133,6 @@ def _follow_steps(model: nn.Module, sites: list[Site], policy: Policy, request: 
         outer = [site.linear if site.adapter is None else site.adapter for site in sites]
         names = [site.name for site in sites]
         refresher = Refresher(zip(names, layers, outer, strict=True), request.refresh_every)
-    if policy.exact_every == 1.0 or not sites:
-        return
     if policy.exact_every is not None or refresher is not None:
         schedule.attach(model, schedule.Schedule(model, layers, policy.exact_every, correction, refresher))
 

@@ -7,9 +7,8 @@ for torch.compile and the autograd formula of `reference.py`. In eager mode the 
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check
+from .autocast import autocast_dtype, without_autocast
 from .backends import requested, run_backward, run_forward
 from .dropout import draw_seed
 from .eight_bit import EightBitWeight, announce, why_not
@@ -182,31 +182,6 @@ def _eight_bit(
     if not torch.compiler.is_compiling():
         announce(copy.dtype, reason, x.dtype)
     return None, None
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast, where it is on, casts `x` to for a matrix product; None where it leaves it alone."""
-    device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if _autocasts(device_type) and x.dtype != torch.float64 else None
-
-
-def _autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator's implementation, out of reach of autocast: its operands are cast already, and its own products are
-    to run in the dtypes it chose, also when backward is called inside an autocast block."""
-
-    @functools.wraps(implementation)
-    def run(*arguments: Any) -> Any:
-        device_type = arguments[0].device.type
-        if not _autocasts(device_type):
-            return implementation(*arguments)
-        with torch.autocast(device_type, enabled=False):
-            return implementation(*arguments)
-
-    return run
 
 
 @without_autocast

@@ -25,12 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .autocast import autocast_dtype, without_autocast
 from .backends import requested, run_backward
 from .dropout import draw_seed
 from .eight_bit import DTYPES, announce, quantize_columns, why_not
 from .factors import Factors
 from .linear import LoGELinear
-from .ops import autocast_dtype, in_cheap_backward, without_autocast
+from .ops import in_cheap_backward
 from .problem import BackwardProblem, Gradients
 from .reference import add_adapter_
 

@@ -15,6 +15,7 @@ NeurIPS 2013.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -23,10 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .autocast import without_autocast
 from .decompositions import one_thread
 from .factors import projection
 from .linear import LoGELinear
 from .ops import in_cheap_backward
+
+logger = logging.getLogger("loge_kernels")
 
 ROWS = 512  # of dY, kept of each layer in a watched step
 DECAY = 0.5
@@ -46,6 +50,7 @@ class Refresher:
         self.due = False
         self._rows: dict[str, list[Tensor]] = {}
         self._handles: list[RemovableHandle] = []
+        self._warned = False
 
     def prepare(self, step: int) -> None:
         """Before optimizer step `step` (from 0): watch it if it is its turn."""
@@ -67,6 +72,11 @@ class Refresher:
         if not self.due:
             return
         self.detach()
+        if not self._rows and not self._warned:
+            self._warned = True
+            logger.warning(
+                "a refresh saw no gradient (a compiled model? its graph has no hooks): the subspaces stay as they are"
+            )
         for name, reference, _ in self._layers:
             layer, rows = reference(), self._rows.pop(name, None)
             if layer is not None:
@@ -128,27 +138,8 @@ class Refresher:
         factors = layer.factors
         assert factors is not None
         weight = layer.dense_weight()
-        W = weight.float()
         V = factors.right.detach().float()  # [R, K]
-        shares = _shares(layer).to(V)
-        Y = torch.cat(rows).float() @ W if rows else V.new_zeros(1, V.shape[1])  # [q, K]
-        norm = torch.linalg.matrix_norm(Y)
-        # A layer without a gradient, or with a broken one, keeps what it has. On the device: nothing waits for it.
-        usable = torch.isfinite(norm) & (norm > 0)
-        Y = torch.where(usable, Y / norm, 0.0)
-
-        def times_g(U: Tensor) -> Tensor:  # U G for rows U [., K]
-            before, seen = (U @ V.t()) * shares @ V, (U @ Y.t()) @ Y
-            return _mean_over_ranks(DECAY * before + (1.0 - DECAY) * seen)
-
-        with one_thread():
-            basis = torch.linalg.qr(times_g(V).t()).Q.t()  # [R, K]
-            quotient = times_g(basis) @ basis.t()
-            values, vectors = torch.linalg.eigh((quotient + quotient.t()) / 2)
-        new = vectors.t().flip(0) @ basis
-        usable = _mean_over_ranks(usable.float()) > 0
-        shares = torch.where(usable, values.flip(0).clamp_min(0), shares)
-        self._take(layer, weight, torch.where(usable, new, V), shares)
+        self._take(layer, weight, *_turned(weight, V, _shares(layer).to(V), rows))
 
     @staticmethod
     def _take(layer: LoGELinear, weight: Tensor, right: Tensor, shares: Tensor) -> None:
@@ -157,6 +148,30 @@ class Refresher:
         layer.factors.become(fresh, weight)
         layer.factors.bind(layer.weight)  # which `weight` may have been dequantised from
         layer.factors.shares = shares.double()
+
+
+@without_autocast
+def _turned(weight: Tensor, V: Tensor, shares: Tensor, rows: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    """One step of subspace iteration: the directions [R, K] and shares [R] that follow V and `shares`, for a weight
+    [N, K] and rows of dY [., N]."""
+    Y = torch.cat(rows).float() @ weight.float() if rows else V.new_zeros(1, V.shape[1])  # [q, K]
+    norm = torch.linalg.matrix_norm(Y)
+    # A layer without a gradient, or with a broken one, keeps what it has. On the device: nothing waits for it.
+    usable = torch.isfinite(norm) & (norm > 0)
+    Y = torch.where(usable, Y / norm, 0.0)
+
+    def times_g(U: Tensor) -> Tensor:  # U G for rows U [., K]
+        before, seen = (U @ V.t()) * shares @ V, (U @ Y.t()) @ Y
+        return _mean_over_ranks(DECAY * before + (1.0 - DECAY) * seen)
+
+    with one_thread():
+        basis = torch.linalg.qr(times_g(V).t()).Q.t()  # [R, K]
+        quotient = times_g(basis) @ basis.t()
+        values, vectors = torch.linalg.eigh((quotient + quotient.t()) / 2)
+    new = vectors.t().flip(0) @ basis
+    usable = _mean_over_ranks(usable.float()) > 0
+    shares = torch.where(usable, values.flip(0).clamp_min(0), shares)
+    return torch.where(usable, new, V), shares
 
 
 def _shares(layer: LoGELinear) -> Tensor:

@@ -128,6 +128,11 @@ class Request:
             raise ValueError(f"allocation={self.allocation!r} spends a budget among the layers: give budget= too")
         if self.subspace == "dropped":
             raise ValueError(f"allocation={self.allocation!r} gives out ranks, and subspace='dropped' has none")
+        if isinstance(self.rank, int):
+            raise ValueError(
+                f"rank={self.rank} with allocation={self.allocation!r}, which gives out the ranks: leave it, or for "
+                "'depth' give a share in (0, 1]"
+            )
         if self.allocation == "energy" and self.subspace not in FROM_CALIBRATION:
             raise ValueError(f"allocation='energy' needs calibration=: subspace={self.subspace!r} measures no energies")
         if self.residual or self.exact_fraction:

@@ -49,7 +49,7 @@ class Schedule:
         self.refresher = refresher
         self._model = weakref.ref(model)
         # Weak, or the schedule would keep alive the model that it is kept by.
-        self._layers = [(weakref.ref(layer), layer.exact_fraction) for layer in layers]
+        self._layers = [weakref.ref(layer) for layer in layers]
         on_step = weakref.WeakMethod(self._on_optimizer_step)
 
         def follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -100,6 +100,8 @@ class Schedule:
         means, subspaces = _below(state, "correction."), _below(state, "refresher.")
         if means and self.correction is None:
             raise ValueError("state holds the means of a bias correction, and this model was applied without one")
+        if subspaces and self.refresher is None:
+            raise ValueError("state holds subspaces that follow the gradient, and this model was applied without them")
         if self.refresher is not None:
             self.refresher.check_state(subspaces)
         if self.correction is not None:
@@ -112,10 +114,10 @@ class Schedule:
     def detach(self) -> None:
         """Stop following, and give every layer its own exact_fraction back."""
         self._handle.remove()
-        for reference, fraction in self._layers:
+        for reference in self._layers:
             layer = reference()
             if layer is not None:
-                layer.exact_fraction = fraction
+                layer.schedule_exact(False)
         if self.correction is not None:
             self.correction.detach()
         if self.refresher is not None:
@@ -130,10 +132,10 @@ class Schedule:
     def _prepare(self) -> None:
         """Set every layer up for the coming step."""
         exact = self.exact
-        for reference, fraction in self._layers:
+        for reference in self._layers:
             layer = reference()
             if layer is not None:
-                layer.exact_fraction = 1.0 if exact else fraction
+                layer.schedule_exact(exact)
         if self.correction is not None:
             self.correction.exact = exact
         if self.refresher is not None:

@@ -63,6 +63,11 @@ class Site:
         return "; ".join(part for part in (label, reason) if part)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a `DistributedDataParallel`, whose output head and names are those to go by."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
     """Every linear layer of the model that is not part of an adapter, with the reason where it is left alone."""
     wanted = _matcher(targets)

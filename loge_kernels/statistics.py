@@ -131,8 +131,14 @@ class Statistics:
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)!r} holds no statistics of loge_kernels.calibrate: {error}") from error
 
+    def check_batch(self, number: int) -> None:
+        """Raise ValueError where the gradient of the batch of this number, the last one seen, was not finite."""
+        for name, layer in self.layers.items():
+            if not torch.isfinite(layer.importance).all():
+                raise ValueError(f"the gradient of batch {number} at layer {name!r} contains NaN or inf")
+
     def check(self) -> None:
-        """Raise ValueError where statistics are not finite, or a layer saw no gradient at all."""
+        """Raise ValueError where statistics are not finite."""
         for name, layer in self.layers.items():
             sums = [layer.moment.matrix, layer.importance] + ([] if layer.scores is None else [layer.scores])
             if not all(torch.isfinite(t).all() for t in sums):

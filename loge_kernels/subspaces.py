@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .autocast import without_autocast
 from .decompositions import gradient_directions, leading_triplets, share
 from .factors import Factors, projection
 from .statistics import LayerStatistics
@@ -46,6 +47,7 @@ class Subspace:
 
 
 @torch.no_grad()
+@without_autocast
 def subspace(weight: Tensor, statistics: LayerStatistics, method: str, limit: int, reading: str = "taylor") -> Subspace:
     """Up to `limit` directions for `weight` [N, K], chosen by `method`, one of FROM_CALIBRATION.
 
@@ -55,7 +57,10 @@ def subspace(weight: Tensor, statistics: LayerStatistics, method: str, limit: in
     if statistics.shape != tuple(weight.shape):
         raise ValueError(f"calibration is of a weight {list(statistics.shape)}, and this one is {list(weight.shape)}")
     if not statistics.importance.any():
-        raise ValueError("calibration saw no gradient at this layer: no token of its batches reached it")
+        raise ValueError(
+            "calibration saw no gradient at this layer: no token of its batches reached it; calibrate with more, "
+            "or leave it out of targets"
+        )
     if method == "gradient":
         root = statistics.moment.root().to(weight.device)
         W = weight.detach().float()

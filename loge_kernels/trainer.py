@@ -114,6 +114,9 @@ class LogeCallback(TrainerCallback, ExportableState):
             return f"LoGE: {self.report.summary()}{energy}"
         if schedule is None:
             return "LoGE: every step alike"
+        if schedule.exact_every is None:
+            every = None if schedule.refresher is None else schedule.refresher.every
+            return "LoGE: no exact steps" + ("" if every is None else f"; subspaces refreshed every {every} steps")
         corrected = "" if schedule.correction is None else ", with bias correction"
         return f"LoGE: one step in {schedule.exact_every:.3g} exact{corrected}"
 

@@ -87,6 +87,7 @@ def test_exact_steps_are_paid_first() -> None:
         ({"allocation": "depth"}, "allocation='depth' spends a budget among the layers: give budget= too"),
         ({"allocation": "depth", "budget": 0.5, "subspace": "dropped"}, "subspace='dropped' has none"),
         ({"allocation": "energy", "budget": 0.5, "subspace": "svd"}, "allocation='energy' needs calibration="),
+        ({"allocation": "depth", "budget": 0.5, "rank": 64}, "rank=64 with allocation='depth', which gives out"),
         ({"allocation": "depth", "budget": 0.5, "residual": 0.1}, "counts neither residual= nor exact_fraction="),
     ],
 )

@@ -117,6 +117,45 @@ def test_a_loss_and_a_loader_of_ones_own() -> None:
     assert found.batches == 3
 
 
+def test_a_loader_without_a_length() -> None:
+    class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            return iter([{name: ids[0] for name, ids in batch.items()} for batch in batches()])
+
+    assert loge.calibrate(lora(), torch.utils.data.DataLoader(Stream(), batch_size=1)).batches == 3
+
+
+def test_a_layer_that_is_called_by_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(32, 32).requires_grad_(False)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.inner(input=input)
+
+    x = {"x": torch.randn(4, 32)}
+    found = loge.calibrate(Named(), [x], ["inner"], scores=True, loss=lambda model, batch: model(batch["x"]).sum())
+    scores = found.layers["inner"].scores
+    assert scores is not None
+    assert scores.any()
+
+
+def test_a_layer_that_works_in_place_after_a_frozen_one() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(inplace=True), nn.Linear(32, 32)).requires_grad_(False)
+    found = loge.calibrate(model, [{"x": torch.randn(4, 32)}], loss=lambda model, batch: model(batch["x"]).sum())
+    assert found.layers["0"].importance.any()
+
+
+def test_inside_autocast_the_sums_stay_in_float32() -> None:
+    model = lora()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loge.calibrate(model, batches())
+    for layer in found.layers.values():
+        if not layer.of_dx:  # the trace of dYᵀ dY, added up in another order
+            torch.testing.assert_close(layer.moment.matrix.diagonal(), layer.importance, rtol=1e-5, atol=0.0)
+
+
 # Sketches and norms
 
 
@@ -225,6 +264,7 @@ def nan_loss(model: Any, batch: Any) -> Tensor:
         ({"loss": nan_loss}, "the loss of batch 0 is nan"),
         ({"loss": lambda model, batch: torch.tensor(1.0)}, "the loss of batch 0 has no gradient"),
         ({"loss": lambda model, batch: model(**batch).logits}, "the loss of batch 0 is .*expected a scalar"),
+        ({"file": "no/such/folder/x.safetensors"}, "there is no folder 'no/such/folder'"),
         ({"targets": ["nothing"]}, r"targets=\['nothing'\] matches no linear layer"),
     ],
 )
@@ -247,13 +287,19 @@ def test_eval_mode_and_converted_models_are_refused() -> None:
         loge.calibrate(model, batches())
 
 
-def test_a_gradient_that_is_not_finite_is_named() -> None:
-    model = lora()
+def test_a_gradient_that_is_not_finite_is_named_and_kept_out_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loge_kernels.calibration._SAVE_EVERY", -1.0)
+    model, file = lora(), tmp_path / "statistics.safetensors"
 
     def overflow(model: Any, batch: Any) -> Tensor:
         value = model(**batch).loss
-        value.register_hook(lambda gradient: gradient * torch.inf)
+        if torch.equal(batch["input_ids"], batches()[1]["input_ids"]):
+            value.register_hook(lambda gradient: gradient * torch.inf)
         return value
 
-    with pytest.raises(ValueError, match=r"statistics of layer .* contain NaN or inf"):
-        loge.calibrate(model, batches(), loss=overflow)
+    with pytest.raises(ValueError, match=r"the gradient of batch 1 at layer .* contains NaN or inf"):
+        loge.calibrate(model, batches(), loss=overflow, file=file)
+    assert loge.Statistics.load(file).batches == 1
+    assert torch.isfinite(loge.Statistics.load(file).layers[UP].importance).all()

@@ -334,6 +334,17 @@ def test_factors_given_by_hand_are_never_stale() -> None:
     assert (factors.method, math.isnan(factors.energy)) == ("given", True)
 
 
+def test_inside_autocast_factors_are_the_same() -> None:
+    weight = torch.randn(1040, 1040)  # large enough for the randomised decomposition
+    for method in ("svd", "gradient"):
+        covariance = torch.eye(1040) if method == "gradient" else None
+        expected = loge.factorize(weight, 16, method, covariance)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = loge.factorize(weight, rank=16, method=method, covariance=covariance)
+        assert torch.equal(found.left, expected.left)
+        assert torch.equal(found.right, expected.right)
+
+
 def test_copies_and_pickles(bound: tuple[nn.Linear, loge.Factors], tmp_path: Path) -> None:
     _, factors = bound
     torch.save(factors, tmp_path / "factors.pt")

@@ -226,6 +226,19 @@ def test_a_copied_model_is_its_own() -> None:
     assert_close(gradients(twin), gradients(model), 0.0)
 
 
+def test_a_ddp_wrapper_is_looked_through() -> None:
+    model = llama()
+    model.requires_grad_(False)
+    wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)  # without processes
+    nn.Module.__init__(wrapper)
+    wrapper.module = model
+    rows = {row.name: row.path for row in loge.apply(wrapper, 16).layers}
+    assert rows["lm_head"] == "skipped"
+    assert rows["model.layers.0.self_attn.q_proj"] == "plain"
+    loge.remove(wrapper)
+    assert not any(isinstance(module, loge.LoGELinear) for module in model.modules())
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant: bool) -> None:
     model = frozen_llama()

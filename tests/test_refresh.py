@@ -130,6 +130,25 @@ def test_a_broken_gradient_changes_no_subspace() -> None:
     assert all(map(torch.equal, directions(model), start))
 
 
+def test_inside_autocast_directions_stay_orthonormal() -> None:
+    model = lora()
+    loge.apply(model, 16, calibration=batches(), refresh_every=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        steps(model, 1)
+    for layer in layers(model).values():
+        assert layer.factors is not None
+        right = layer.factors.right.double()
+        torch.testing.assert_close(right @ right.t(), torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-5)
+        torch.testing.assert_close(layer.factors.left, layer.weight @ layer.factors.right.t(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_refresh_that_sees_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = lora()
+    loge.apply(model, 16, calibration=batches(), refresh_every=1)
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad]).step()
+    assert "a refresh saw no gradient" in caplog.text
+
+
 def test_a_resumed_run_goes_on_with_the_refreshed_subspaces() -> None:
     whole, first, second = lora(), lora(), lora()
     statistics = loge.calibrate(lora(), batches())

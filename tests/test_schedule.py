@@ -156,6 +156,16 @@ def test_checkpointed_models_are_corrected_too() -> None:
     assert_close(means[1], means[0])
 
 
+def test_reentrant_checkpoints_hide_the_cheap_pass(caplog: pytest.LogCaptureFixture) -> None:
+    model = lora()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.train()
+    loge.apply(model, RANK, exact_every=2)
+    step(model, optimizer_of(model))
+    assert "give use_reentrant=False?" in caplog.text
+
+
 def test_a_model_without_an_output_head() -> None:
     class Stack(nn.Module):
         def __init__(self) -> None:
@@ -241,6 +251,15 @@ def test_a_foreign_state_is_refused_whole() -> None:
     assert uncorrected is not None
     with pytest.raises(ValueError, match="without one"):
         uncorrected.load_state_dict(before)
+    loge.remove(model)
+    loge.apply(model, RANK, calibration=[{"input_ids": tokens(), "labels": tokens()}], exact_every=2)
+    with pytest.raises(ValueError, match=r"state has nothing of layer"):
+        schedule_of(model).load_state_dict(before)  # type: ignore[union-attr]
+    followed = schedule_of(model).state_dict()  # type: ignore[union-attr]
+    loge.remove(model)
+    loge.apply(model, RANK, exact_every=2)
+    with pytest.raises(ValueError, match=r"subspaces that follow the gradient.*without them"):
+        schedule_of(model).load_state_dict(followed)  # type: ignore[union-attr]
     assert name == "step"
 
 
@@ -275,6 +294,16 @@ def test_copies_and_pickles_have_no_schedule() -> None:
         optimizer_of(twin).step()
     assert schedule.step == 1
     assert_close(schedule.state_dict(), before)
+
+
+def test_copies_made_before_an_exact_step_are_cheap() -> None:
+    model = lora()
+    loge.apply(model, RANK, exact_every=2, exact_fraction=0.25)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        layers = [module for module in twin.modules() if isinstance(module, LoGELinear)]
+        assert {layer.exact_fraction for layer in layers} == {0.25}
+        loge.remove(twin)
+    assert {module.exact_fraction for module in model.modules() if isinstance(module, LoGELinear)} == {1.0}
 
 
 def test_nothing_outlives_the_model() -> None:
@@ -320,8 +349,8 @@ def test_an_overflow_teaches_nothing() -> None:
 
 def test_a_loss_scale_is_taken_out_and_put_back() -> None:
     class Scaler:
-        def get_scale(self) -> float:
-            return 1024.0
+        def scale(self, outputs: Tensor) -> Tensor:
+            return outputs * 1024.0
 
     plain, scaled = lora(), lora()
     for model in (plain, scaled):
@@ -340,6 +369,57 @@ def test_a_loss_scale_is_taken_out_and_put_back() -> None:
             p.grad /= 1024.0
         assert_close(snapshot(scaled), expected)
         other.step()
+
+
+def test_a_step_that_the_scaler_skips_leaves_nothing_behind() -> None:
+    plain, scaled = lora(), lora()
+    for model in (plain, scaled):
+        loge.apply(model, RANK, exact_every=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    schedule = schedule_of(scaled)
+    assert schedule is not None
+    assert schedule.correction is not None
+    schedule.correction.scaler = scaler
+    one, other = optimizer_of(plain), optimizer_of(scaled)
+    for number in range(2):  # an exact step and a cheap one
+        expected = step(plain, one)
+        for skipped in (True, False):
+            other.zero_grad()
+            for _ in range(2):
+                scaler.scale(scaled(input_ids=tokens(), labels=tokens()).loss / 2).backward()
+            if skipped:
+                next(iter(adapters(scaled).values())).grad.fill_(torch.inf)  # type: ignore[union-attr]
+            else:
+                scaler.unscale_(other)
+                assert_close(snapshot(scaled), expected)
+            scaler.step(other)
+            scaler.update()
+            assert schedule.step == number + (not skipped)
+
+
+def test_a_converted_head_is_corrected_from_the_loss_down() -> None:
+    model = lora()
+    targets = [*LINEARS, "lm_head"]
+    exact = gradient(model)
+    loge.apply(model, subspace="dropped", exact_every=2, targets=targets)
+    optimizer = torch.optim.SGD(adapters(model).values(), lr=0.0)
+    assert_close(step(model, optimizer), exact)
+    # Nothing comes through the dropped head: the mean is the whole gradient, and stays it.
+    assert_close(step(model, optimizer), exact)
+
+
+def test_no_hook_is_left_where_every_layer_is_exact() -> None:
+    model = lora()
+    loge.apply(model, 1.0, exact_every=4)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_model_with_nothing_to_train_but_its_input() -> None:
+    model = llama().requires_grad_(False)
+    loge.apply(model, RANK, exact_every=2)
+    x = model.get_input_embeddings()(tokens()).requires_grad_()
+    model(inputs_embeds=x, labels=tokens()).loss.backward()
+    assert x.grad is not None
 
 
 def test_a_compiled_model_is_corrected() -> None:

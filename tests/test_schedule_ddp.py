@@ -56,3 +56,41 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     for rank in range(WORLD):
         for got, right in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
             assert_close(got, right)
+
+
+class Branches(nn.Module):
+    """A rank's tokens reach one of two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.below = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+        self.above = nn.Linear(32, 32).requires_grad_(False)
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        return self.above(self.below[expert](x)).square().mean()
+
+
+def route(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=TIMEOUT)
+    model = Branches()
+    loge.apply(model, subspace="dropped", exact_every=2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    model(torch.ones(4, 32), rank).backward()
+    mine = {name: p.grad / WORLD for name, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    schedule = loge.schedule_of(model)
+    assert schedule is not None
+    assert schedule.correction is not None
+    torch.save((schedule.correction.means, mine), folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_ranks_that_reach_different_parameters(tmp_path: Path) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(route, (tmp_path,), nprocs=WORLD)
+    (means, first), (others, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))
+    assert_close(means, first | second)  # nothing comes through the dropped layer
+    assert_close(others, means)

@@ -217,6 +217,15 @@ def test_every_step_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "no exact steps" in capsys.readouterr().out
 
 
+def test_subspaces_that_follow_the_gradient_without_exact_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = Rows()[0]["input_ids"][None]
+    policy = {"calibration": [{"input_ids": row, "labels": row}], "refresh_every": 2}
+    trainer(tmp_path, loge.LogeCallback(), callback=False, policy=policy, max_steps=1).train()
+    assert "LoGE: no exact steps; subspaces refreshed every 2 steps" in capsys.readouterr().out
+
+
 def test_means_of_another_adapter(stopped: Path) -> None:
     resumed = trainer(stopped)
     target = resumed.model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.lora_A.default")
