@@ -186,6 +186,12 @@ def _model_loss(model: nn.Module, batch: Batch, number: int) -> Tensor:
 @contextlib.contextmanager
 def _gradients_kept(model: nn.Module) -> Iterator[None]:
     """Every parameter's `.grad` as it was, whatever backward passes run in the block."""
+    for name, p in model.named_parameters():
+        if p._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"{name} has a hook that acts on its gradient (an optimizer within backward?), and calibration's "
+                "backward would run it: calibrate before it is registered"
+            )
     kept = [(p, p.grad) for p in model.parameters()]
     for p, _ in kept:
         p.grad = None

@@ -11,6 +11,8 @@ data", NeurIPS 2017, algorithm 3.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,10 @@ class Moment:
         return torch.linalg.solve_triangular(lower, Y.t(), upper=False).float()
 
     def _test_matrix(self, device: torch.device) -> Tensor:
-        """Ω, the same wherever it is made: drawn on the CPU."""
-        generator = torch.Generator().manual_seed(self.size)
-        return torch.randn(self.size, self.matrix.shape[1], generator=generator).to(device)
+        return _gaussian(self.size, self.matrix.shape[1], device)
+
+
+@functools.lru_cache(maxsize=2)  # layers of one width follow one another
+def _gaussian(size: int, width: int, device: torch.device) -> Tensor:
+    """Ω [size, width], the same wherever it is made: drawn on the CPU."""
+    return torch.randn(size, width, generator=torch.Generator().manual_seed(size)).to(device)

@@ -58,7 +58,9 @@ def make_plan(model: nn.Module, sites: list[Site], targets: Targets, request: Re
         made = factors[site.name]
         costs[site.name] = (dense if made is None else made.cost + request.exact_fraction * dense), dense
     cheap = _mean(sites, [costs[site.name][0] for site in sites])
-    return Plan(factors, costs, _policy(request, exact_dtype, cheap, exact), request.allocation is not None)
+    all_exact = all(made is None for made in factors.values())
+    policy = _policy(request, exact_dtype, cheap, exact, all_exact)
+    return Plan(factors, costs, policy, request.allocation is not None)
 
 
 def _check_weight(site: Site, exact_dtype: str | None) -> None:
@@ -138,14 +140,16 @@ def _factors(site: Site, rank: int | None, directions: dict[str, Subspace], requ
     weight = site.weight()
     found = directions.get(site.name)
     made = cached_factors(weight, rank, request.subspace) if found is None else found.factors(weight, rank)
-    return made.with_residual(weight, rows) if rows else made
+    return made.with_residual(weight, rows, None if found is None else found.importance) if rows else made
 
 
-def _policy(request: Request, exact_dtype: str | None, cheap: float, exact: float) -> Policy:
+def _policy(request: Request, exact_dtype: str | None, cheap: float, exact: float, all_exact: bool) -> Policy:
     correction, every = request.correction, request.exact_every
     if request.budget is not None and request.allocation is None:
         every = exact_every_within(request.budget, cheap, exact, correction is not None)
     every = None if every is None else float(every)
+    if every is not None and all_exact:
+        every = 1.0
     if every is None or every == 1.0:
         correction = None
     return Policy(every, exact_dtype, correction, average_cost(cheap, exact, every, correction is not None))

@@ -128,7 +128,7 @@ class Statistics:
                     importance = file.get_tensor(f"{name}|importance")
                     layers[name] = LayerStatistics((N, K), moment, importance, norms, scores)
                 return Statistics(layers, about["batches"], about["tokens"])
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
+        except (SafetensorError, AttributeError, KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)!r} holds no statistics of loge_kernels.calibrate: {error}") from error
 
     def check_batch(self, number: int) -> None:

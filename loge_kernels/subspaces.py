@@ -36,6 +36,7 @@ class Subspace:
     method: str
     right: Tensor
     worth: Tensor
+    importance: Tensor  # float32 [N], E dY_n² up to a factor
     energies: Tensor  # float64 [q]: share of E‖dY W‖² ("gradient") or of ‖W‖² ("salience") along each row
 
     def factors(self, weight: Tensor, rank: int) -> Factors:
@@ -65,7 +66,7 @@ def subspace(weight: Tensor, statistics: LayerStatistics, method: str, limit: in
         root = statistics.moment.root().to(weight.device)
         W = weight.detach().float()
         right, worth = gradient_directions(root if statistics.of_dx else root @ W, limit)
-        return Subspace(method, right, worth, worth)
+        return Subspace(method, right, worth, statistics.importance, worth)
     if statistics.scores is None:
         raise ValueError("calibration has no gradient scores: calibrate(..., scores=True), for subspace='salience'")
     signed, absolute, square = statistics.scores.to(weight.device).double()
@@ -81,4 +82,4 @@ def subspace(weight: Tensor, statistics: LayerStatistics, method: str, limit: in
     total = index.sum()
     whole = share(S, weight.detach().float())
     energies = sigma.square() / sigma.square().sum() * whole
-    return Subspace(method, Vt[order], index[order] / total, energies[order])
+    return Subspace(method, Vt[order], index[order] / total, statistics.importance, energies[order])

@@ -69,6 +69,12 @@ def test_apply_spends_the_budget_among_the_layers() -> None:
     assert any(row.reason == "exact by allocation" for row in report.converted)
 
 
+def test_a_budget_for_every_layer_makes_every_step_exact() -> None:
+    report = loge.apply(lora(), subspace="svd", budget=0.5, allocation="depth", exact_every=3, exact_dtype="int8")
+    assert report.policy.exact_every == 1.0
+    assert report.policy.cost == 0.5
+
+
 def test_exact_steps_are_paid_first() -> None:
     model = lora()
     options = {"allocation": "depth", "exact_every": 8, "exact_dtype": "int8", "correction": None}

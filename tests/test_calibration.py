@@ -197,6 +197,9 @@ def test_token_norms_stay_bounded_and_even() -> None:
 
 # Files
 
+HEADER = b'{"__metadata__":{"loge":"[]"}}'
+LISTED = len(HEADER).to_bytes(8, "little") + HEADER  # metadata that is JSON, but no dict
+
 
 def assert_equal(found: loge.Statistics, expected: loge.Statistics) -> None:
     assert (found.batches, found.tokens, found.layers.keys()) == (
@@ -240,7 +243,7 @@ def test_an_interrupted_calibration_goes_on(tmp_path: Path, monkeypatch: pytest.
         loge.calibrate(model, batches(), scores=True, file=file)
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", LISTED])
 def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x"
     path.write_bytes(content)
@@ -285,6 +288,16 @@ def test_eval_mode_and_converted_models_are_refused() -> None:
     loge.apply(model, 16)
     with pytest.raises(ValueError, match="nothing to convert"):
         loge.calibrate(model, batches())
+
+
+def test_an_optimizer_within_backward_is_not_run() -> None:
+    model = lora()
+    name, adapter = next((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    handle = adapter.register_post_accumulate_grad_hook(lambda p: p.data.zero_())
+    with pytest.raises(ValueError, match=f"{name} has a hook that acts on its gradient"):
+        loge.calibrate(model, batches())
+    handle.remove()
+    loge.calibrate(model, batches())
 
 
 def test_a_gradient_that_is_not_finite_is_named_and_kept_out_of_the_file(

@@ -72,6 +72,18 @@ def test_the_gradient_subspace_is_nearer_to_the_exact_gradient_than_svd() -> Non
     assert error(calibration=[same]) < 0.7 * error(subspace="svd")
 
 
+def test_the_residual_takes_the_rows_that_the_gradient_weighs_most() -> None:
+    model = lora()
+    statistics = loge.calibrate(model, batches())
+    loge.apply(model, 16, calibration=statistics, residual=0.1)
+    factors = model.get_submodule(QUERY).base_layer.factors
+    weight = model.get_submodule(QUERY).base_layer.weight
+    missing = (weight - factors.left @ factors.right).square().sum(1)
+    best = torch.topk(missing * statistics.layers[QUERY].importance, 7).indices.sort().values
+    assert torch.equal(factors.rows, best)
+    assert not torch.equal(factors.rows, torch.topk(missing, 7).indices.sort().values)
+
+
 def test_a_changed_weight_is_projected_onto_the_same_directions() -> None:
     model = lora()
     loge.apply(model, 16, calibration=batches())
