@@ -66,6 +66,7 @@ def test_factors_and_exact_steps_go_on(base, monkeypatch, tmp_path):
 
 def test_interrupted_while_evaluating(base, monkeypatch):
     evaluate = training.heldout_loss
+    handler = signal.getsignal(signal.SIGINT)
     calls = 0
 
     def interrupting(*args):
@@ -79,7 +80,7 @@ def test_interrupted_while_evaluating(base, monkeypatch):
         patch.setattr(finetune.job, "heldout_loss", interrupting)
         with pytest.raises(Interrupted, match="after step 6 of 6 of lora"):
             go(base)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     metrics, _ = go(base, resume=True)
     assert len(metrics["methods"]["lora"]["losses"]) == base.steps
 
