@@ -8,7 +8,7 @@ rounded operands. The rule is that of `accuracy`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -322,14 +322,15 @@ def _autograd(case: Case, inputs: dict[str, Tensor], original: dict[str, Tensor]
         kept = x if not case.dropout else torch.where(original["keep"], x / (1.0 - _DROPOUT), 0.0)
         y = y + _SCALING * (kept @ leaves["lora_A"].t()) @ leaves["lora_B"].t()
     wanted = [leaves[name] for name in case.wanted]
-    found = [None] * len(wanted)  # where x alone is wanted, in 8 bits, autograd has no part in it
+    # Where x alone is wanted, in 8 bits, autograd has no part in it.
+    found: Sequence[Tensor | None] = [None] * len(wanted)
     if y.requires_grad:
         found = torch.autograd.grad(y, wanted, inputs["dy"], allow_unused=True)
     gradients = dict(zip(case.wanted, found, strict=True))
     if eight_bits and "x" in gradients:
         dense = _rounded(original["dy"], case.mode, 1, x.dtype) @ _rounded(original["weight"], case.mode, 0, x.dtype)
         gradients["x"] = dense if gradients["x"] is None else gradients["x"] + dense
-    return {"y": y.detach(), **{name: gradient.detach() for name, gradient in gradients.items()}}
+    return {"y": y.detach(), **{name: g.detach() for name, g in gradients.items() if g is not None}}
 
 
 def _surrogate(case: Case, x: Tensor, weight: Tensor, inputs: dict[str, Tensor], original: dict[str, Tensor]) -> Tensor:
