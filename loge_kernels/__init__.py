@@ -1,5 +1,6 @@
 """Linear layers whose backward pass is cheap: full weight forward, low-rank activation gradient, exact LoRA."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .backends import Backend, backends, use_backend
@@ -16,7 +17,9 @@ from .statistics import LayerStatistics, Statistics
 from .triton_kernels import explain
 
 if TYPE_CHECKING:
-    from .trainer import LogeCallback as LogeCallback  # not in __all__: a star import would need transformers
+    # Not in __all__: a star import would need transformers.
+    from .peft_methods import register_peft_methods as register_peft_methods
+    from .trainer import LogeCallback as LogeCallback
 
 __version__ = "0.1.0"
 
@@ -45,10 +48,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`LogeCallback` on first use: its base class is transformers', which takes seconds to import."""
-    if name != "LogeCallback":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .trainer import LogeCallback
+# Imported on first use: they build on transformers or PEFT, which take seconds to import.
+_LAZY = {"LogeCallback": "trainer", "register_peft_methods": "peft_methods"}
 
-    return LogeCallback
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -1,0 +1,48 @@
+"""Methods of this package in PEFT's registry."""
+
+import pickle
+
+import pytest
+
+peft = pytest.importorskip("peft")
+
+from peft.utils.peft_types import PeftType  # noqa: E402
+
+from loge_kernels.peft_methods import register  # noqa: E402
+
+
+@pytest.fixture
+def member():
+    class Config(peft.LoraConfig):
+        pass
+
+    class Model(peft.LoraModel):
+        prefix = "example_"
+
+    yield register("loge_example", Config, Model), Config, Model
+    from peft import mapping
+
+    for table in (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING):
+        table.pop("LOGE_EXAMPLE")
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING.pop("LOGE_EXAMPLE")
+
+
+def test_a_registered_method_is_a_member_like_any_other(member):
+    found, config, model = member
+    assert found == "LOGE_EXAMPLE"
+    assert found is PeftType("LOGE_EXAMPLE")
+    assert found is PeftType["LOGE_EXAMPLE"]
+    assert found in list(PeftType)
+    assert PeftType.LOGE_EXAMPLE is found
+    assert isinstance(found, str)
+    assert pickle.loads(pickle.dumps(found)) is found
+    from peft import mapping
+
+    assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[found] is config
+    assert mapping.PEFT_TYPE_TO_TUNER_MAPPING[found] is model
+    assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING[found] == "example_"
+
+
+def test_a_name_is_given_once(member):
+    with pytest.raises(KeyError, match="loge_example"):
+        register("loge_example", member[1], member[2])
