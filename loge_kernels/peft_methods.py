@@ -20,7 +20,7 @@ def register_peft_methods() -> None:
         import_module(module, __package__)
 
 
-def register(name: str, config: type, model: type) -> Any:
+def register(name: str, config: type, model: Any) -> Any:
     """Register a method under the lower-case `name`, and return its member of `PeftType`.
 
     `model` is PEFT's tuner, whose `prefix` marks the method's parameters. PEFT takes methods whose name its enumeration
