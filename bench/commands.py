@@ -1,4 +1,4 @@
-"""`python -m loge_kernels bench`: linear, step and fidelity."""
+"""`python -m loge_kernels bench`: linear, step, fidelity, and the model for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from loge_kernels.command_line import SETTINGS, JsonOption, leave, number, numbers, split
+from loge_kernels.command_line import SETTINGS, JsonOption, leave, number, numbers, split, write_json
 
 
 class _DefaultCommand(TyperGroup):
@@ -175,6 +175,13 @@ def bench_fidelity(
         Path | None,
         typer.Option("--json", help="Write the result to this file after every run, and skip what it holds already."),
     ] = None,
+    together: Annotated[
+        bool,
+        typer.Option(
+            "--together",
+            help="A step of every policy in turn, so that their seconds compare; the model is in memory once a policy.",
+        ),
+    ] = False,
     png: Annotated[Path | None, typer.Option(help="Draw learning against flops, and loss against time.")] = None,
 ) -> None:
     """What cheap gradients teach: held-out loss, cosine and cost of every policy against exact LoRA, on a real model.
@@ -204,10 +211,59 @@ def bench_fidelity(
             gradient_steps=gradient_steps,
             dtype=dtype,
             device=device,
+            together=together,
             json=json_file,
             png=png,
         )
         fidelity.run(options)
+        return True
+
+    leave(work)
+
+
+@bench_app.command("scratch")
+def bench_scratch(
+    out: Annotated[Path, typer.Argument(help="Directory to write the model to, for --model.")],
+    hidden: Annotated[int, typer.Option(help="Width of the model.")] = 2048,
+    intermediate: Annotated[int, typer.Option(help="Width of its MLP.")] = 5632,
+    layers: Annotated[int, typer.Option(help="Blocks.")] = 4,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="Heads of keys and values.")] = 8,
+    vocab: Annotated[int, typer.Option(help="Entries of its tokenizer.")] = 4096,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 2,
+    seq: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
+    lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 6e-4,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Files to train on; default: Python's standard library.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the start and the batches.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    json_file: JsonOption = None,
+) -> None:
+    """Train a wide LLaMA from nothing for a few minutes, for `bench fidelity --model` where no pretrained model of that
+    width is at hand."""
+
+    def work() -> bool:
+        from . import scratch
+
+        options = scratch.ScratchOptions(
+            out=out,
+            hidden=hidden,
+            intermediate=intermediate,
+            layers=layers,
+            heads=heads,
+            kv_heads=kv_heads,
+            vocab=vocab,
+            steps=steps,
+            batch=batch,
+            seq=seq,
+            lr=lr,
+            text=tuple(text or ()),
+            seed=seed,
+            device=device,
+        )
+        write_json(json_file, scratch.run(options))
         return True
 
     leave(work)

@@ -15,8 +15,9 @@ work on one file, each with its own seeds.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class FidelityOptions:
     schedule: "constant" or "cosine", which ends at zero; warmup: steps before the learning rate is all there.
     checkpoints: how often, evenly, the held-out loss is taken.   heldout, calibration: sequences of each.
     gradient_steps: exact steps, at the whole learning rate, before the gradients are compared.
+    together: a step of every policy in turn instead of one run after the other, so that their seconds compare.
     json: the file of results, gone on with if it is there.   png: file to draw into.
     """
 
@@ -68,6 +70,7 @@ class FidelityOptions:
     gradient_steps: int = 5
     dtype: str = "auto"
     device: str = "auto"
+    together: bool = False
     json: Path | None = None
     png: Path | None = None
 
@@ -96,7 +99,7 @@ class FidelityOptions:
     def settings(self) -> dict[str, Any]:
         """What two runs must agree on to stand in one table, as JSON values."""
         settings = dataclasses.asdict(self)
-        for name in ("policies", "seeds", "json", "png"):
+        for name in ("policies", "seeds", "together", "json", "png"):
             del settings[name]
         training = self.training()
         return settings | {
@@ -158,22 +161,32 @@ def _measure(
         result["heldout_before"] = bench.before()
     whole = _checkpoints(options)
     controls = [policy.steps(options.steps) for policy in policies if policy.same_cost is not None]
-    for number, (seed, policy) in enumerate(pending, 1):
+    number = 0
+    for seed, group in _groups(pending, options.together):
         file.take_over(result, options.json)
-        if file.find(result, policy.text, seed) is not None:
-            continue  # by another process
-        console.print(f"run {number} of {len(pending)}:", highlight=False, end=" ")
-        exact = file.find(result, EXACT, seed)
-        row = _prefix(policy, exact, options) if policy.same_cost is not None and exact is not None else None
-        if row is None:
+        # What another process has run in the meantime is left out.
+        group = [policy for policy in group if file.find(result, policy.text, seed) is None]
+        copied = {policy.text: row for policy in group if (row := _prefix(policy, result, seed, options)) is not None}
+        trained = [policy for policy in group if policy.text not in copied]
+        if trained:
+            console.print(f"run {number + 1} of {len(pending)}:", highlight=False, end=" ")
             # At a constant rate fewer steps are the first steps of the whole run.
-            more = controls if policy.text == EXACT and _prefixes(options) else []
-            row = bench.run(policy, seed, {*whole, *more})
-        row["family"] = policy.family
+            more = controls if _prefixes(options) and any(policy.text == EXACT for policy in trained) else []
+            copied |= {row["policy"]: row for row in bench.run(trained, seed, {*whole, *more})}
+        number += len(group)
         result["calibration_seconds"] |= bench.calibration_seconds
-        file.add(result, row, options.json)
-        after = f"{row['curve'][-1]['heldout']:.4f}" if row["curve"] else row["note"]
-        console.print(f"{policy.text}, seed {seed}: held-out loss {after}", highlight=False, markup=False)
+        for policy in group:
+            row = copied[policy.text] | {"family": policy.family}
+            file.add(result, row, options.json)
+            after = f"{row['curve'][-1]['heldout']:.4f}" if row["curve"] else row["note"]
+            console.print(f"{policy.text}, seed {seed}: held-out loss {after}", highlight=False, markup=False)
+
+
+def _groups(pending: list[tuple[int, FidelityPolicy]], together: bool) -> Iterator[tuple[int, list[FidelityPolicy]]]:
+    """The runs of each seed that take turns, or every run by itself."""
+    for seed, runs in itertools.groupby(pending, key=lambda run: run[0]):
+        policies = [policy for _, policy in runs]
+        yield from [(seed, policies)] if together else ((seed, [policy]) for policy in policies)
 
 
 def _checkpoints(options: FidelityOptions) -> set[int]:
@@ -186,8 +199,13 @@ def _prefixes(options: FidelityOptions) -> bool:
     return options.schedule == "constant" and options.warmup == 0
 
 
-def _prefix(policy: FidelityPolicy, exact: dict[str, Any], options: FidelityOptions) -> dict[str, Any] | None:
-    """The control `policy` as the first steps of the run `exact`, where those are the same and were evaluated."""
+def _prefix(
+    policy: FidelityPolicy, result: dict[str, Any], seed: int, options: FidelityOptions
+) -> dict[str, Any] | None:
+    """The control `policy` as the first steps of exact LoRA, where those are the same and were evaluated."""
+    exact = file.find(result, EXACT, seed)
+    if policy.same_cost is None or exact is None:
+        return None
     steps = policy.steps(options.steps)
     curve = [point for point in exact["curve"] if point["step"] <= steps]
     if not _prefixes(options) or exact["status"] != "ok" or not curve or curve[-1]["step"] != steps:

@@ -5,6 +5,7 @@ exact:cost=0.35             the same with fewer steps, as many as cost what a po
 gradient:rank=1/8           a subspace, then arguments of `loge.apply`
 dropped:exact_fraction=1/4  no low-rank part, the heaviest quarter of the tokens exact
 float8, int8                every step exact, its dense products in 8 bits
+budget=0.45,steps=1.1       any of them for 1.1 times the steps of the others, its schedule stretched with them
 budget=0.35                 arguments of `loge.apply` alone
 """
 
@@ -45,6 +46,8 @@ DEFAULTS = (
 EXACT = "exact"
 # What a calibration must hold for each subspace that needs one; `calibration=` names it for other policies.
 CALIBRATIONS = {"gradient": "statistics", "salience": "scores"}
+# The text that a seed draws from is so many times what its steps train on: no sequence comes twice.
+LONGEST = 2
 _FIXED = ("model", "targets", "backend")
 
 
@@ -54,18 +57,19 @@ class FidelityPolicy:
 
     text: as typed, without spaces; it identifies the policy in a file.   arguments: of `loge.apply`, calibration apart.
     calibration: None, "statistics" or, with gradient scores, "scores".   same_cost: for exact LoRA with fewer steps,
-    the cost of the policies that it stands beside, else None.
+    the cost of the policies that it stands beside, else None.   stretch: its steps over those of the others.
     """
 
     text: str
     arguments: dict[str, Any] = field(default_factory=dict)
     calibration: str | None = None
     same_cost: float | None = None
+    stretch: float = 1.0
 
     @property
     def applied(self) -> bool:
         """Whether `loge.apply` has a part in it."""
-        return not (self.text == EXACT or self.same_cost is not None)
+        return _split(self.text)[0] != EXACT
 
     @property
     def family(self) -> str:
@@ -79,7 +83,8 @@ class FidelityPolicy:
 
     def steps(self, whole: int) -> int:
         """How many steps it takes where the others take `whole`."""
-        return whole if self.same_cost is None else max(1, round(whole * total_time(self.same_cost)))
+        share = self.stretch if self.same_cost is None else total_time(self.same_cost)
+        return max(1, round(whole * share))
 
 
 def total_time(cost: float) -> float:
@@ -97,13 +102,18 @@ def parse(text: str) -> FidelityPolicy:
         if not (equals and key and value):
             raise ValueError(f"--policy {text!r}: {item!r} is not of the form name=value")
         values[key] = _value(value)
+    stretch = values.pop("steps", 1.0)
+    if not (isinstance(stretch, (int, float)) and 0.0 < stretch <= LONGEST):
+        raise ValueError(f"--policy {text!r}: steps={stretch!r}; give its steps over those of the others, in (0, 2]")
     if name == EXACT:
-        if set(values) - {"cost"}:
-            raise ValueError(f"--policy {text!r}: exact LoRA takes no argument but cost=, of the policies beside it")
-        cost = values.get("cost")
+        cost = values.pop("cost", None)
+        if values or (cost is not None and stretch != 1.0):
+            raise ValueError(
+                f"--policy {text!r}: exact LoRA takes cost=, of the policies beside it, or steps=, and nothing else"
+            )
         if cost is not None and not (isinstance(cost, (int, float)) and 0.0 <= cost < 1.0):
             raise ValueError(f"--policy {text!r}: cost={cost!r} is not a share of the dense backward in [0, 1)")
-        return FidelityPolicy(text, same_cost=cost)
+        return FidelityPolicy(text, same_cost=cost, stretch=stretch)
     if name in DTYPES:
         values = {"exact_every": 1, "exact_dtype": name, **values}
     elif name in SUBSPACES:
@@ -118,7 +128,7 @@ def parse(text: str) -> FidelityPolicy:
     for key in values:
         if key not in allowed:
             raise ValueError(f"--policy {text!r}: {key!r} is no argument of apply; it takes {', '.join(allowed)}")
-    return FidelityPolicy(text, values, calibration)
+    return FidelityPolicy(text, values, calibration, stretch=stretch)
 
 
 def _split(text: str) -> tuple[str, list[str]]:

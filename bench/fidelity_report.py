@@ -13,14 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from . import output
-from .fidelity_policies import EXACT, parse
+from .fidelity_policies import EXACT, parse, total_time
 
 _LEGEND = (
     "cost: backward flops of the frozen products against dense, 8 bits counted half. total: time against exact LoRA's, "
     "the forward counted. cosine, norm: of the gradient of a step through the factors, against the exact one. "
     "recovered: share of exact LoRA's gain in held-out loss, mean and range of the seeds. exact in: what exact LoRA "
-    "recovers with fewer steps in the same total time. CPU: seconds of all cores in a step, which other work on the "
-    "machine changes less than the clock's."
+    "recovers with fewer steps in the same total time. reaches: the total time at which the held-out loss was first "
+    "found at or below exact LoRA's last. CPU: seconds of all cores in a step, which other work on the machine changes "
+    "less than the clock's."
 )
 _MAX_CURVES = 8  # lines that a panel of losses can hold
 
@@ -41,7 +42,7 @@ def summarise(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def recovered(row: dict[str, Any], result: dict[str, Any]) -> float | None:
     """The share of exact LoRA's gain; None where either has no end."""
-    exact = next((each for each in result["rows"] if (each["policy"], each["seed"]) == (EXACT, row["seed"])), None)
+    exact = _exact(row, result)
     if exact is None or any(each["status"] != "ok" for each in (row, exact)):
         return None
     before = result["heldout_before"]
@@ -49,8 +50,25 @@ def recovered(row: dict[str, Any], result: dict[str, Any]) -> float | None:
     return (before - row["curve"][-1]["heldout"]) / gain if gain > 0 else None
 
 
+def reaches(row: dict[str, Any], result: dict[str, Any]) -> float | None:
+    """The total time, in exact LoRA's, at which the held-out loss was first found at or below exact LoRA's last one of
+    the same seed; None where it never was."""
+    exact = _exact(row, result)
+    if exact is None or exact["status"] != "ok":
+        return None
+    last = exact["curve"][-1]["heldout"]
+    found = (point["step"] for point in row["curve"] if point["heldout"] <= last)
+    step = next(found, None)
+    return None if step is None else step * total_time(row["cost"]) / result["settings"]["steps"]
+
+
+def _exact(row: dict[str, Any], result: dict[str, Any]) -> dict[str, Any] | None:
+    return next((each for each in result["rows"] if (each["policy"], each["seed"]) == (EXACT, row["seed"])), None)
+
+
 def _entry(policy: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> dict[str, Any]:
     shares = [share for row in rows if (share := recovered(row, result)) is not None]
+    there = [time for row in rows if (time := reaches(row, result)) is not None]
     ended = [row["curve"][-1]["heldout"] for row in rows if row["status"] == "ok"]
     medians = [row["typical_seconds"] for row in rows if "typical_seconds" in row]
     gradients = [row["gradient"]["all"] for row in rows]
@@ -68,6 +86,9 @@ def _entry(policy: str, rows: list[dict[str, Any]], result: dict[str, Any]) -> d
         "recovered": _mean(shares),
         "recovered_min": min(shares, default=None),
         "recovered_max": max(shares, default=None),
+        # Of the seeds that got there; the others say so by being fewer.
+        "reaches": _mean(there),
+        "reached_by": len(there),
         **{f"{part}_seconds": _mean([each[part] for each in medians]) for part in ("backward", "step")},
         "cpu_seconds": _mean([statistics.median(row["cpu_seconds"]) for row in rows if row["cpu_seconds"]]),
         "training_seconds": _mean([row["curve"][-1]["seconds"] for row in rows if row["curve"]]),
@@ -109,6 +130,7 @@ def print_table(console: Console, result: dict[str, Any]) -> None:
         "recovered",
         "seeds",
         "exact in",
+        "reaches",
         "backward",
         "step",
         "CPU",
@@ -132,12 +154,20 @@ def print_table(console: Console, result: dict[str, Any]) -> None:
             share,
             spread,
             _percent(entry["control"]),
+            _reached(entry),
             output.duration(entry["backward_seconds"]),
             output.duration(entry["step_seconds"]),
             output.duration(entry["cpu_seconds"]),
         )
     output.print_wide(console, table)
     console.print(_LEGEND, style="dim", highlight=False, soft_wrap=True)
+
+
+def _reached(entry: dict[str, Any]) -> str:
+    if entry["reaches"] is None:
+        return ""
+    few = f" ({entry['reached_by']} of {len(entry['seeds'])})" if entry["reached_by"] < len(entry["seeds"]) else ""
+    return f"{entry['reaches']:.2f}{few}"
 
 
 def _percent(share: float | None) -> str:
@@ -160,7 +190,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.set(ylabel="held-out loss")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
-    measured.set(xlabel="seconds of training, measured", title="by time on this machine")
+    apart = "" if all(row.get("together") for row in result["rows"] if row["policy"] in chosen) else ", run by run"
+    measured.set(xlabel="seconds of training, measured", title=f"by time on this machine{apart}")
     counted.set(xlabel="time in exact LoRA's steps: (1 + cost) / 2 a step", title="by flops, forward and backward")
     settings = result["settings"]
     figure.suptitle(
@@ -219,7 +250,7 @@ def _curve(axes: Any, result: dict[str, Any], policy: str, colour: str, unit: st
     rows = [row for row in result["rows"] if row["policy"] == policy and row["status"] == "ok"]
     lines = []
     for row in rows:
-        scale = (1.0 + row["cost"]) / 2.0
+        scale = total_time(row["cost"])
         x = [0.0] + [point["seconds"] if unit == "seconds" else point["step"] * scale for point in row["curve"]]
         lines.append((x, [result["heldout_before"], *(point["heldout"] for point in row["curve"])]))
         axes.plot(*lines[-1], color=colour, linewidth=0.6, alpha=0.4)

@@ -3,11 +3,12 @@ is run."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +21,9 @@ from loge_kernels.finetune import FinetuneOptions, data, models
 from loge_kernels.finetune.progress import progress
 from loge_kernels.finetune.training import PARTS, Diverged, Record, Trainer, heldout_loss, token_losses
 
-from .fidelity_policies import FidelityPolicy, total_time
+from .fidelity_policies import LONGEST, FidelityPolicy, total_time
 
 _LAYER = re.compile(r"\.(\d+)\.")
-_POOL = 2  # the text that a seed draws from, in units of what it trains on
 _TEXT_SEED = 20_250  # of the sequences that calibration takes away
 
 
@@ -51,7 +51,7 @@ class Workbench:
         self.name = loaded.name
         self.model = models.attach_lora(loaded.model, options).to(self.device)
         wanted = options.steps * options.batch
-        self.source, pool, self.heldout = data.read(options, loaded.tokenizer, _POOL * wanted + calibration, heldout)
+        self.source, pool, self.heldout = data.read(options, loaded.tokenizer, LONGEST * wanted + calibration, heldout)
         data.check_enough(options, len(pool), calibration + options.batch, len(self.heldout), heldout)
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(_TEXT_SEED))
         self.calibration, self.train = pool[order[:calibration]], pool[order[calibration:]]
@@ -66,10 +66,11 @@ class Workbench:
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
-    def corpus(self, seed: int) -> data.Corpus:
-        """The seed's own choice of the training text, in its own order."""
+    def corpus(self, seed: int, steps: int = 0) -> data.Corpus:
+        """The seed's own choice of the training text, in its own order; with more `steps` than the others take, it
+        goes on where theirs ends."""
         generator = torch.Generator().manual_seed(seed)
-        steps = max(self.options.steps, self._gradient_steps)
+        steps = max(self.options.steps, self._gradient_steps, steps)
         order = data.shuffled(len(self.train), steps * self.options.batch, generator)
         return data.Corpus(self.source, self.train, self.heldout, order)
 
@@ -84,17 +85,52 @@ class Workbench:
         models.start_again(self.model, self.options.seed)
         return self.evaluate(self.corpus(self.options.seed))
 
-    def run(self, policy: FidelityPolicy, seed: int, checkpoints: Collection[int]) -> dict[str, Any]:
-        """Train with `policy` from the seed's start, held-out loss after the steps in `checkpoints` and the last one;
-        then compare its gradient with the exact one. A row as `fidelity` keeps it."""
-        corpus = self.corpus(seed)
+    def run(self, policies: Sequence[FidelityPolicy], seed: int, checkpoints: Collection[int]) -> list[dict[str, Any]]:
+        """Train with each of `policies` from the seed's start, held-out loss after the steps in `checkpoints` and the
+        last one; then compare its gradient with the exact one. Rows as `fidelity` keeps them.
+
+        Several policies take a step each in turn, so that whatever else the machine does slows all of them alike and
+        their seconds compare.
+        """
+        self._exact_gradient(self.corpus(seed), seed)
+        benches = [self, *(self._another() for _ in policies[1:])]
+        runs = [bench._run(policy, seed, checkpoints) for bench, policy in zip(benches, policies, strict=True)]
+        rows: dict[int, dict[str, Any]] = {}
+        turn = range(len(runs))
+        try:
+            while len(rows) < len(runs):
+                for index in turn:
+                    if index not in rows:
+                        try:
+                            next(runs[index])
+                        except StopIteration as end:
+                            rows[index] = end.value | {"together": len(runs) > 1}
+                turn = turn[::-1]  # no policy is always the one after the same other
+        finally:
+            for run in runs:
+                run.close()
+        return [rows[index] for index in range(len(runs))]
+
+    def _another(self) -> Workbench:
+        """The same with a model of its own, which shares the frozen weights."""
+        frozen = {id(p): p for p in self.model.parameters() if not p.requires_grad}
+        other = copy.copy(self)
+        other.model = copy.deepcopy(self.model, dict(frozen))
+        other.console = Console(quiet=True, force_terminal=False)  # one bar is enough
+        return other
+
+    def _run(
+        self, policy: FidelityPolicy, seed: int, checkpoints: Collection[int]
+    ) -> Generator[None, None, dict[str, Any]]:
+        """Yields before every step, returns the row."""
+        corpus = self.corpus(seed, policy.steps(self.options.steps))
         reference = self._exact_gradient(corpus, seed)
         models.start_again(self.model, seed)
         row: dict[str, Any] = {"policy": policy.text, "seed": seed, "status": "ok", "note": "", "cost": 1.0}
         if policy.applied:
             row |= self._apply(policy, seed)
         try:
-            row |= self._train(policy, corpus, seed, checkpoints)
+            row |= yield from self._train(policy, corpus, seed, checkpoints)
             row["gradient"] = self._compare(corpus, *reference)
         finally:
             loge.remove(self.model)
@@ -133,7 +169,7 @@ class Workbench:
 
     def _train(
         self, policy: FidelityPolicy, corpus: data.Corpus, seed: int, checkpoints: Collection[int]
-    ) -> dict[str, Any]:
+    ) -> Generator[None, None, dict[str, Any]]:
         steps = policy.steps(self.options.steps)
         options = replace(self.options, steps=steps, seed=seed)
         record = Record()
@@ -142,6 +178,7 @@ class Workbench:
         curve, processor = [], []
         with progress(self.console, f"{policy.text}, seed {seed}", steps, options.batch * options.seq) as advance:
             while not trainer.done:
+                yield
                 before = time.process_time()
                 try:
                     trainer.step()

@@ -112,11 +112,11 @@ def test_finished_runs_are_skipped(base: FidelityOptions, monkeypatch: pytest.Mo
     ran: list[tuple[str, int]] = []
     run = fidelity_training.Workbench.run
 
-    def interrupted(self: Any, policy: Any, seed: int, checkpoints: Any) -> dict[str, Any]:
-        ran.append((policy.text, seed))
+    def interrupted(self: Any, policies: Any, seed: int, checkpoints: Any) -> list[dict[str, Any]]:
+        ran.extend((policy.text, seed) for policy in policies)
         if len(ran) == 3:
             raise KeyboardInterrupt
-        return run(self, policy, seed, checkpoints)
+        return run(self, policies, seed, checkpoints)
 
     monkeypatch.setattr(fidelity_training.Workbench, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -143,11 +143,11 @@ def test_two_processes_share_a_file(base: FidelityOptions, monkeypatch: pytest.M
     run = fidelity_training.Workbench.run
     ran: list[tuple[str, int]] = []
 
-    def beside_another(self: Any, policy: Any, seed: int, checkpoints: Any) -> dict[str, Any]:
-        ran.append((policy.text, seed))
+    def beside_another(self: Any, policies: Any, seed: int, checkpoints: Any) -> list[dict[str, Any]]:
+        ran.extend((policy.text, seed) for policy in policies)
         if len(ran) == 1:  # while the first run goes on, another process does these
             go(base, seeds=(0, 1), policies=("exact", base.policies[0]))
-        return run(self, policy, seed, checkpoints)
+        return run(self, policies, seed, checkpoints)
 
     monkeypatch.setattr(fidelity_training.Workbench, "run", beside_another)
     result, _ = go(base)
@@ -190,6 +190,50 @@ def test_control_with_fewer_steps(base: FidelityOptions, schedule: str, monkeypa
         shape = [0.5 * (1 + math.cos(math.pi * part)) for part in (0, 1 / 4, 2 / 4, 3 / 4, 0, 1 / 2)]
         assert rates == pytest.approx([base.lr] * 3 + [base.lr * share for share in shape])
         assert control["losses"][0] == exact["losses"][0]
+
+
+def test_a_longer_run_goes_on_where_the_others_end(base: FidelityOptions) -> None:
+    result, _ = go(base, seeds=(0,), policies=("exact:steps=2", "svd:rank=1/4,steps=1.5"))
+    exact, longer, cheap = result["rows"]
+    assert (longer["steps"], longer["total_time"]) == (4, 2.0)
+    assert longer["losses"][:2] == exact["losses"]
+    assert [point["step"] for point in longer["curve"]] == [1, 2, 4]
+    assert cheap["steps"] == 3
+    assert cheap["total_time"] == pytest.approx(1.5 * (1 + cheap["cost"]) / 2)
+    found = {entry["policy"]: (entry["reaches"], entry["reached_by"]) for entry in result["summary"]}
+    assert found["exact"] == found["exact:steps=2"] == (1.0, 1)
+
+
+def test_when_a_run_reaches_the_last_loss_of_exact_lora(base: FidelityOptions) -> None:
+    result, _ = go(base, seeds=(0,), policies=("svd:rank=1/4",))
+    exact, cheap = result["rows"]
+    exact["curve"][-1]["heldout"] = 1.0
+    for losses, expected in (((0.9, 0.8), 0.5), ((1.1, 1.0), 1.0), ((1.1, 1.01), None)):
+        cheap["curve"] = [{"step": step, "heldout": loss} for step, loss in enumerate(losses, 1)]
+        found = fidelity_report.reaches(cheap, result)
+        assert found == (None if expected is None else pytest.approx(expected * (1 + cheap["cost"]) / 2))
+
+
+def test_taking_turns_changes_nothing_but_the_seconds(base: FidelityOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    apart, _ = go(base, policies=(*base.policies, "svd:rank=1/4,steps=1.5"))
+    order: list[int] = []
+    trained = training.Trainer.step
+
+    def noting(self: Any) -> None:
+        order.append(id(self))
+        trained(self)
+
+    monkeypatch.setattr(training.Trainer, "step", noting)
+    together, _ = go(base, policies=(*base.policies, "svd:rank=1/4,steps=1.5"), together=True, json=None)
+    for ours, theirs in zip(together["rows"], apart["rows"], strict=True):
+        for name in ("policy", "seed", "losses", "gradient", "cost", "total_time"):
+            assert ours[name] == theirs[name], (ours["policy"], name)
+        assert (ours["together"], theirs["together"]) == (True, False)
+    # After three steps before the gradient: every policy once, then in the opposite order, then who is left.
+    turns = order[3 : len(order) // 2]
+    assert len(set(turns[:4])) == 4
+    assert turns[4:8] == turns[:4][::-1]
+    assert len(turns) == 9
 
 
 def test_warmup(base: FidelityOptions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +332,10 @@ def test_policies() -> None:
         ("", ["unknown"]),
         ("svd:rank", ["'rank' is not of the form name=value"]),
         ("svd:ranks=1/8", ["'ranks' is no argument of apply", "rank"]),
-        ("exact:rank=1/8", ["exact LoRA takes no argument but cost="]),
+        ("exact:rank=1/8", ["exact LoRA takes cost="]),
+        ("exact:cost=0.3,steps=2", ["exact LoRA takes cost="]),
+        ("svd:rank=1/8,steps=3", ["steps=3", "(0, 2]"]),
+        ("svd:rank=1/8,steps=0", ["steps=0"]),
         ("exact:cost=2", ["cost=2"]),
         ("budget=0.3,calibration=yes", ["calibration='yes'"]),
     ],
