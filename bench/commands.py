@@ -175,6 +175,7 @@ def bench_fidelity(
         Path | None,
         typer.Option("--json", help="Write the result to this file after every run, and skip what it holds already."),
     ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write the means over the seeds to this file, as CSV.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw learning against flops, and loss against time.")] = None,
 ) -> None:
     """What cheap gradients teach: held-out loss, cosine and cost of every policy against exact LoRA, on a real model.
@@ -205,6 +206,7 @@ def bench_fidelity(
             dtype=dtype,
             device=device,
             json=json_file,
+            csv=csv,
             png=png,
         )
         fidelity.run(options)
