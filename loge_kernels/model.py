@@ -35,6 +35,7 @@ def apply(
     allocation: str | None = None,
     exact_every: float | None = None,
     exact_dtype: str | None = None,
+    low_rank_dtype: str | None = None,
     exact_fraction: float = 0.0,
     residual: float = 0.0,
     correction: float | None = 0.5,
@@ -73,6 +74,8 @@ def apply(
         exact_every: one optimizer step in so many is exact, the first among them: any number from 1 up, 1.5 for two
             steps in three. `loge_kernels.schedule_of(model)` holds the count, for checkpoints.
         exact_dtype: "float8" or "int8" for the dense products of exact layers, rows and steps; None for the weight's.
+        low_rank_dtype: "float8" or "int8" for the products with the factors (`loge_kernels.eight_bit`), counted half;
+            None for the weight's. They are PyTorch's then, and the adapter's own stay as they are.
         exact_fraction: share of the rows in [0, 1], heaviest ‖dY‖ first, whose dX is dense.
         residual: share of each weight's rows in [0, 1], those that the factors miss most, kept exact (CE-LoRA).
         correction: with exact steps, the decay in [0, 1) of the running mean of exact minus cheap adapter gradient that
@@ -101,6 +104,7 @@ def apply(
         allocation=allocation,
         exact_every=exact_every,
         exact_dtype=exact_dtype,
+        low_rank_dtype=low_rank_dtype,
         exact_fraction=exact_fraction,
         residual=residual,
         correction=correction,

@@ -293,6 +293,7 @@ def test_policies() -> None:
     assert policy.calibration == "statistics"
     assert policy.applied
     assert parse("salience:rank=64").calibration == "scores"
+    assert parse("svd:low_rank_dtype=int8").arguments == {"subspace": "svd", "low_rank_dtype": "int8"}
     assert parse("budget=0.35").arguments == {"budget": 0.35}
     assert parse("budget=0.35,calibration=statistics").calibration == "statistics"
     assert parse("int8").arguments == {"exact_every": 1, "exact_dtype": "int8"}
