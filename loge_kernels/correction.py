@@ -129,10 +129,12 @@ class BiasCorrection:
             return gradient
         return gradient / self.scaler.scale(torch.ones((), device=gradient.device))
 
-    def _first(self, parameter: Tensor | None) -> bool:
+    def _first(self, parameter: Tensor | None) -> Tensor | bool:
         """Whether this is the first gradient after a `zero_grad`. A scaler skips steps without a word: what was kept of
-        such a step is of a gradient that nobody used."""
-        return self.scaler is not None and parameter is not None and parameter.grad is None
+        such a step is of a gradient that nobody used. Zeros are told on the device, without waiting for it."""
+        if self.scaler is None or parameter is None:
+            return False
+        return True if parameter.grad is None else (parameter.grad == 0).all()
 
     def on_gradient(self, name: str, gradient: Tensor) -> Tensor | None:
         """Of every backward pass that reaches the parameter: one per micro-batch."""
@@ -143,10 +145,12 @@ class BiasCorrection:
                 self._pending[name].add_(self._unscaled(gradient))
             return None
         mean = self.means.get(name)
-        if mean is None or (name in self._corrected and not self._first(self._watched[name]())):
+        first = True if name not in self._corrected else self._first(self._watched[name]())
+        if mean is None or first is False:
             return None
         self._corrected.add(name)
-        return gradient + self._scaled(mean).to(gradient.dtype)
+        addend = self._scaled(mean).to(gradient.dtype)
+        return gradient + (torch.where(first, addend, 0.0) if isinstance(first, Tensor) else addend)
 
     def tap(self, value: Any) -> Any:
         """`value`, with the cheap pass before its backward if it is a tensor of an exact step."""
@@ -167,8 +171,12 @@ class BiasCorrection:
             cheap = torch.autograd.grad(source, list(trained.values()), gradient, retain_graph=True, allow_unused=True)
         before, self._pass = self._pass, torch._C._current_graph_task_id()
         for (name, p), part in zip(trained.items(), cheap, strict=True):
-            if self._pass != before and self._first(p):
-                self._pending.pop(name, None)
+            if self._pass != before and name in self._pending:
+                first, kept = self._first(p), self._pending[name]
+                if isinstance(first, Tensor):
+                    self._pending[name] = torch.where(first, 0.0, kept)
+                elif first:
+                    del self._pending[name]
             if part is None:
                 continue
             if name not in self._pending:
