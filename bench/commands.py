@@ -182,6 +182,7 @@ def bench_fidelity(
             help="A step of every policy in turn, so that their seconds compare; the model is in memory once a policy.",
         ),
     ] = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write the means over the seeds to this file, as CSV.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw learning against flops, and loss against time.")] = None,
 ) -> None:
     """What cheap gradients teach: held-out loss, cosine and cost of every policy against exact LoRA, on a real model.
@@ -213,6 +214,7 @@ def bench_fidelity(
             device=device,
             together=together,
             json=json_file,
+            csv=csv,
             png=png,
         )
         fidelity.run(options)

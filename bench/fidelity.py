@@ -50,7 +50,8 @@ class FidelityOptions:
     checkpoints: how often, evenly, the held-out loss is taken.   heldout, calibration: sequences of each.
     gradient_steps: exact steps, at the whole learning rate, before the gradients are compared.
     together: a step of every policy in turn instead of one run after the other, so that their seconds compare.
-    json: the file of results, gone on with if it is there.   png: file to draw into.
+    json: the file of results, gone on with if it is there.   csv: file for the means over the seeds, a line a policy.
+    png: file to draw into.
     """
 
     policies: Sequence[str] = ()
@@ -72,6 +73,7 @@ class FidelityOptions:
     device: str = "auto"
     together: bool = False
     json: Path | None = None
+    csv: Path | None = None
     png: Path | None = None
 
     def check(self) -> None:
@@ -86,7 +88,7 @@ class FidelityOptions:
         if not 0 <= self.warmup < self.steps:
             raise ValueError(f"--warmup {self.warmup}: give a number of steps in [0, {self.steps})")
         self.training().check()
-        output.check_writable(self.json, self.png)
+        output.check_writable(self.json, self.csv, self.png)
 
     def training(self) -> FinetuneOptions:
         """What of it a training run takes; the seed is replaced run by run."""
@@ -98,8 +100,8 @@ class FidelityOptions:
 
     def settings(self) -> dict[str, Any]:
         """What two runs must agree on to stand in one table, as JSON values."""
-        settings = dataclasses.asdict(self)
-        for name in ("policies", "seeds", "together", "json", "png"):
+        settings = output.without_files(dataclasses.asdict(self))
+        for name in ("policies", "seeds", "together"):
             del settings[name]
         training = self.training()
         return settings | {
@@ -129,6 +131,8 @@ def run(options: FidelityOptions, console: Console | None = None, progress: Cons
             _measure(options, result, policies, pending, progress or Console(stderr=True))
     result["summary"] = report.summarise(result)
     report.print_table(console or Console(), result)
+    if options.csv is not None:
+        output.write_csv(report.csv_lines(result), options.csv)
     if options.png is not None:
         report.plot(result, options.png)
     return result

@@ -40,6 +40,15 @@ def summarise(result: dict[str, Any]) -> list[dict[str, Any]]:
     return entries
 
 
+def csv_lines(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The summary as flat lines, with what identifies the runs on each."""
+    settings = result["settings"]
+    names = ("batch", "seq", "lr", "schedule", "warmup", "lora_rank", "dtype")
+    about = {name: settings[name] for name in names} | output.identity(result["environment"])
+    about = {"model": result["model"], "heldout_before": result["heldout_before"], **about}
+    return [{**entry, "seeds": " ".join(map(str, entry["seeds"])), **about} for entry in result["summary"]]
+
+
 def recovered(row: dict[str, Any], result: dict[str, Any]) -> float | None:
     """The share of exact LoRA's gain; None where either has no end."""
     exact = _exact(row, result)

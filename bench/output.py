@@ -127,14 +127,24 @@ def write(report: dict[str, Any], json_file: Path | None, csv_file: Path | None 
     if json_file:
         _replace(json_file, json.dumps(report, indent=1) + "\n")
     if csv_file:
-        lines = [_flat(row, report) for row in report["rows"]]
-        names = list(dict.fromkeys(name for line in lines for name in line))
-        temporary = _temporary(csv_file)
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(lines)
-        temporary.replace(csv_file)
+        write_csv([_flat(row, report) for row in report["rows"]], csv_file)
+
+
+def write_csv(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write a line for each of `lines`, whose names are the columns, in one replacement of the file."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    temporary = _temporary(path)
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(lines)
+    temporary.replace(path)
+
+
+def identity(environment: dict[str, Any]) -> dict[str, Any]:
+    """What says on every CSV line where and when it was measured."""
+    versions = {f"version_{name}": version for name, version in environment["versions"].items()}
+    return versions | {name: environment[name] for name in ("device", "threads", "commit", "date")}
 
 
 def _replace(path: Path, text: str) -> None:
@@ -154,9 +164,7 @@ def _flat(row: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     flat |= {f"speedup_{name}": row.get("speedup", {}).get(name) for name in _BASELINES}
     for result, verdict in row.get("verdicts", {}).items():
         flat[f"error_ratio_{result}"] = verdict["ratio"]
-    environment = report["environment"]
-    flat |= {f"version_{name}": version for name, version in environment["versions"].items()}
-    flat |= {name: environment[name] for name in ("device", "threads", "commit", "date")}
+    flat |= identity(report["environment"])
     options = report["options"]
     return flat | {name: options[name] for name in ("direction", "seed") if name in options}
 

@@ -25,16 +25,17 @@ ALLOCATIONS = ("depth", "energy")
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One layer, in the model's order: weight [N, K], what its exact product costs (of 1), and for "energy" the worth
-    of its directions (float64 [q], descending shares)."""
+    of its directions (float64 [q], descending shares). `low_rank`: what a multiplication through its factors costs."""
 
     N: int
     K: int
     exact: float
     worth: Tensor | None = None
+    low_rank: float = 1.0
 
     def cost(self, rank: int | None) -> float:
         """Share of this layer's dense multiplications."""
-        return self.exact if rank is None else rank * (self.N + self.K) / (self.N * self.K)
+        return self.exact if rank is None else self.low_rank * rank * (self.N + self.K) / (self.N * self.K)
 
 
 def average(candidates: Sequence[Candidate], ranks: Sequence[int | None]) -> float:

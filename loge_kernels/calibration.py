@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from .autocast import without_autocast
+from .collectives import distributed, group_of
 from .decompositions import leading_triplets
 from .sites import Site, Targets, find_sites, nothing_to_convert, unwrapped
 from .statistics import LayerStatistics, Statistics
@@ -58,17 +59,16 @@ def calibrate(
             rank has its own, `file`.rank0 and so on.
 
     Under torch.distributed every rank passes its own batches, and all get the sums. A `DistributedDataParallel` wrapper
-    is looked through, its gradients are not reduced.
+    is looked through, its gradients are not reduced; the sums are those of its process group.
 
     Raises:
         ValueError, TypeError: no batch, a batch that is no dict or has no loss, a loss or gradient that is not finite
             (with the batch's number), a model in eval mode, converted already or without linear layers, a `file` of
             other layers or other scores or in no folder. The model is as it was.
     """
-    model = unwrapped(model)
+    wrapped, model = model, unwrapped(model)
     chosen = _chosen(model, targets)
-    group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    path = None if file is None else Path(f"{file}.rank{torch.distributed.get_rank()}" if group else file)
+    path = None if file is None else Path(f"{file}.rank{torch.distributed.get_rank()}" if distributed() else file)
     if path is not None and not path.parent.is_dir():
         raise ValueError(f"file={str(path)!r}: there is no folder {str(path.parent)!r}")
     layers = {}
@@ -98,8 +98,8 @@ def calibrate(
     statistics.check()
     if path is not None:
         statistics.save(path)
-    if group:
-        statistics.sum_over_ranks(chosen[0].linear.weight.device)
+    if distributed():
+        statistics.sum_over_ranks(chosen[0].linear.weight.device, group_of(wrapped))
     return statistics
 
 

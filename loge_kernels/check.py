@@ -2,7 +2,8 @@
 
 The truth is autograd in float64 through the dense surrogate: the exact layer for the parameters, and for x the layer
 with `left @ right` (or the exact weight, for the exact rows) in the weight's place. Products in 8 bits are those of the
-rounded operands. The rule is that of `accuracy`.
+rounded operands; where T = dY left is rounded again, dY and left are such that its sums are exact in any order, so that
+what it is rounded to is the same for all. The rule is that of `accuracy`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from .problem import BackwardProblem
 from .reference import heaviest_rows
 from .verification import record
 
-Mode = Literal["low-rank", "exact", "exact rows", "exact step", "residual", "float8", "int8"]
+Mode = Literal[
+    "low-rank", "exact", "exact rows", "exact step", "residual", "float8", "int8", "low-rank float8", "low-rank int8"
+]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GRADIENTS = ("x", "weight", "bias", "lora_A", "lora_B")
@@ -35,7 +38,8 @@ _SCALING = 0.7
 _DROPOUT = 0.25
 _EXACT_ROWS = 0.3
 _EXACT_FRACTION = {"exact rows": _EXACT_ROWS, "exact step": 1.0}
-_WITH_FACTORS = ("low-rank", "exact rows", "exact step", "residual")
+_LOW_RANK_DTYPE = {f"low-rank {name}": name for name in eight_bit.DTYPES}
+_WITH_FACTORS = ("low-rank", "exact rows", "exact step", "residual", *_LOW_RANK_DTYPE)
 # (M, N, K, R, P): empty, one row, ragged everything, N < K and N > K, more than one tile of any kernel; and, for
 # kernels that want rows on 16-byte boundaries, full pipelines and slabs that blocks share.
 _SHAPES = (
@@ -131,7 +135,7 @@ def describe(case: Case) -> str:
 def grid() -> Iterator[Case]:
     """Every shape with every feature, all gradients; and on one shape every subset of the gradients."""
     modes: tuple[Mode, ...] = ("low-rank", "exact", "exact rows")
-    more: tuple[Mode, ...] = ("exact step", "residual", "float8", "int8")
+    more: tuple[Mode, ...] = ("exact step", "residual", "float8", "int8", "low-rank float8", "low-rank int8")
     flags = (False, True)
     for shape, mode, adapter, bias, dropout, contiguous in itertools.product(
         _SHAPES, modes + more, flags, flags, flags, flags
@@ -183,7 +187,7 @@ def run(
         rows = {result: Row(name, dtype, result) for result in ("y", *GRADIENTS)}
         for case in cases:
             inputs = _inputs(case, target, DTYPES[dtype])
-            reason = obstacle(_problem(case, inputs), name)
+            reason = _eight_bit_obstacle(case, target) or obstacle(_problem(case, inputs), name)
             if reason is None:
                 for result, verdict in _check_case(case, inputs, name).items():
                     rows[result].add(verdict, case)
@@ -237,6 +241,13 @@ def _inputs(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, T
         "left": random(N, R, scale=R**-0.5),
         "right": random(R, K, scale=K**-0.5),
     }
+    if case.mode in _LOW_RANK_DTYPE:
+        # Signs, but for each row's of dY and each column's of left largest element, where the other has zeros: scales
+        # are 1/64, and every sum is a small integer.
+        largest = (448.0 if _LOW_RANK_DTYPE[case.mode] == "float8" else 127.0) / 64.0
+        for tensor, own, others in ((tensors["dy"].t(), 0, 1), (tensors["left"], 1, 0)):
+            tensor.sign_()
+            tensor[own], tensor[others] = largest, 0.0
     if case.mode == "residual":
         tensors["rows"] = torch.arange(0, N, 3, device=device)
         tensors["residual"] = random(len(tensors["rows"]), K, scale=K**-0.5)
@@ -279,7 +290,17 @@ def _problem(case: Case, inputs: dict[str, Tensor]) -> BackwardProblem:
         need_dA=need["lora_A"],
         need_dB=need["lora_B"],
         deterministic=torch.are_deterministic_algorithms_enabled(),
+        left_scale=inputs["left"][0].float() if case.mode in _LOW_RANK_DTYPE else None,  # any: that there is one counts
     )
+
+
+def _eight_bit_obstacle(case: Case, device: torch.device) -> str | None:
+    """Why the op would take this case's products in another dtype than 8 bits, or None."""
+    shapes = [(case.N, case.K)] if case.mode in eight_bit.DTYPES else [(case.N, case.R), (case.R, case.K)]
+    name = _LOW_RANK_DTYPE.get(case.mode, case.mode)
+    if name not in eight_bit.DTYPES:
+        return None
+    return next((reason for shape in shapes if (reason := eight_bit.why_not(name, device, *shape))), None)
 
 
 def _through_op(case: Case, inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
@@ -287,6 +308,7 @@ def _through_op(case: Case, inputs: dict[str, Tensor], backend: str) -> dict[str
     factors = None
     if case.mode in _WITH_FACTORS:
         factors = Factors(inputs["left"], inputs["right"], rows=inputs.get("rows"), residual=inputs.get("residual"))
+        factors.low_rank_dtype = _LOW_RANK_DTYPE.get(case.mode)
     torch.manual_seed(_seed_of(case))  # the op draws the seed that `_inputs` drew
     y = linear(
         leaves["x"],
@@ -310,10 +332,10 @@ def _autograd(case: Case, inputs: dict[str, Tensor], original: dict[str, Tensor]
     original dY, so that both precisions agree on them."""
     leaves = {name: inputs[name].detach().requires_grad_(name in case.wanted) for name in GRADIENTS if name in inputs}
     x, weight = leaves["x"], leaves["weight"]
-    eight_bits = case.mode in eight_bit.DTYPES
+    eight_bits = case.mode in (*eight_bit.DTYPES, *_LOW_RANK_DTYPE)
     # With factors, and in 8 bits, x's gradient takes a path of its own.
     y = (x if case.mode == "exact" else x.detach()) @ weight.t()
-    if case.mode in _WITH_FACTORS:
+    if case.mode in _WITH_FACTORS and not eight_bits:
         through = _surrogate(case, x, weight.detach(), inputs, original)
         y = y + (through - through.detach())
     if "bias" in leaves:
@@ -328,8 +350,8 @@ def _autograd(case: Case, inputs: dict[str, Tensor], original: dict[str, Tensor]
         found = torch.autograd.grad(y, wanted, inputs["dy"], allow_unused=True)
     gradients = dict(zip(case.wanted, found, strict=True))
     if eight_bits and "x" in gradients:
-        dense = _rounded(original["dy"], case.mode, 1, x.dtype) @ _rounded(original["weight"], case.mode, 0, x.dtype)
-        gradients["x"] = dense if gradients["x"] is None else gradients["x"] + dense
+        frozen = _in_eight_bits(case, original, x.dtype)
+        gradients["x"] = frozen if gradients["x"] is None else gradients["x"] + frozen
     return {"y": y.detach(), **{name: g.detach() for name, g in gradients.items() if g is not None}}
 
 
@@ -345,6 +367,19 @@ def _surrogate(case: Case, x: Tensor, weight: Tensor, inputs: dict[str, Tensor],
     if case.mode == "residual":
         return through.index_add(1, inputs["rows"], x @ inputs["residual"].t())
     return through
+
+
+def _in_eight_bits(case: Case, original: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """The frozen path's part of x's gradient from rounded operands, multiplied in `dtype`."""
+    name = _LOW_RANK_DTYPE.get(case.mode, case.mode)
+
+    def product(dy: Tensor, weight: Tensor) -> Tensor:
+        return _rounded(dy, name, 1, dtype) @ _rounded(weight, name, 0, dtype)
+
+    if case.mode not in _LOW_RANK_DTYPE:
+        return product(original["dy"], original["weight"])
+    T = product(original["dy"], original["left"]).to(original["dy"].dtype)
+    return product(T, original["right"])
 
 
 def _rounded(matrix: Tensor, mode: str, dim: int, dtype: torch.dtype) -> Tensor:

@@ -3,8 +3,8 @@
 The cheap activation gradient is biased, and more steps do not lift a static bias. On an exact step the adapter gradient
 of the same batch is taken twice over one graph, once through the factors and once exactly; their difference d enters a
 running mean m <- decay m + (1 - decay) d (m = d at the first), and every cheap step adds m to its gradient. Memory: one
-adapter gradient, and a second during an exact step. Time: one more cheap backward in every exact step, from the input
-of the output head down.
+adapter gradient, and a second during an exact step; under torch.distributed a third while they are averaged. Time: one
+more cheap backward in every exact step, from the input of the output head down.
 
 The idea is a control variate with stale means, as in SVRG (Johnson and Zhang, NeurIPS 2013), on the difference of two
 gradients of one batch.
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from .collectives import Group, distributed, mean_over_ranks
 from .linear import LoGELinear
 from .ops import cheap_backward, in_cheap_backward
 
@@ -39,11 +40,12 @@ class BiasCorrection:
     `exact`: whether the step under way is an exact one; its owner, the schedule, sets it. `scaler`: the
     `torch.amp.GradScaler` of the training loop, where there is one: the mean is kept in unscaled units. `means`: by
     parameter name, in the gradient's dtype. Parameters that begin to train after `apply` (an adapter added later) are
-    found at the next exact step.
+    found at the next exact step. `group`: the process group whose ranks train together, None for the default one.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, group: Group = None) -> None:
         self.decay = decay
+        self._group = group
         self.exact = False
         self.scaler: LossScaler | None = None
         self.means: dict[str, Tensor] = {}
@@ -80,15 +82,12 @@ class BiasCorrection:
                 "sharded parameters? a model compiled before apply? a head that is called by other means than its "
                 "module?): the cheap steps stay uncorrected"
             )
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if self.exact and distributed:
-            # The same collectives on every rank, also for a parameter that this rank's batch did not reach.
+        if self.exact and distributed():
+            # The same on every rank, also for a parameter that this rank's batch did not reach.
             trained = self._watch().items()
-            pending = {name: pending[name] if name in pending else torch.zeros_like(p) for name, p in trained}
+            mine = [pending[name] if name in pending else torch.zeros_like(p) for name, p in trained]
+            pending = dict(zip((name for name, _ in trained), mean_over_ranks(mine, self._group), strict=True))
         for name, difference in pending.items():
-            if distributed:
-                torch.distributed.all_reduce(difference)
-                difference /= torch.distributed.get_world_size()
             before = self.means.get(name)
             after = difference if before is None else before.lerp(difference, 1.0 - self.decay)
             # A step whose loss overflowed teaches nothing; decided on the device, without waiting for it.
@@ -130,10 +129,12 @@ class BiasCorrection:
             return gradient
         return gradient / self.scaler.scale(torch.ones((), device=gradient.device))
 
-    def _first(self, parameter: Tensor | None) -> bool:
+    def _first(self, parameter: Tensor | None) -> Tensor | bool:
         """Whether this is the first gradient after a `zero_grad`. A scaler skips steps without a word: what was kept of
-        such a step is of a gradient that nobody used."""
-        return self.scaler is not None and parameter is not None and parameter.grad is None
+        such a step is of a gradient that nobody used. Zeros are told on the device, without waiting for it."""
+        if self.scaler is None or parameter is None:
+            return False
+        return True if parameter.grad is None else (parameter.grad == 0).all()
 
     def on_gradient(self, name: str, gradient: Tensor) -> Tensor | None:
         """Of every backward pass that reaches the parameter: one per micro-batch."""
@@ -144,10 +145,12 @@ class BiasCorrection:
                 self._pending[name].add_(self._unscaled(gradient))
             return None
         mean = self.means.get(name)
-        if mean is None or (name in self._corrected and not self._first(self._watched[name]())):
+        first = True if name not in self._corrected else self._first(self._watched[name]())
+        if mean is None or first is False:
             return None
         self._corrected.add(name)
-        return gradient + self._scaled(mean).to(gradient.dtype)
+        addend = self._scaled(mean).to(gradient.dtype)
+        return gradient + (torch.where(first, addend, 0.0) if isinstance(first, Tensor) else addend)
 
     def tap(self, value: Any) -> Any:
         """`value`, with the cheap pass before its backward if it is a tensor of an exact step."""
@@ -168,8 +171,12 @@ class BiasCorrection:
             cheap = torch.autograd.grad(source, list(trained.values()), gradient, retain_graph=True, allow_unused=True)
         before, self._pass = self._pass, torch._C._current_graph_task_id()
         for (name, p), part in zip(trained.items(), cheap, strict=True):
-            if self._pass != before and self._first(p):
-                self._pending.pop(name, None)
+            if self._pass != before and name in self._pending:
+                first, kept = self._first(p), self._pending[name]
+                if isinstance(first, Tensor):
+                    self._pending[name] = torch.where(first, 0.0, kept)
+                elif first:
+                    del self._pending[name]
             if part is None:
                 continue
             if name not in self._pending:

@@ -54,6 +54,8 @@ def why_not(p: BackwardProblem) -> str | None:
         return f"tensors are on {p.dy.device.type}, the kernels run on CUDA"
     if p.exact_fraction > 0.0:
         return "exact_fraction needs dense products, which PyTorch computes"
+    if p.left_scale is not None:
+        return "the low-rank product is in 8 bits, which PyTorch computes"
     if p.dropout > 0.0:
         return "the CUDA kernels regenerate no dropout mask"
     if p.dy.dtype not in _CODES:

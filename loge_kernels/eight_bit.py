@@ -1,4 +1,5 @@
-"""The dense product dX = dY · W with both operands in 8 bits: where the frozen path is exact, at half its cost.
+"""Products of dY with both operands in 8 bits, at half their cost: the dense one, dX = dY · W, where the frozen path is
+exact, and the two of the factors, T = dY · left and dX = T · right, where it is low-rank.
 
     q(W)  [N, K] in 8 bits, scale_W [K]:   column k of W divided by max|W[:, k]| / limit, rounded once, kept
     q(dY) [M, N] in 8 bits, scale_Y [M]:   row m of dY likewise, at each call
@@ -7,7 +8,7 @@
 The sum is taken in float32 (float8) or int32 (int8), scaled in float32 and rounded once to dY's dtype. "float8" is
 float8_e4m3fn with limit 448: 4 significant bits at any magnitude; "int8" has limit 127: finer for a row or column
 without outliers. Zero rows stay zero, NaN and inf come through. On a GPU cuBLAS multiplies; elsewhere PyTorch does,
-with the same rounding.
+with the same rounding. For factors, left and right stand in the place of W, and T, in dY's dtype, in that of dY.
 
 Source: symmetric row-wise quantisation as in LLM.int8(), Dettmers et al., arXiv 2208.07339, section 2; float8 formats,
 Micikevicius et al., arXiv 2209.05433.
@@ -38,17 +39,17 @@ _announced: set[str] = set()
 
 
 class EightBitWeight(nn.Module):
-    """An 8-bit copy of a frozen weight, made at its first use and anew whenever the weight has changed.
+    """An 8-bit copy of a frozen weight or factor, made at its first use and anew whenever that has changed.
 
     `dtype` is "float8" or "int8"; `tensor` [N, K] in it, stored column by column, and `scale` float32 [K] are None
     until `current` was called. The copy is in no state dict and no pickle; a move to another device drops it, and the
-    next use makes it there. Raises ValueError for another dtype.
+    next use makes it there. Raises ValueError for another dtype, which it calls `argument`.
     """
 
-    def __init__(self, dtype: str) -> None:
+    def __init__(self, dtype: str, argument: str = "exact_dtype") -> None:
         super().__init__()
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"exact_dtype={dtype!r} is unknown; choose one of {', '.join(map(repr, DTYPES))}, or None")
+            raise ValueError(f"{argument}={dtype!r} is unknown; choose one of {', '.join(map(repr, DTYPES))}, or None")
         self.dtype = dtype
         self.invalidate()
 
@@ -103,12 +104,23 @@ def why_not(dtype: str, device: torch.device, N: int, K: int) -> str | None:
     return None
 
 
-def announce(dtype: str, reason: str, instead: torch.dtype) -> None:
-    """Say, once for each reason, that an exact product runs in `instead`."""
-    message = f"exact_dtype={dtype!r} cannot run here: {reason}; the exact products run in {instead}"
+def announce(argument: str, dtype: str, reason: str, instead: torch.dtype) -> None:
+    """Say, once for each reason, that what `argument`, exact_dtype or low_rank_dtype, is for runs in `instead`."""
+    products = argument.removesuffix("_dtype").replace("_", "-")
+    message = f"{argument}={dtype!r} cannot run here: {reason}; the {products} products run in {instead}"
     if message not in _announced:
         _announced.add(message)
         logger.warning(message)
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """float8 as uint8, in which it crosses an operator's boundary: torch's own operator checks cannot compare it."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+def from_bits(tensor: Tensor) -> Tensor:
+    """The reverse of `as_bits`; other tensors as they are."""
+    return tensor.view(torch.float8_e4m3fn) if tensor.dtype == torch.uint8 else tensor
 
 
 def quantize_rows(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .autocast import without_autocast
 from .decompositions import gradient_directions, share, symmetric_root, truncated_svd
+from .eight_bit import EightBitWeight, announce, why_not
 
 METHODS = ("svd", "gradient", "random", "dropped")
 # left = W rightᵀ with orthonormal rows of right: a changed weight needs a new left alone.
@@ -38,7 +39,9 @@ class Factors(nn.Module):
     `left` [N, R] and `right` [R, K] are frozen parameters: they move with the module that holds them, DDP never
     broadcasts them, and they stay out of its state dict. `rank` is R; `method` says how they were computed; `energy` is
     the captured share ‖left·right‖² / ‖W‖² in [0, 1] (for "gradient", of E‖dY W‖²). `rows` int64 [Q], ascending, and
-    `residual` [Q, K], another frozen parameter, are None without a residual (`with_residual`).
+    `residual` [Q, K], another frozen parameter, are None without a residual (`with_residual`). `low_rank_dtype`: what
+    the products with left and right run in, "float8", "int8" (`eight_bit`) or None for x's own dtype; the 8-bit copies
+    take half as much memory again, are made at their first use and anew whenever left and right have changed.
     """
 
     left: nn.Parameter
@@ -66,6 +69,8 @@ class Factors(nn.Module):
         self.residual = None if residual is None else nn.Parameter(residual, requires_grad=False)
         self.importance: Tensor | None = None  # [N], by which the rows were chosen
         self.shares: Tensor | None = None  # float64 [R], the energy along each direction, where it was measured
+        self.left_copy: EightBitWeight | None = None
+        self.right_copy: EightBitWeight | None = None
         self.method = method
         self.energy = energy
         self._source: weakref.ref[Tensor] | None = None
@@ -75,6 +80,44 @@ class Factors(nn.Module):
     @property
     def rank(self) -> int:
         return self.left.shape[1]
+
+    @property
+    def low_rank_dtype(self) -> str | None:
+        return None if self.left_copy is None else self.left_copy.dtype
+
+    @low_rank_dtype.setter
+    def low_rank_dtype(self, name: str | None) -> None:
+        if name != self.low_rank_dtype:
+            self.left_copy = None if name is None else EightBitWeight(name, "low_rank_dtype")
+            self.right_copy = None if name is None else EightBitWeight(name, "low_rank_dtype")
+
+    def eight_bit_obstacle(self) -> str | None:
+        """Why the products cannot run in `low_rank_dtype`, or None; without one there are none."""
+        for name in ("left", "right"):
+            factor = getattr(self, name)
+            reason = None if self.low_rank_dtype is None else why_not(self.low_rank_dtype, factor.device, *factor.shape)
+            if reason is not None:
+                return f"of {name}, {reason}"
+        return None
+
+    def in_eight_bits(self, x: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        """The 8-bit copies of left and of right with their scales, for the backward of a product with `x`; None where
+        they are not to be read, or cannot run, which the logger says once. Raises TypeError for x in float64."""
+        if self.left_copy is None or self.right_copy is None:
+            return None
+        if x.dtype == torch.float64:
+            raise TypeError(
+                f"low_rank_dtype={self.left_copy.dtype!r} with x in torch.float64; 8 bits are for float32, float16 and "
+                "bfloat16"
+            )
+        if self.rank == 0 or not (x.requires_grad and torch.is_grad_enabled()):
+            return None
+        reason = self.eight_bit_obstacle()
+        if reason is None:
+            return [self.left_copy.current(self.left), self.right_copy.current(self.right)]
+        if not torch.compiler.is_compiling():
+            announce("low_rank_dtype", self.left_copy.dtype, reason, x.dtype)
+        return None
 
     @property
     def cost(self) -> float:
@@ -119,6 +162,7 @@ class Factors(nn.Module):
         residual = missing[rows].to(self.left.dtype)
         made = Factors(self.left.detach(), self.right.detach(), self.method, energy, rows, residual)
         made.importance, made.shares = importance, self.shares
+        made.low_rank_dtype = self.low_rank_dtype
         return made.bind(weight)
 
     # Staleness. A tensor counts its in-place changes in `_version`: optimizer steps, load_state_dict and merges that
@@ -183,6 +227,9 @@ class Factors(nn.Module):
         if self.rows is not None and fresh.rows is None:
             fresh = fresh.with_residual(weight, self.rows.shape[0], self.importance)
         self.left.data, self.right.data = fresh.left.data, fresh.right.data
+        for copy in (self.left_copy, self.right_copy):
+            if copy is not None:  # it cannot see a change through `.data`
+                copy.invalidate()
         if self.rows is None or self.residual is None or fresh.rows is None or fresh.residual is None:
             self.rows, self.residual = fresh.rows, fresh.residual
         else:

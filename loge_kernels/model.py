@@ -14,6 +14,7 @@ from torch import nn
 
 from . import schedule
 from .calibration import Batch
+from .collectives import Group, group_of
 from .correction import BiasCorrection
 from .linear import LoGELinear
 from .planning import Plan, make_plan
@@ -35,6 +36,7 @@ def apply(
     allocation: str | None = None,
     exact_every: float | None = None,
     exact_dtype: str | None = None,
+    low_rank_dtype: str | None = None,
     exact_fraction: float = 0.0,
     residual: float = 0.0,
     correction: float | None = 0.5,
@@ -51,7 +53,8 @@ def apply(
 
     Args:
         model: any module; its layers are changed in place, its parameters are not. A `DistributedDataParallel` wrapper
-            is looked through.
+            is looked through; corrections, refreshes and calibration are averaged over its process group (without a
+            wrapper the default one).
         rank: an int (at most min(N, K) of each layer is taken), or a float in (0, 1], a share of min(N, K) rounded to
             a multiple of 16; None: 1/8. Where rank · (N + K) > N · K the layer stays exact: dense is cheaper.
         subspace: which directions the factors keep (`loge_kernels.subspaces`). "svd": closest to the weight; None means
@@ -73,6 +76,8 @@ def apply(
         exact_every: one optimizer step in so many is exact, the first among them: any number from 1 up, 1.5 for two
             steps in three. `loge_kernels.schedule_of(model)` holds the count, for checkpoints.
         exact_dtype: "float8" or "int8" for the dense products of exact layers, rows and steps; None for the weight's.
+        low_rank_dtype: "float8" or "int8" for the products with the factors (`loge_kernels.eight_bit`), counted half;
+            None for the weight's. They are PyTorch's then, and the adapter's own stay as they are.
         exact_fraction: share of the rows in [0, 1], heaviest ‖dY‖ first, whose dX is dense.
         residual: share of each weight's rows in [0, 1], those that the factors miss most, kept exact (CE-LoRA).
         correction: with exact steps, the decay in [0, 1) of the running mean of exact minus cheap adapter gradient that
@@ -101,6 +106,7 @@ def apply(
         allocation=allocation,
         exact_every=exact_every,
         exact_dtype=exact_dtype,
+        low_rank_dtype=low_rank_dtype,
         exact_fraction=exact_fraction,
         residual=residual,
         correction=correction,
@@ -109,30 +115,31 @@ def apply(
         backend=backend,
     )
     request.check(model)
-    model = unwrapped(model)
+    wrapped, model = model, unwrapped(model)
     sites = list(find_sites(model, targets))
     chosen = [site for site in sites if site.obstacle is None]
     if not chosen:
         raise ValueError(nothing_to_convert(model, sites, targets))
-    plan = make_plan(model, chosen, targets, request)
+    plan = make_plan(wrapped, chosen, targets, request)
     for site in chosen:
         site.convert_(plan.factors[site.name], exact_fraction, backend, plan.policy.exact_dtype)
-    _follow_steps(model, [site for site in chosen if plan.factors[site.name] is not None], plan.policy, request)
+    with_factors = [site for site in chosen if plan.factors[site.name] is not None]
+    _follow_steps(model, with_factors, plan.policy, request, group_of(wrapped))
     return Report(tuple(_row(site, plan) for site in sites), plan.policy)
 
 
-def _follow_steps(model: nn.Module, sites: list[Site], policy: Policy, request: Request) -> None:
+def _follow_steps(model: nn.Module, sites: list[Site], policy: Policy, request: Request, group: Group) -> None:
     """Attach what has to happen at optimizer steps; `sites` have factors, converted by now."""
     if policy.exact_every == 1.0 or not sites:
         return
     correction = refresher = None
     if policy.correction is not None:
-        correction = BiasCorrection(model, policy.correction)
+        correction = BiasCorrection(model, policy.correction, group)
     layers: list[Any] = [site.linear for site in sites]
     if request.subspace == "gradient":
         outer = [site.linear if site.adapter is None else site.adapter for site in sites]
         names = [site.name for site in sites]
-        refresher = Refresher(zip(names, layers, outer, strict=True), request.refresh_every)
+        refresher = Refresher(zip(names, layers, outer, strict=True), request.refresh_every, group)
     if policy.exact_every is not None or refresher is not None:
         schedule.attach(model, schedule.Schedule(model, layers, policy.exact_every, correction, refresher))
 

@@ -19,22 +19,22 @@ from .arguments import check
 from .autocast import autocast_dtype, without_autocast
 from .backends import requested, run_backward, run_forward
 from .dropout import draw_seed
-from .eight_bit import EightBitWeight, announce, why_not
+from .eight_bit import EightBitWeight, announce, as_bits, from_bits, why_not
 from .factors import Factors
 from .problem import BackwardProblem
 
 _LIBRARY = torch.library.Library("loge_kernels", "DEF")
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? left, Tensor? right, Tensor? rows, Tensor? residual, Tensor? dense, "
-    "Tensor? dense_scale, Tensor? bias, Tensor? lora_A, Tensor? lora_B, float scaling, float dropout, Tensor? seed, "
-    "float exact_fraction, str backend"
+    "Tensor? dense_scale, Tensor? left_scale, Tensor? right_scale, Tensor? bias, Tensor? lora_A, Tensor? lora_B, "
+    "float scaling, float dropout, Tensor? seed, float exact_fraction, str backend"
 )
 _LIBRARY.define(f"linear({_ARGUMENTS}) -> (Tensor y, Tensor xa)")
 _LIBRARY.define(
     "linear_backward(Tensor dy, Tensor? x, Tensor? xa, Tensor? weight, Tensor? left, Tensor? right, Tensor? rows, "
-    "Tensor? residual, Tensor? dense, Tensor? dense_scale, Tensor? lora_A, Tensor? lora_B, float scaling, "
-    "float dropout, Tensor? seed, float exact_fraction, bool need_dx, bool need_dweight, bool need_dbias, "
-    "bool need_dA, bool need_dB, str backend) "
+    "Tensor? residual, Tensor? dense, Tensor? dense_scale, Tensor? left_scale, Tensor? right_scale, Tensor? lora_A, "
+    "Tensor? lora_B, float scaling, float dropout, Tensor? seed, float exact_fraction, bool need_dx, "
+    "bool need_dweight, bool need_dbias, bool need_dA, bool need_dB, str backend) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB)"
 )
 
@@ -82,7 +82,8 @@ def linear(
     Args:
         x: [..., K], float32, float16, bfloat16 or float64, any strides; any number of rows, none included.
         weight: [N, K], x's dtype (cast under autocast). Trainable weights get their exact dense gradient.
-        factors: what stands for `weight` in dX (`factorize`), or None for the exact dense product.
+        factors: what stands for `weight` in dX (`factorize`), or None for the exact dense product. Their
+            `low_rank_dtype` ("float8", "int8" or None) is what their products are taken in, where that can run.
         bias: [N] or None.
         lora_A, lora_B: the adapter, [P, K] and [N, P], in x's dtype or float32; both or neither.
         scaling: the adapter's factor s (PEFT's alpha / r).
@@ -101,7 +102,7 @@ def linear(
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or range; the message names it, its value and
-            what would work; exact_dtype with float64.
+            what would work; exact_dtype or low_rank_dtype with float64.
 
     Source: Zhang et al., Applied Sciences 2025, 15(1), 82 (LoGE); formulae in `loge_kernels.reference`.
     """
@@ -120,6 +121,8 @@ def linear(
     residual: Tensor | None = None
     dense: Tensor | None = None
     dense_scale: Tensor | None = None
+    left_scale: Tensor | None = None
+    right_scale: Tensor | None = None
     if factors is not None:
         left, right, rows, residual = factors.left, factors.right, factors.rows, factors.residual
         if left.dtype != x.dtype:
@@ -129,6 +132,10 @@ def linear(
     if exact_dtype is not None:
         reads_dense = left is None or exact_fraction > 0.0
         dense, dense_scale = _eight_bit(exact_dtype, x, given, reads_dense)
+    if factors is not None and factors.low_rank_dtype is not None:
+        copies = factors.in_eight_bits(x)
+        if copies is not None:
+            (left, left_scale), (right, right_scale) = ((as_bits(tensor), scale) for tensor, scale in copies)
     seed = draw_seed(x.device) if dropout > 0.0 and lora_A is not None else None
     call = torch.ops.loge_kernels.linear if torch.compiler.is_compiling() else _Linear.apply
     y, _ = call(
@@ -140,6 +147,8 @@ def linear(
         residual,
         dense,
         dense_scale,
+        left_scale,
+        right_scale,
         bias,
         lora_A,
         lora_B,
@@ -164,10 +173,7 @@ def _warn_when_stale(factors: Factors, weight: Tensor) -> None:
 def _eight_bit(
     exact_dtype: str | EightBitWeight, x: Tensor, weight: Tensor, reads_dense: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The weight's 8-bit copy and its scales; None and None where dX reads no dense product, or it cannot run.
-
-    float8 crosses the operators' boundary as its bits, in uint8: torch's own operator checks cannot compare float8.
-    """
+    """The weight's 8-bit copy and its scales; None and None where dX reads no dense product, or it cannot run."""
     copy = exact_dtype if isinstance(exact_dtype, EightBitWeight) else EightBitWeight(exact_dtype)
     if x.dtype == torch.float64:
         raise TypeError(
@@ -178,9 +184,9 @@ def _eight_bit(
     reason = why_not(copy.dtype, x.device, *weight.shape)
     if reason is None:
         tensor, scale = copy.current(weight)
-        return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor, scale
+        return as_bits(tensor), scale
     if not torch.compiler.is_compiling():
-        announce(copy.dtype, reason, x.dtype)
+        announce("exact_dtype", copy.dtype, reason, x.dtype)
     return None, None
 
 
@@ -194,6 +200,8 @@ def _forward(
     residual: Tensor | None,
     dense: Tensor | None,
     dense_scale: Tensor | None,
+    left_scale: Tensor | None,
+    right_scale: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
@@ -208,7 +216,7 @@ def _forward(
 
 
 def _forward_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    M, lora_A = x.shape[0], rest[7]
+    M, lora_A = x.shape[0], rest[9]
     xa = x.new_empty(0) if lora_A is None else x.new_empty(M, lora_A.shape[0])
     return x.new_empty(M, weight.shape[0]), xa
 
@@ -225,6 +233,8 @@ def _backward(
     residual: Tensor | None,
     dense: Tensor | None,
     dense_scale: Tensor | None,
+    left_scale: Tensor | None,
+    right_scale: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
@@ -240,8 +250,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if exact_fraction == 1.0 and left is not None and in_cheap_backward():
         exact_fraction = 0.0
-    if dense is not None and dense.dtype == torch.uint8:
-        dense = dense.view(torch.float8_e4m3fn)
+    left, right, dense = (None if t is None else from_bits(t) for t in (left, right, dense))
     problem = BackwardProblem(
         dy=dy,
         x=x,
@@ -265,6 +274,8 @@ def _backward(
         residual=residual,
         dense=dense,
         dense_scale=dense_scale,
+        left_scale=left_scale,
+        right_scale=right_scale,
     )
     g = run_backward(problem, backend)
     # An op's outputs may not share storage, so each absent gradient is an empty tensor of its own.
@@ -283,6 +294,8 @@ def _backward_fake(
     residual: Tensor | None,
     dense: Tensor | None,
     dense_scale: Tensor | None,
+    left_scale: Tensor | None,
+    right_scale: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
@@ -310,11 +323,11 @@ def _backward_fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep what backward reads and nothing else: x and xa where a gradient needs them, never a frozen weight that
     factors stand for."""
-    x, weight, left, right, rows, residual, dense, dense_scale, _, lora_A, lora_B = inputs[:11]
-    scaling, dropout, seed, exact_fraction, backend = inputs[11:]
+    x, weight, left, right, rows, residual, dense, dense_scale, left_scale, right_scale, _, lora_A, lora_B = inputs[:13]
+    scaling, dropout, seed, exact_fraction, backend = inputs[13:]
     need = ctx.needs_input_grad
-    need_dx, need_dweight, need_dA, need_dB = need[0], need[1], need[9], need[10]
-    ctx.need = need_dx, need_dweight, need[8], need_dA, need_dB
+    need_dx, need_dweight, need_dA, need_dB = need[0], need[1], need[11], need[12]
+    ctx.need = need_dx, need_dweight, need[10], need_dA, need_dB
     ctx.set_materialize_grads(False)
     reads_dense = need_dx and (left is None or exact_fraction > 0.0)
     ctx.save_for_backward(
@@ -327,6 +340,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
         residual if need_dx else None,
         dense if reads_dense else None,
         dense_scale if reads_dense else None,
+        left_scale if need_dx else None,
+        right_scale if need_dx else None,
         lora_A if need_dx or need_dA else None,
         lora_B if need_dx or need_dA or need_dB else None,
         seed,
@@ -336,13 +351,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, dy: Tensor | None, _dxa: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 16
+        return (None,) * 18
     *tensors, seed = ctx.saved_tensors
     scaling, dropout, exact_fraction, backend = ctx.constants
     call: Any = torch.ops.loge_kernels.linear_backward if torch.compiler.is_compiling() else _backward
     results = call(dy, *tensors, scaling, dropout, seed, exact_fraction, *ctx.need, backend)
     dx, dweight, dbias, dA, dB = (t if need else None for t, need in zip(results, ctx.need, strict=True))
-    return dx, dweight, None, None, None, None, None, None, dbias, dA, dB, None, None, None, None, None
+    return dx, dweight, *(None,) * 8, dbias, dA, dB, *(None,) * 5
 
 
 class _Linear(torch.autograd.Function):

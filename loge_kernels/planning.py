@@ -16,7 +16,7 @@ from .allocation import Candidate, allocate
 from .cache import cached_factors
 from .calibration import calibrate
 from .factors import Factors, resolve_rank
-from .policy import Policy, average_cost, dense_cost, exact_every_within, preferred_exact_dtype
+from .policy import Policy, average_cost, dense_cost, exact_every_within, low_rank_cost, preferred_exact_dtype
 from .request import Request
 from .sites import Site, Targets
 from .statistics import Statistics
@@ -44,7 +44,7 @@ def make_plan(model: nn.Module, sites: list[Site], targets: Targets, request: Re
         largest = max(sites, key=lambda site: site.outline.numel())
         exact_dtype = preferred_exact_dtype(largest.outline)
     for site in sites:
-        _check_weight(site, exact_dtype)
+        _check_weight(site, {"exact_dtype": exact_dtype, "low_rank_dtype": request.low_rank_dtype})
     exact_costs = [dense_cost(site.outline, exact_dtype) for site in sites]
     exact = _mean(sites, exact_costs)
     factors: dict[str, Factors | None] = dict.fromkeys(site.name for site in sites)
@@ -56,19 +56,20 @@ def make_plan(model: nn.Module, sites: list[Site], targets: Targets, request: Re
     costs = {}
     for site, dense in zip(sites, exact_costs, strict=True):
         made = factors[site.name]
-        costs[site.name] = (dense if made is None else made.cost + request.exact_fraction * dense), dense
+        costs[site.name] = (dense if made is None else low_rank_cost(made) + request.exact_fraction * dense), dense
     cheap = _mean(sites, [costs[site.name][0] for site in sites])
     all_exact = all(made is None for made in factors.values())
     policy = _policy(request, exact_dtype, cheap, exact, all_exact)
     return Plan(factors, costs, policy, request.allocation is not None)
 
 
-def _check_weight(site: Site, exact_dtype: str | None) -> None:
+def _check_weight(site: Site, in_eight_bits: dict[str, str | None]) -> None:
     weight = site.weight()
     if not torch.isfinite(weight).all():
         raise ValueError(f"the weight of layer {site.name!r} contains NaN or inf; the model is unchanged")
-    if exact_dtype is not None and weight.dtype == torch.float64:
-        raise TypeError(f"exact_dtype={exact_dtype!r}: the weight of layer {site.name!r} is float64; give None")
+    for argument, dtype in in_eight_bits.items():
+        if dtype is not None and weight.dtype == torch.float64:
+            raise TypeError(f"{argument}={dtype!r}: the weight of layer {site.name!r} is float64; give None")
 
 
 def _directions(model: nn.Module, sites: list[Site], targets: Targets, request: Request) -> dict[str, Subspace]:
@@ -124,7 +125,8 @@ def _ranks(
     for site, exact_cost in zip(sites, exact_costs, strict=True):
         N, K = site.shape
         found = directions.get(site.name)
-        candidates.append(Candidate(N, K, exact_cost, None if found is None else found.worth.cpu()))
+        worth = None if found is None else found.worth.cpu()
+        candidates.append(Candidate(N, K, exact_cost, worth, dense_cost(site.outline, request.low_rank_dtype)))
     share = request.rank if isinstance(request.rank, float) else 1 / 8
     return allocate(candidates, budget, request.allocation, share)
 
@@ -140,7 +142,10 @@ def _factors(site: Site, rank: int | None, directions: dict[str, Subspace], requ
     weight = site.weight()
     found = directions.get(site.name)
     made = cached_factors(weight, rank, request.subspace) if found is None else found.factors(weight, rank)
-    return made.with_residual(weight, rows, None if found is None else found.importance) if rows else made
+    if rows:
+        made = made.with_residual(weight, rows, None if found is None else found.importance)
+    made.low_rank_dtype = request.low_rank_dtype
+    return made
 
 
 def _policy(request: Request, exact_dtype: str | None, cheap: float, exact: float, all_exact: bool) -> Policy:
@@ -152,7 +157,9 @@ def _policy(request: Request, exact_dtype: str | None, cheap: float, exact: floa
         every = 1.0
     if every is None or every == 1.0:
         correction = None
-    return Policy(every, exact_dtype, correction, average_cost(cheap, exact, every, correction is not None))
+    low_rank_dtype = None if all_exact or every == 1.0 else request.low_rank_dtype
+    cost = average_cost(cheap, exact, every, correction is not None)
+    return Policy(every, exact_dtype, correction, cost, low_rank_dtype)
 
 
 def _mean(sites: list[Site], costs: list[float]) -> float:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .eight_bit import why_not
+from .factors import Factors
 
 EIGHT_BIT_COST = 0.5
 PREFERRED_DTYPES = ("float8", "int8")
@@ -29,14 +30,20 @@ class Policy:
 
     exact_every: one step in so many is exact (1: all, None: none).   exact_dtype: what exact products run in.
     correction: decay of the running mean of exact minus cheap gradient, or None.   cost: the average, as above.
+    low_rank_dtype: what the products of factors run in.
     """
 
     exact_every: float | None
     exact_dtype: str | None
     correction: float | None
     cost: float
+    low_rank_dtype: str | None = None
 
     def __str__(self) -> str:
+        cheap = "" if self.low_rank_dtype is None else f"; low-rank products in {self.low_rank_dtype}"
+        return self._exact_steps() + cheap
+
+    def _exact_steps(self) -> str:
         inside = f" in {self.exact_dtype}" if self.exact_dtype is not None else ""
         if self.exact_every is None:
             return f"no exact steps; dense products{inside}" if inside else "no exact steps"
@@ -56,11 +63,20 @@ def preferred_exact_dtype(weight: Tensor) -> str | None:
     return next((name for name in names if why_not(name, weight.device, N, K) is None), None)
 
 
-def dense_cost(weight: Tensor, exact_dtype: str | None) -> float:
+def dense_cost(weight: Tensor, dtype: str | None) -> float:
     """Cost of the dense product with this weight: 1, or 1/2 where it runs in 8 bits."""
-    if exact_dtype is None or why_not(exact_dtype, weight.device, *weight.shape) is not None:
+    if dtype is None or why_not(dtype, weight.device, *weight.shape) is not None:
         return 1.0
     return EIGHT_BIT_COST
+
+
+def low_rank_cost(factors: Factors) -> float:
+    """Cost of dX through these factors: `Factors.cost`, its products with left and right half where they run in 8 bits;
+    those with residual rows never do."""
+    if factors.low_rank_dtype is None or factors.eight_bit_obstacle() is not None:
+        return factors.cost
+    (N, R), K = factors.left.shape, factors.right.shape[1]
+    return factors.cost - (1.0 - EIGHT_BIT_COST) * R * (N + K) / (N * K)
 
 
 def average_cost(cheap: float, exact: float, exact_every: float | None, corrected: bool) -> float:

@@ -17,7 +17,8 @@ class BackwardProblem:
 
     All tensors are 2-D (biases, scales and indices excepted) on one device, with any strides. `dy`, `x`, `xa`,
     `weight`, `left`, `right` and `residual` share one dtype; `lora_A` and `lora_B` have that dtype or float32, and
-    their gradients come back in theirs. A tensor that the needed gradients do not read may be None.
+    their gradients come back in theirs. `left` and `right` are both in 8 bits where they have scales. A tensor that
+    the needed gradients do not read may be None.
     """
 
     dy: Tensor  # [M, N]
@@ -42,6 +43,8 @@ class BackwardProblem:
     residual: Tensor | None = None  # [Q, K]; `backends.run_backward` adds its part to every backend's dX
     dense: Tensor | None = None  # [N, K] in 8 bits: the weight's copy for the exact products
     dense_scale: Tensor | None = None  # float32 [K], with dense
+    left_scale: Tensor | None = None  # float32 [R], with left in 8 bits
+    right_scale: Tensor | None = None  # float32 [K], with right in 8 bits
 
 
 @dataclass(slots=True)

@@ -116,11 +116,8 @@ class QuantizedLinear(LoGELinear):
             exact_fraction=float(self.exact_fraction) if factors is not None else 0.0,
             backend=requested(self.backend),
         )
-        left, right, rows, residual = (
-            (None,) * 4 if factors is None else (factors.left, factors.right, factors.rows, factors.residual)
-        )
         seed = draw_seed(input.device) if call.dropout > 0.0 else None
-        return _Quantized.apply(input, self.bias, left, right, rows, residual, lora_A, lora_B, seed, call)
+        return _Quantized.apply(input, self.bias, *_frozen_operands(factors, input), lora_A, lora_B, seed, call)
 
     def exact_operands(self, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """For the dense product with dY [M, N]: the weight [N, K] in its dtype, or its 8-bit copy and scales [K]."""
@@ -130,7 +127,7 @@ class QuantizedLinear(LoGELinear):
             return weight, None, None
         reason = why_not(name, weight.device, *weight.shape)
         if reason is not None:
-            announce(name, reason, dy.dtype)
+            announce("exact_dtype", name, reason, dy.dtype)
             return weight, None, None
         return None, *quantize_columns(weight, DTYPES[name])
 
@@ -152,6 +149,17 @@ def layer_class(module: nn.Module) -> type[QuantizedLinear] | None:
         if holds(module):
             return LoGETorchaoLinear
     return None
+
+
+def _frozen_operands(factors: Factors | None, x: Tensor) -> tuple[Tensor | None, ...]:
+    """left, right, rows, residual, left_scale and right_scale of a backward problem."""
+    if factors is None:
+        return (None,) * 6
+    copies = factors.in_eight_bits(x)
+    if copies is None:
+        return factors.left, factors.right, factors.rows, factors.residual, None, None
+    (left, left_scale), (right, right_scale) = copies
+    return left, right, factors.rows, factors.residual, left_scale, right_scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +186,8 @@ class _Quantized(torch.autograd.Function):
         right: Tensor | None,
         rows: Tensor | None,
         residual: Tensor | None,
+        left_scale: Tensor | None,
+        right_scale: Tensor | None,
         lora_A: Tensor | None,
         lora_B: Tensor | None,
         seed: Tensor | None,
@@ -191,7 +201,7 @@ class _Quantized(torch.autograd.Function):
             xa = _add_adapter_(y, adapter_input, lora_A, lora_B, call.scaling, call.dropout, seed)
             y = y.view(*x.shape[:-1], y.shape[-1])
         need = ctx.needs_input_grad
-        need_dx, need_dA, need_dB = need[0], need[6], need[7]
+        need_dx, need_dA, need_dB = need[0], need[8], need[9]
         ctx.save_for_backward(
             adapter_input if need_dA else None,
             xa if need_dB else None,
@@ -199,6 +209,8 @@ class _Quantized(torch.autograd.Function):
             right if need_dx else None,
             rows if need_dx else None,
             residual if need_dx else None,
+            left_scale if need_dx else None,
+            right_scale if need_dx else None,
             lora_A if need_dx or need_dA else None,
             lora_B if need_dx or need_dA or need_dB else None,
             seed,
@@ -210,15 +222,15 @@ class _Quantized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 10
+            return (None,) * 12
         if torch.is_grad_enabled():  # only create_graph=True runs backward so
             raise RuntimeError("a quantised layer has no second derivative: call backward without create_graph=True")
         need = ctx.needs_input_grad
-        g = _differentiate(dy, ctx.saved_tensors, ctx.call, (need[0], need[1], need[6], need[7]))
+        g = _differentiate(dy, ctx.saved_tensors, ctx.call, (need[0], need[1], need[8], need[9]))
         shape, dtype = ctx.x_like
         dx = None if g.dx is None else g.dx.view(shape).to(dtype)
         dbias = None if g.dbias is None else g.dbias.to(ctx.bias_dtype)
-        return dx, dbias, None, None, None, None, g.dA, g.dB, None, None
+        return dx, dbias, *(None,) * 6, g.dA, g.dB, None, None
 
 
 @without_autocast
@@ -230,12 +242,14 @@ def _add_adapter_(y: Tensor, *rest: Any) -> Tensor:
 def _differentiate(
     dy: Tensor, saved: tuple[Tensor | None, ...], call: _Call, need: tuple[bool, bool, bool, bool]
 ) -> Gradients:
-    x, xa, left, right, rows, residual, lora_A, lora_B, seed = saved
+    x, xa, left, right, rows, residual, left_scale, right_scale, lora_A, lora_B, seed = saved
     need_dx, need_dbias, need_dA, need_dB = need
     dy = dy.reshape(-1, dy.shape[-1]).to(call.dtype)
     fraction = call.exact_fraction
     if fraction == 1.0 and in_cheap_backward():
         fraction = 0.0
+    if left_scale is None:
+        left, right = (None if t is None else t.to(dy.dtype) for t in (left, right))
     weight, dense, dense_scale = None, None, None
     if need_dx and (left is None or fraction > 0.0):
         weight, dense, dense_scale = call.layer.exact_operands(dy)
@@ -244,8 +258,8 @@ def _differentiate(
         x=x,
         xa=xa,
         weight=weight,
-        left=None if left is None else left.to(dy.dtype),
-        right=None if right is None else right.to(dy.dtype),
+        left=left,
+        right=right,
         lora_A=lora_A,
         lora_B=lora_B,
         scaling=call.scaling,
@@ -262,5 +276,7 @@ def _differentiate(
         residual=None if residual is None else residual.to(dy.dtype),
         dense=dense,
         dense_scale=dense_scale,
+        left_scale=left_scale,
+        right_scale=right_scale,
     )
     return run_backward(problem, call.backend)

@@ -17,7 +17,9 @@ The forward is exact. The backward sends the activation gradient of the frozen w
 With dropout the adapter's part of dX passes through the mask, `dX = T_R right + drop(T_P A)`. Without factors the
 frozen part is the dense `dY W`; with `exact_fraction` it is dense for the rows of largest ‖dY‖ and low-rank for the
 others; at `exact_fraction` 1 it is the dense product outright. Dense products run in 8 bits where the problem carries
-an 8-bit copy of W (`eight_bit`). Factors with a residual on rows J of W add `dY[:, J] · residual` (`add_residual_`).
+an 8-bit copy of W (`eight_bit`), the products with left and right where these come in 8 bits, apart from the adapter's
+and with T in dY's dtype between them. Factors with a residual on rows J of W add `dY[:, J] · residual`
+(`add_residual_`).
 
 Source: LoGE, Zhang et al., Applied Sciences 2025, 15(1), 82, section 4; LoRA, arXiv 2106.09685; the residual rows,
 CE-LoRA, arXiv 2502.01378.
@@ -77,11 +79,11 @@ def backward(problem: BackwardProblem) -> Gradients:
     lora_A = None if p.lora_A is None else p.lora_A.to(p.dy.dtype)
 
     low_rank = p.left is not None and p.need_dx and p.exact_fraction < 1.0
-    projections = [p.left] if p.left is not None and low_rank else []
+    projections = [p.left] if p.left is not None and low_rank and p.left_scale is None else []
+    rank = sum(left.shape[1] for left in projections)
     if scaled_B is not None and (p.need_dx or p.need_dA):
         projections.append(scaled_B)
     T = matmul(p.dy, torch.cat(projections, dim=1)) if projections else None  # [M, R + P]
-    rank = p.left.shape[1] if p.left is not None and low_rank else 0
 
     if p.need_dx:
         gradients.dx = _input_gradient(p, T, rank, lora_A)
@@ -104,13 +106,16 @@ def backward(problem: BackwardProblem) -> Gradients:
 
 
 def _input_gradient(p: BackwardProblem, T: Tensor | None, rank: int, lora_A: Tensor | None) -> Tensor:
-    """dX [M, K]; T is dY [left | s·B] [M, rank + P], or None where there is neither factor nor adapter."""
+    """dX [M, K]; T is dY [left | s·B] [M, rank + P], without left where that is in 8 bits, or None without columns."""
     if p.right is not None and p.exact_fraction < 1.0:
-        assert T is not None
         masked = p.dropout > 0.0 and lora_A is not None
-        if lora_A is not None and not masked and p.exact_fraction == 0.0:
-            return matmul(T, torch.cat([p.right, lora_A]))
-        dx = matmul(T[:, :rank], p.right)
+        if p.left_scale is not None:
+            dx = _low_rank_in_eight_bits(p)
+        else:
+            assert T is not None
+            if lora_A is not None and not masked and p.exact_fraction == 0.0:
+                return matmul(T, torch.cat([p.right, lora_A]))
+            dx = matmul(T[:, :rank], p.right)
         if p.exact_fraction > 0.0:
             heaviest = heaviest_rows(p.dy, p.exact_fraction)
             dx[heaviest] = _dense(p, p.dy[heaviest])
@@ -123,6 +128,15 @@ def _input_gradient(p: BackwardProblem, T: Tensor | None, rank: int, lora_A: Ten
         else:
             add_matmul_(dx, T[:, rank:], lora_A)
     return dx
+
+
+def _low_rank_in_eight_bits(p: BackwardProblem) -> Tensor:
+    """dY · left · right [M, K], each product with both operands in 8 bits."""
+    assert p.left is not None
+    assert p.right is not None
+    assert p.left_scale is not None
+    assert p.right_scale is not None
+    return eight_bit.multiply(eight_bit.multiply(p.dy, p.left, p.left_scale), p.right, p.right_scale)
 
 
 def _dense(p: BackwardProblem, dy: Tensor) -> Tensor:

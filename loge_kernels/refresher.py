@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .autocast import without_autocast
+from .collectives import Group, mean_over_ranks
 from .decompositions import one_thread
 from .factors import projection
 from .linear import LoGELinear
@@ -40,10 +41,13 @@ class Refresher:
     """Keeps the "gradient" factors of some layers up to date.
 
     `every`: an optimizer step in so many is watched, or None: those asked for by `watch`. `due` says whether the step
-    under way is.
+    under way is. `group`: the process group whose ranks train together, None for the default one.
     """
 
-    def __init__(self, layers: Iterable[tuple[str, LoGELinear, nn.Module]], every: int | None) -> None:
+    def __init__(
+        self, layers: Iterable[tuple[str, LoGELinear, nn.Module]], every: int | None, group: Group = None
+    ) -> None:
+        self._group = group
         # Name, layer, and the module whose output carries its dY: itself, or PEFT's layer around it.
         self._layers = [(name, weakref.ref(layer), weakref.ref(outer)) for name, layer, outer in layers]
         self.every = every
@@ -139,7 +143,7 @@ class Refresher:
         assert factors is not None
         weight = layer.dense_weight()
         V = factors.right.detach().float()  # [R, K]
-        self._take(layer, weight, *_turned(weight, V, _shares(layer).to(V), rows))
+        self._take(layer, weight, *_turned(weight, V, _shares(layer).to(V), rows, self._group))
 
     @staticmethod
     def _take(layer: LoGELinear, weight: Tensor, right: Tensor, shares: Tensor) -> None:
@@ -151,7 +155,9 @@ class Refresher:
 
 
 @without_autocast
-def _turned(weight: Tensor, V: Tensor, shares: Tensor, rows: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+def _turned(
+    weight: Tensor, V: Tensor, shares: Tensor, rows: list[Tensor] | None, group: Group
+) -> tuple[Tensor, Tensor]:
     """One step of subspace iteration: the directions [R, K] and shares [R] that follow V and `shares`, for a weight
     [N, K] and rows of dY [., N]."""
     Y = torch.cat(rows).float() @ weight.float() if rows else V.new_zeros(1, V.shape[1])  # [q, K]
@@ -160,16 +166,19 @@ def _turned(weight: Tensor, V: Tensor, shares: Tensor, rows: list[Tensor] | None
     usable = torch.isfinite(norm) & (norm > 0)
     Y = torch.where(usable, Y / norm, 0.0)
 
+    def mean(tensor: Tensor) -> Tensor:
+        return mean_over_ranks([tensor], group)[0]
+
     def times_g(U: Tensor) -> Tensor:  # U G for rows U [., K]
         before, seen = (U @ V.t()) * shares @ V, (U @ Y.t()) @ Y
-        return _mean_over_ranks(DECAY * before + (1.0 - DECAY) * seen)
+        return mean(DECAY * before + (1.0 - DECAY) * seen)
 
     with one_thread():
         basis = torch.linalg.qr(times_g(V).t()).Q.t()  # [R, K]
         quotient = times_g(basis) @ basis.t()
         values, vectors = torch.linalg.eigh((quotient + quotient.t()) / 2)
     new = vectors.t().flip(0) @ basis
-    usable = _mean_over_ranks(usable.float()) > 0
+    usable = mean(usable.float()) > 0
     shares = torch.where(usable, values.flip(0).clamp_min(0), shares)
     return torch.where(usable, new, V), shares
 
@@ -180,13 +189,6 @@ def _shares(layer: LoGELinear) -> Tensor:
     if factors.shares is not None:
         return factors.shares
     return torch.full((factors.rank,), factors.energy / max(1, factors.rank), dtype=torch.float64)
-
-
-def _mean_over_ranks(tensor: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)
-        tensor /= torch.distributed.get_world_size()
-    return tensor
 
 
 class _KeepRows:

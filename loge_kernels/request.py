@@ -32,6 +32,7 @@ class Request:
     allocation: str | None
     exact_every: float | None
     exact_dtype: str | None
+    low_rank_dtype: str | None
     exact_fraction: float
     residual: float
     correction: float | None
@@ -69,6 +70,13 @@ class Request:
         resolve_rank(min(rank, 1) if isinstance(rank, int) else rank, 1, 1)
         if subspace not in SUBSPACES:
             raise ValueError(f"subspace={subspace!r} is unknown; choose one of {', '.join(map(repr, SUBSPACES))}")
+        if self.low_rank_dtype is not None:
+            EightBitWeight(self.low_rank_dtype, "low_rank_dtype")  # its message
+            if subspace == "dropped":
+                raise ValueError(
+                    f"low_rank_dtype={self.low_rank_dtype!r} is for products with factors, and subspace='dropped' has "
+                    "none: give a rank, or a subspace that has"
+                )
         if subspace in FROM_CALIBRATION and self.calibration is None:
             raise ValueError(
                 f"subspace={subspace!r} needs gradients of your task: give calibration=, batches or what "

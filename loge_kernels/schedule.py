@@ -3,7 +3,8 @@
 `apply(exact_every=n)`, and `apply` with subspaces that follow the gradient, attach a `Schedule` to the model. It
 follows the optimizer that holds the model's trained parameters through torch's own step hooks, so it works in any loop
 (Trainer, Accelerate, TRL, a handwritten one), under gradient accumulation, where a step is one optimizer step, and
-under DDP, where every rank counts alike. A step that a `GradScaler` skips is not counted.
+under DDP, where every rank counts alike. A step that a `GradScaler` skips is not counted. Of several optimizers with
+trained parameters of the model the one that steps first is followed, until another steps twice while it does not.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Schedule:
         self._model = weakref.ref(model)
         # Weak, or the schedule would keep alive the model that it is kept by.
         self._layers = [weakref.ref(layer) for layer in layers]
+        self._followed: weakref.ref[Tensor] | None = None  # whose optimizer's steps are counted
+        self._passed_over: weakref.ref[torch.optim.Optimizer] | None = None  # another one that has stepped since
         on_step = weakref.WeakMethod(self._on_optimizer_step)
 
         def follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -124,10 +127,21 @@ class Schedule:
             self.refresher.detach()
 
     def _on_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        model = self._model()
-        trained = None if model is None else next((p for p in model.parameters() if p.requires_grad), None)
-        if trained is not None and any(p is trained for group in optimizer.param_groups for p in group["params"]):
-            self.advance()  # the others are somebody else's optimizers
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        followed = None if self._followed is None else self._followed()
+        if followed is None or not followed.requires_grad or id(followed) not in held:
+            model = self._model()
+            parameters = () if model is None else model.parameters()
+            own = next((p for p in parameters if p.requires_grad and id(p) in held), None)
+            if own is None:
+                return  # somebody else's optimizer
+            again = self._passed_over is not None and self._passed_over() is optimizer
+            if followed is not None and followed.requires_grad and not again:
+                self._passed_over = weakref.ref(optimizer)
+                return
+            self._followed = weakref.ref(own)
+        self._passed_over = None
+        self.advance()
 
     def _prepare(self) -> None:
         """Set every layer up for the coming step."""

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import replacing
+from .collectives import Group
 from .moments import Moment
 
 _FORMAT = "loge_kernels statistics 1"
@@ -144,14 +145,14 @@ class Statistics:
             if not all(torch.isfinite(t).all() for t in sums):
                 raise ValueError(f"the statistics of layer {name!r} contain NaN or inf: its gradient did")
 
-    def sum_over_ranks(self, device: torch.device) -> None:
-        """Add up every rank's statistics, on every rank, over the default process group of torch.distributed; `device`
-        is one that its backend can send from."""
+    def sum_over_ranks(self, device: torch.device, group: Group = None) -> None:
+        """Add up every rank's statistics, on every rank of `group` (None: the default one); `device` is one that its
+        backend can send from."""
         import torch.distributed as dist
 
         def total(tensor: Tensor) -> Tensor:
             sent = tensor.to(device, copy=True)
-            dist.all_reduce(sent)
+            dist.all_reduce(sent, group=group)
             return sent.to(tensor.device)
 
         self.batches, self.tokens = total(torch.tensor([self.batches, self.tokens])).tolist()
@@ -161,8 +162,8 @@ class Statistics:
             layer.scores = None if layer.scores is None else total(layer.scores)
             mine = torch.full((_NORMS,), torch.nan, device=device)  # NaN: no token
             mine[: len(layer.norms.values)] = layer.norms.values.to(device)
-            everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-            dist.all_gather(everyone, mine)
+            everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(everyone, mine, group=group)
             layer.norms = TokenNorms()
             for norms in everyone:
                 layer.norms.add(norms[~norms.isnan()])

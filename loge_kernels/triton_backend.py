@@ -18,6 +18,8 @@ def why_not(p: BackwardProblem) -> str | None:
     """Why the kernels cannot run this problem, or None."""
     if p.exact_fraction > 0.0:
         return "exact_fraction needs dense products, which PyTorch computes"
+    if p.left_scale is not None:
+        return "the low-rank product is in 8 bits, which PyTorch computes"
     return kernels.why_not(
         dtype=p.dy.dtype,
         device=p.dy.device,

@@ -70,7 +70,9 @@ def test_a_wrong_gradient_is_seen(name: str, fault: str, monkeypatch: pytest.Mon
     assert failed(report) == {{"dx": "x", "dweight": "weight", "dbias": "bias", "dA": "lora_A", "dB": "lora_B"}[name]}
 
 
-@pytest.mark.parametrize("mode", ["exact rows", "exact step", "residual", "float8", "int8"])
+@pytest.mark.parametrize(
+    "mode", ["exact rows", "exact step", "residual", "float8", "int8", "low-rank float8", "low-rank int8"]
+)
 def test_every_mode_is_held_to_its_own_formula(mode: check.Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right as it is; wrong where the low-rank product alone stands in its place."""
     cases = [case for case in check.grid() if case.mode == mode and case.M == 65]
@@ -86,6 +88,22 @@ def test_every_mode_is_held_to_its_own_formula(mode: check.Mode, monkeypatch: py
     monkeypatch.setattr(check, "_through_op", low_rank)
     report = check.run("reference", dtypes=("float32",))
     assert failed(report) == {"x"}
+
+
+def test_products_that_cannot_run_in_8_bits_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the op takes them in 16 bits, which are held to another formula."""
+    asked: list[tuple[int, ...]] = []
+
+    def why_not(name: str, device: torch.device, *shape: int) -> str | None:
+        asked.append(shape)
+        return "not in tiles of 16" if shape[0] == 32 else None
+
+    cases = [case for case in check.grid() if case.mode in ("int8", "low-rank int8", "low-rank") and case.M == 65]
+    monkeypatch.setattr(check, "grid", lambda: iter(cases))
+    monkeypatch.setattr(check.eight_bit, "why_not", why_not)
+    report = check.run("reference", dtypes=("float32",))
+    assert report.declined == {"reference: not in tiles of 16": 12}
+    assert {(96, 80), (96, 32), (32, 80)} <= set(asked)
 
 
 def test_declined_cases_are_counted_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import io
 import json
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -21,6 +23,7 @@ import tiny_llama
 
 import loge_kernels as loge
 from loge_kernels.bench import fidelity, fidelity_report, fidelity_training
+from loge_kernels.bench.commands import bench_app
 from loge_kernels.bench.fidelity import FidelityOptions
 from loge_kernels.bench.fidelity_policies import DEFAULTS, parse
 from loge_kernels.finetune import training
@@ -279,6 +282,32 @@ def test_plot(base: FidelityOptions, tmp_path: Path) -> None:
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_csv(base: FidelityOptions, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "fidelity.csv"
+    result, _ = go(base, csv=path)
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["policy"] for line in lines] == [entry["policy"] for entry in result["summary"]]
+    for line, entry in zip(lines, result["summary"], strict=True):
+        assert line["seeds"] == "0 1"
+        assert float(line["recovered"]) == entry["recovered"]
+        assert (line["lora_rank"], line["model"]) == ("4", result["model"])
+        assert line["device"] == result["environment"]["device"]
+        assert line["version_torch"] == torch.__version__
+    assert "csv" not in result["settings"]
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    with pytest.raises(ValueError, match=f"cannot write {path.parent}"):
+        go(base, csv=path.parent)
+
+
+def test_every_option_of_the_command_arrives(base: FidelityOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[FidelityOptions] = []
+    monkeypatch.setattr(fidelity, "run", seen.append)
+    asked = ["fidelity", "--csv", "a.csv", "--json", "b.json", "--png", "c.png", "--seed", "3", "--steps", "7"]
+    assert CliRunner().invoke(bench_app, asked).exit_code == 0
+    assert seen == [FidelityOptions(csv=Path("a.csv"), json=Path("b.json"), png=Path("c.png"), seeds=(3,), steps=7)]
+
+
 def test_control_of_the_summary() -> None:
     points = [(0.5, 0.6), (0.75, 0.8), (1.0, 1.0)]
     assert fidelity_report._interpolated(points, 0.625) == pytest.approx(0.7)
@@ -308,6 +337,7 @@ def test_policies() -> None:
     assert policy.calibration == "statistics"
     assert policy.applied
     assert parse("salience:rank=64").calibration == "scores"
+    assert parse("svd:low_rank_dtype=int8").arguments == {"subspace": "svd", "low_rank_dtype": "int8"}
     assert parse("budget=0.35").arguments == {"budget": 0.35}
     assert parse("budget=0.35,calibration=statistics").calibration == "statistics"
     assert parse("int8").arguments == {"exact_every": 1, "exact_dtype": "int8"}

@@ -10,7 +10,7 @@ from surrogate import NAMES, Case, case
 from torch import Tensor
 
 import loge_kernels as loge
-from loge_kernels.eight_bit import EightBitWeight
+from loge_kernels.eight_bit import EightBitWeight, as_bits
 
 LINEAR_CASES: dict[str, dict[str, Any]] = {
     "all": {},
@@ -24,33 +24,40 @@ LINEAR_CASES: dict[str, dict[str, Any]] = {
     "exact rows, residual, int8": {"exact_fraction": 0.5, "count": 2, "exact_dtype": "int8"},
     "exact, int8": {"R": None, "exact_dtype": "int8"},
     "exact, float8": {"R": None, "exact_dtype": "float8"},
+    "int8": {"low_rank_dtype": "int8"},
+    "float8, exact step": {"exact_fraction": 1.0, "count": 2, "low_rank_dtype": "float8"},
 }
-Extras = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def extras(c: Case, count: int = 0, exact_dtype: str | None = None) -> Extras:
-    """rows, residual, dense and dense_scale of an op's arguments."""
+def frozen_path(
+    c: Case, count: int = 0, exact_dtype: str | None = None, low_rank_dtype: str | None = None
+) -> tuple[Tensor | None, ...]:
+    """From left to right_scale of an op's arguments, as the op passes them on."""
     made = c.factors()
     if made is not None and count:
         made = made.with_residual(c.weight.detach(), count)
     rows, residual = (None, None) if made is None else (made.rows, made.residual)
     dense, scale = (None, None) if exact_dtype is None else EightBitWeight(exact_dtype).current(c.weight)
-    if exact_dtype == "float8":
-        dense = dense.view(torch.uint8)  # as the op passes it on
-    return rows, residual, dense, scale
+    left, right, left_scale, right_scale = c.left, c.right, None, None
+    if low_rank_dtype is not None:
+        left, left_scale = EightBitWeight(low_rank_dtype).current(c.left)
+        right, right_scale = EightBitWeight(low_rank_dtype).current(c.right)
+    left, right, dense = (None if t is None else as_bits(t) for t in (left, right, dense))
+    return left, right, rows, residual, dense, scale, left_scale, right_scale
 
 
 @pytest.mark.parametrize("options", LINEAR_CASES.values(), ids=LINEAR_CASES)
 def test_opcheck_linear(options: dict[str, Any]) -> None:
     options = dict(options)
     dropout, fraction = options.pop("dropout", 0.0), options.pop("exact_fraction", 0.0)
-    count, exact_dtype = options.pop("count", 0), options.pop("exact_dtype", None)
+    names = ("count", "exact_dtype", "low_rank_dtype")
+    given = {name: options.pop(name) for name in names if name in options}
     c = case(dtype=torch.float32, **options)
-    more = extras(c, count, exact_dtype)
+    frozen = frozen_path(c, **given)
     leaves = [None if t is None else t.requires_grad_() for t in (c.bias, c.lora_A, c.lora_B)]
     seed = torch.tensor([1, 2]) if dropout else None
-    weight = c.weight.requires_grad_(exact_dtype is None)
-    arguments = (c.x.requires_grad_(), weight, c.left, c.right, *more, *leaves)
+    weight = c.weight.requires_grad_("exact_dtype" not in given)
+    arguments = (c.x.requires_grad_(), weight, *frozen, *leaves)
     torch.library.opcheck(
         torch.ops.loge_kernels.linear.default, (*arguments, 0.5, dropout, seed, fraction, "reference")
     )
@@ -62,7 +69,7 @@ def test_opcheck_backward(needs: tuple[bool, ...], exact_dtype: str | None) -> N
     c = case(dtype=torch.bfloat16)
     A, B = c.lora_A.float(), c.lora_B.float()
     xa = c.x @ c.lora_A.t()
-    operands = (c.dy, c.x, xa, c.weight, c.left, c.right, *extras(c, 3, exact_dtype), A, B)
+    operands = (c.dy, c.x, xa, c.weight, *frozen_path(c, 3, exact_dtype, exact_dtype), A, B)
     constants = (0.5, 0.25, torch.tensor([1, 2]), 0.0 if exact_dtype is None else 0.4)
     torch.library.opcheck(torch.ops.loge_kernels.linear_backward.default, (*operands, *constants, *needs, "reference"))
 

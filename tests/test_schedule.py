@@ -371,7 +371,8 @@ def test_a_loss_scale_is_taken_out_and_put_back() -> None:
         other.step()
 
 
-def test_a_step_that_the_scaler_skips_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_step_that_the_scaler_skips_leaves_nothing_behind(to_none: bool) -> None:
     plain, scaled = lora(), lora()
     for model in (plain, scaled):
         loge.apply(model, RANK, exact_every=2)
@@ -384,7 +385,7 @@ def test_a_step_that_the_scaler_skips_leaves_nothing_behind() -> None:
     for number in range(2):  # an exact step and a cheap one
         expected = step(plain, one)
         for skipped in (True, False):
-            other.zero_grad()
+            other.zero_grad(to_none)
             for _ in range(2):
                 scaler.scale(scaled(input_ids=tokens(), labels=tokens()).loss / 2).backward()
             if skipped:
@@ -461,6 +462,39 @@ def test_evaluation_between_steps_changes_nothing() -> None:
 class _Sub(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         return super().step(closure)
+
+
+def test_an_optimizer_without_the_first_parameter_is_followed() -> None:
+    model = lora()
+    loge.apply(model, RANK, exact_every=2)
+    schedule, trained = schedule_of(model), list(adapters(model).values())
+    assert schedule is not None
+    torch.optim.SGD([torch.zeros(2, requires_grad=True)]).step()
+    assert schedule.step == 0
+    partial = torch.optim.SGD(trained[3:], lr=0.05)
+    for number in range(3):
+        step(model, partial)
+        assert schedule.step == number + 1
+
+
+def test_two_optimizers_of_one_model_count_once() -> None:
+    model = lora()
+    loge.apply(model, RANK, exact_every=2)
+    schedule, trained = schedule_of(model), list(adapters(model).values())
+    assert schedule is not None
+    first, second = (torch.optim.SGD(part, lr=0.05) for part in (trained[5:], trained[:5]))
+    for number in range(3):
+        step(model, first)
+        second.step()
+        assert schedule.step == number + 1
+    counts = []
+    for _ in range(3):  # the first one is left behind
+        step(model, second)
+        counts.append(schedule.step)
+    assert counts == [4, 5, 6]
+    trained[0].requires_grad_(False)
+    step(model, first)
+    assert schedule.step == 7
 
 
 def test_a_subclass_that_calls_its_base_is_counted_once() -> None:

@@ -34,15 +34,29 @@ def train(model: Any, adapted: nn.Module, batches: list[Tensor]) -> list[dict[st
     return seen
 
 
-def work(rank: int, folder: Path) -> None:
+def meet(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=TIMEOUT)
+
+
+def work(rank: int, folder: Path) -> None:
+    meet(rank, folder)
+    sizes: list[int] = []
+    all_reduce = distributed.all_reduce
+
+    def counted(tensor: Tensor, *rest: Any, **named: Any) -> Any:
+        sizes.append(tensor.numel())
+        return all_reduce(tensor, *rest, **named)
+
+    distributed.all_reduce = counted
     model = lora()
     loge.apply(model, 16, exact_every=2)
     parallel = DistributedDataParallel(model)
     assert loge.schedule_of(parallel) is not None
     seen = train(parallel, model, [tokens()[rank : rank + 1]])
+    # One for each of the exact steps, of every trained parameter.
+    assert sizes == [sum(p.numel() for p in model.parameters() if p.requires_grad)] * (STEPS // 2)
     torch.save(seen, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -55,6 +69,28 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     expected = train(model, model, [tokens()[:1], tokens()[1:]])
     for rank in range(WORLD):
         for got, right in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
+            assert_close(got, right)
+
+
+def alone(rank: int, folder: Path) -> None:
+    meet(rank, folder)
+    groups = [distributed.new_group([each]) for each in range(WORLD)]  # both on both ranks, as torch wants it
+    model = lora()
+    parallel = DistributedDataParallel(model, process_group=groups[rank])
+    mine = tokens()[rank : rank + 1]
+    batches = [{"input_ids": mine, "labels": mine}]
+    loge.apply(parallel, 16, exact_every=2, calibration=batches, refresh_every=3)
+    torch.save(train(parallel, model, [mine]), folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_the_wrappers_process_group_is_the_one_that_is_averaged_over(tmp_path: Path) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(alone, (tmp_path,), nprocs=WORLD)
+    for rank in range(WORLD):
+        model, mine = lora(), tokens()[rank : rank + 1]
+        loge.apply(model, 16, exact_every=2, calibration=[{"input_ids": mine, "labels": mine}], refresh_every=3)
+        for got, right in zip(torch.load(tmp_path / f"{rank}.pt"), train(model, model, [mine]), strict=True):
             assert_close(got, right)
 
 
@@ -72,9 +108,7 @@ class Branches(nn.Module):
 
 
 def route(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=TIMEOUT)
+    meet(rank, folder)
     model = Branches()
     loge.apply(model, subspace="dropped", exact_every=2)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)

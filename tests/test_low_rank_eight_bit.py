@@ -1,0 +1,325 @@
+"""The low-rank product in 8 bits: rounded as the formula says, only where the frozen path is low-rank, counted half."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from models import lora, tokens
+from test_eight_bit import FLOATS, NAMED, adapter_part, in_float32, rounded_rows, run
+from torch import Tensor, nn
+
+import loge_kernels as loge
+from loge_kernels import Factors, LoGELinear, cuda_backend, triton_backend
+from loge_kernels.accuracy import judge
+from loge_kernels.policy import low_rank_cost
+from loge_kernels.problem import BackwardProblem
+
+
+def rounded_chain(dy: Tensor, left: Tensor, right: Tensor, name: str, inside: torch.dtype = torch.float64) -> Tensor:
+    """dY left right in `inside`, every operand rounded to 8 bits, T to dY's dtype before that."""
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return rounded_rows(a, name).to(inside) @ rounded_rows(b.t(), name).t().to(inside)
+
+    return product(product(dy, left).to(dy.dtype), right)
+
+
+class InEightBits:
+    """A case whose factors are taken in 8 bits."""
+
+    def __init__(self, name: str, dtype: torch.dtype = torch.float32, **shape: Any) -> None:
+        self.case = in_float32(dtype, **shape)
+        self.name = name
+
+    def run(self, **options: Any) -> dict[str, Tensor]:
+        made = self.factors()
+        return run(replace_factors(self.case, made), **options)
+
+    def factors(self) -> Factors:
+        made = self.case.factors()
+        assert made is not None
+        made.low_rank_dtype = self.name
+        return made
+
+    def truth(self, inside: torch.dtype = torch.float64) -> Tensor:
+        assert self.case.left is not None
+        assert self.case.right is not None
+        return rounded_chain(self.case.dy, self.case.left, self.case.right, self.name, inside)
+
+
+def replace_factors(c: Any, made: Factors) -> Any:
+    """The case with factors that are these."""
+    twin = replace(c)
+    twin.factors = lambda: made
+    return twin
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("shape", [{}, {"P": None}, {"R": 1}])
+def test_both_products_round_as_the_formula(name: str, dtype: torch.dtype, shape: dict[str, Any]) -> None:
+    eight = InEightBits(name, dtype, **shape)
+    got, plain = eight.run(), run(eight.case)
+    more = adapter_part(eight.case)
+    yardstick = eight.truth(torch.float32) + more.float()
+    assert judge(got["x"], yardstick.to(dtype), eight.truth() + more).passed
+    assert not torch.equal(got["x"], plain["x"])
+    for other in set(got) - {"x"}:  # the adapter's own path is not touched
+        torch.testing.assert_close(got[other], plain[other])
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_exact_rows_and_steps_and_residual_rows_stay_exact(name: str) -> None:
+    eight = InEightBits(name)
+    c = eight.case
+    assert torch.equal(eight.run(exact_fraction=1.0)["x"], run(c, exact_fraction=1.0)["x"])
+    low, exact, some = eight.run()["x"], run(c, exact_fraction=1.0)["x"], eight.run(exact_fraction=0.3)["x"]
+    heavy = c.dy.norm(dim=1) >= c.dy.norm(dim=1).sort(descending=True).values[2]
+    torch.testing.assert_close(some, torch.where(heavy[:, None], exact, low))
+    with_rows = eight.factors().with_residual(c.weight, 5)
+    assert with_rows.low_rank_dtype == name
+    got = run(replace_factors(c, with_rows))["x"]
+    torch.testing.assert_close(got, low + c.dy[:, with_rows.rows] @ with_rows.residual, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_dropout_is_the_adapters(name: str) -> None:
+    eight = InEightBits(name)
+    results = []
+    for B in (eight.case.lora_B, torch.zeros_like(eight.case.lora_B)):  # type: ignore[arg-type]
+        torch.manual_seed(4)
+        eight.case = replace(eight.case, lora_B=B)
+        results.append(eight.run(dropout=0.5)["x"])
+    masked = ((results[0] - results[1]).abs() < 1e-6).float().mean()
+    assert 0.3 < masked < 0.7
+    torch.testing.assert_close(results[1].double(), eight.truth(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_cheap_pass_over_an_exact_step() -> None:
+    eight = InEightBits("int8", P=None)
+    x = eight.case.x.requires_grad_()
+    y = loge.linear(x, eight.case.weight, eight.factors(), exact_fraction=1.0)
+    with loge.cheap_backward():
+        (got,) = torch.autograd.grad(y, x, eight.case.dy)
+    torch.testing.assert_close(got.double(), eight.truth(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_compiled_is_eager(name: str) -> None:
+    torch._dynamo.reset()
+    eight = InEightBits(name)
+    c, made = eight.case, eight.factors()
+
+    def layer(x: Tensor) -> Tensor:
+        return loge.linear(x.relu(), c.weight, made, c.bias, c.lora_A, c.lora_B).sigmoid()
+
+    results = []
+    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        x = c.x.clone().requires_grad_()
+        function(x).backward(c.dy)
+        results.append(x.grad)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
+
+
+def test_autocast() -> None:
+    eight = InEightBits("int8", P=None)
+    x = eight.case.x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = loge.linear(x, eight.case.weight, eight.factors())
+    y.backward(eight.case.dy.bfloat16())
+    c = eight.case
+    truth = rounded_chain(c.dy.bfloat16(), c.left, c.right, "int8")  # type: ignore[arg-type]
+    torch.testing.assert_close(x.grad.double(), truth, rtol=1e-2, atol=1e-3)  # type: ignore[union-attr]
+
+
+# Copies
+
+
+def follows(layer: LoGELinear) -> None:
+    """Whether dX comes from the factors as they are."""
+    factors = layer.factors
+    assert factors is not None
+    x, dy = torch.randn(5, 24, requires_grad=True), torch.randn(5, 20)
+    (got,) = torch.autograd.grad(layer(x), x, dy)
+    factors = layer.factors
+    torch.testing.assert_close(
+        got.double(), rounded_chain(dy, factors.left, factors.right, "int8"), rtol=1e-5, atol=1e-5
+    )
+
+
+def layer() -> LoGELinear:
+    made = LoGELinear.from_linear(nn.Linear(24, 20), 8, lora_rank=0)
+    assert made.factors is not None
+    made.factors.low_rank_dtype = "int8"
+    return made
+
+
+def test_copies_are_made_once_and_follow_the_factors() -> None:
+    one = layer()
+    factors = one.factors
+    assert factors is not None
+    follows(one)
+    held = factors.left_copy.tensor
+    follows(one)
+    assert factors.left_copy.tensor is held
+    one.load_state_dict({"weight": torch.randn(20, 24), "bias": torch.randn(20)})
+    follows(one)
+    assert factors.left_copy.tensor is not held
+    for twin in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+        assert twin.factors.low_rank_dtype == "int8"
+        assert twin.factors.left_copy.tensor is None
+        follows(twin)
+    assert len(list(one.parameters())) == 4
+    assert not list(one.buffers())
+    factors.low_rank_dtype = None
+    assert factors.left_copy is factors.right_copy is None
+
+
+def test_nothing_is_quantised_that_nobody_reads() -> None:
+    eight = InEightBits("int8", P=None)
+    made = eight.factors()
+    loge.linear(eight.case.x, eight.case.weight, made)
+    with torch.no_grad():
+        loge.linear(eight.case.x.clone().requires_grad_(), eight.case.weight, made)
+    assert made.left_copy.tensor is None
+
+
+# Where it cannot run
+
+
+def test_where_it_cannot_run_the_other_products_do_and_the_logger_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("loge_kernels.factors.why_not", lambda *arguments: "no such type")
+    monkeypatch.setattr("loge_kernels.eight_bit._announced", set())
+    eight = InEightBits("int8")
+    for _ in range(2):
+        assert torch.equal(eight.run()["x"], run(eight.case)["x"])
+    (record,) = [r for r in caplog.records if r.name == "loge_kernels"]
+    assert record.getMessage() == (
+        "low_rank_dtype='int8' cannot run here: of left, no such type; the low-rank products run in torch.float32"
+    )
+    assert low_rank_cost(eight.factors()) == eight.factors().cost
+
+
+def test_other_backends_decline() -> None:
+    c = in_float32()
+    needs = dict.fromkeys(("need_dx", "need_dweight", "need_dbias", "need_dA", "need_dB"), True)
+    problem = BackwardProblem(
+        c.dy,
+        c.x,
+        None,
+        c.weight,
+        c.left,
+        c.right,
+        c.lora_A,
+        c.lora_B,
+        1.0,
+        0.0,
+        None,
+        0.0,
+        deterministic=False,
+        **needs,
+    )
+    declined = replace(problem, left_scale=torch.ones(5), right_scale=torch.ones(32))
+    assert triton_backend.why_not(declined) == "the low-rank product is in 8 bits, which PyTorch computes"
+    assert triton_backend.why_not(problem) != triton_backend.why_not(declined)
+    if cuda_backend.unavailable() is None:
+        assert cuda_backend.why_not(declined) == triton_backend.why_not(declined)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"low_rank_dtype": "fp8"}, ValueError, "low_rank_dtype='fp8' is unknown; choose one of 'float8', 'int8'"),
+        ({"low_rank_dtype": "int8", "subspace": "dropped"}, ValueError, "low_rank_dtype='int8'.*'dropped' has none"),
+        ({"low_rank_dtype": "int8", "budget": 0.3}, ValueError, "low_rank_dtype='int8'.*'dropped' has none"),
+    ],
+)
+def test_refusals(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        loge.apply(lora(), **arguments)
+
+
+def test_float64_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"low_rank_dtype='int8': the weight of layer .* is float64; give None"):
+        loge.apply(lora().double(), 16, low_rank_dtype="int8")
+    made = Factors(torch.ones(4, 2).double(), torch.ones(2, 4).double())
+    made.low_rank_dtype = "int8"
+    with pytest.raises(TypeError, match=r"low_rank_dtype='int8' with x in torch\.float64"):
+        loge.linear(torch.ones(1, 4).double(), torch.ones(4, 4).double(), made)
+
+
+# In a model
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_model_counts_it_half(name: str) -> None:
+    plain, model = lora(), lora()
+    whole = loge.apply(plain, 16).policy
+    report = loge.apply(model, 16, low_rank_dtype=name)
+    assert report.policy.cost == pytest.approx(whole.cost / 2)
+    assert report.policy.low_rank_dtype == name
+    assert f"low-rank products in {name}" in str(report)
+    assert sum(layer.flops_saved for layer in report.converted) > 0
+    gradients = []
+    for each in (plain, model):
+        each(input_ids=tokens(), labels=tokens()).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]))
+    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert 1e-4 < error < 0.2
+    loge.remove(model)
+
+
+def test_residual_rows_are_counted_whole() -> None:
+    made = Factors(torch.zeros(20, 4), torch.zeros(4, 12))
+    made.low_rank_dtype = "int8"
+    assert low_rank_cost(made) == pytest.approx(2 * 32 / 240)
+    assert low_rank_cost(made.with_residual(torch.zeros(20, 12), 5)) == pytest.approx((2 * 32 + 5 * 12) / 240)
+
+
+@pytest.mark.parametrize("allocation", ["depth", "energy"])
+def test_a_budget_gives_out_twice_the_rank(allocation: str) -> None:
+    batches = [{"input_ids": tokens(), "labels": tokens()}]
+    ranks = []
+    for name in (None, "int8"):
+        model = lora()
+        report = loge.apply(
+            model, budget=0.45, allocation=allocation, calibration=batches, exact_dtype=name, low_rank_dtype=name
+        )
+        assert report.policy.cost <= 0.45
+        ranks.append(sum(row.rank or min(row.shape) for row in report.converted))
+    assert ranks[1] > ranks[0]
+
+
+def test_refreshed_subspaces_are_quantised_anew() -> None:
+    model = lora()
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    loge.apply(model, 16, calibration=[batch], refresh_every=1, low_rank_dtype="int8")
+    one: Any = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj.base_layer")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**batch).loss.backward()
+    assert one.factors.right_copy.tensor is not None
+    optimizer.step()
+    assert one.factors.right_copy.tensor is None
+
+
+def test_over_a_quantised_base() -> None:
+    pytest.importorskip("bitsandbytes")
+    from quantized_layers import quantised
+
+    model = nn.Sequential(quantised("nf4"))
+    loge.apply(model, 0.5, low_rank_dtype="int8")
+    one: Any = model[0]
+    N, K = one.out_features, one.in_features
+    x, dy = torch.randn(6, K, requires_grad=True), torch.randn(6, N)
+    (got,) = torch.autograd.grad(one(x), x, dy)
+    f = one.factors
+    inside = one.product_dtype(x)
+    truth = rounded_chain(dy.to(inside), f.left, f.right, "int8")
+    torch.testing.assert_close(got.double(), truth, rtol=1e-2, atol=1e-2)
