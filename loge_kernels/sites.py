@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .freezing.frozen_module import is_frozen
 from .linear import LoGELinear
 from .quantized import QuantizedLinear, layer_class
 
@@ -29,6 +30,7 @@ class Site:
     adapter: Any  # one of PEFT's LoRA layers, a FusedLora once converted
     obstacle: str | None
     quantized: type[QuantizedLinear] | None = None  # what a quantised layer becomes
+    frozen: bool = False  # an obstacle: no backward reaches it
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,7 +78,10 @@ def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
     tuner_layer, lora_layers, saved_module = _peft_classes()
     inside_adapters: set[int] = set()
     around: dict[int, tuple[str, nn.Module]] = {}
+    frozen: set[int] = set()
     for name, module in model.named_modules():
+        if is_frozen(module):
+            frozen.update(id(child) for child in module.modules())
         if tuner_layer is not None and isinstance(module, tuner_layer):
             base = module.get_base_layer()
             around[id(base)] = name, module
@@ -92,6 +97,9 @@ def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
             continue
         adapter = wrapper if type(wrapper) in lora_layers else None
         quantized = layer_class(module)
+        if id(module) in frozen:
+            yield Site(path, module, adapter, "frozen prefix", quantized, frozen=True)
+            continue
         obstacle = _obstacle(module, quantized, head, explicit)
         if obstacle is None and wrapper is not None and adapter is None:
             kind = f"{type(wrapper).__module__}.{type(wrapper).__name__}"
@@ -175,6 +183,8 @@ def _peft_classes() -> tuple[Any, Any, Any]:
 
 def nothing_to_convert(model: nn.Module, sites: list[Site], targets: Targets) -> str:
     if sites:
+        if all(site.frozen for site in sites):
+            return f"nothing to convert in this {type(model).__name__}: every linear layer is in the frozen prefix"
         shown = "; ".join(f"{site.name} {site.obstacle}" for site in sites[:3])
         rest = f"; and {len(sites) - 3} more" if len(sites) > 3 else ""
         return f"nothing to convert in this {type(model).__name__}: {shown}{rest}"
