@@ -47,8 +47,8 @@ def freeze_(module: nn.Module, trainable: tuple[str, ...], last: bool) -> None:
     """Run `module` without autograd from now on, in place; the named parameters below it stop training."""
     for name in trainable:
         module.get_parameter(name).requires_grad_(False)
-    module.__class__ = _without_autograd(type(module))
     frozen: Any = module
+    frozen.__class__ = _without_autograd(type(frozen))
     frozen._trainable_before, frozen._last = trainable, last
 
 
