@@ -132,12 +132,12 @@ def by_hand(model: Any, temperature: float) -> list[float]:
 def test_the_trace_is_that_of_the_hidden_states(adapted: bool) -> None:
     model: Any = lora(lora_dropout=0.5) if adapted else llama()
     model.train()
-    plan = loge.plan_freezing(model, batches(), temperature=0.2)
+    plan = loge.plan_freezing(model, batches(), temperature=0.3)
     assert model.training
-    assert plan.trace == pytest.approx(by_hand(model, 0.2), rel=1e-4)
+    assert plan.trace == pytest.approx(by_hand(model, 0.3), rel=1e-4)
     assert plan.gains == pytest.approx(marginal(plan.trace))
     assert plan.tokens == sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches())
-    assert plan.deviation == "cross_entropy at 0.2"
+    assert plan.deviation == "cross_entropy at 0.3"
 
 
 def test_the_last_layer_always_trains_and_the_largest_gain_freezes() -> None:

@@ -48,7 +48,8 @@ def freeze_(module: nn.Module, trainable: tuple[str, ...], last: bool) -> None:
     for name in trainable:
         module.get_parameter(name).requires_grad_(False)
     frozen: Any = module
-    frozen.__class__ = _without_autograd(type(frozen))
+    own: Any = type(module)
+    frozen.__class__ = _without_autograd(own)
     frozen._trainable_before, frozen._last = trainable, last
 
 
