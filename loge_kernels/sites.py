@@ -20,6 +20,10 @@ Targets = str | Iterable[str] | None
 # Libraries whose layers are no `nn.Linear`, and whose kernels differ in how they give the weight back, if at all.
 _REFUSED = ("gptqmodel", "auto_gptq", "awq")
 
+# Names that transformers' encoders (and OPT) give to what lies between their layers and the head. A pooler sees one
+# token of each sequence, so there is nothing to save in it either.
+_ABOVE_LAYERS = {"pooler", "pre_classifier", "project_out"}
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -100,7 +104,7 @@ def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
         if id(module) in frozen:
             yield Site(path, module, adapter, "frozen prefix", quantized, frozen=True)
             continue
-        obstacle = _obstacle(module, quantized, head, explicit)
+        obstacle = _obstacle(path, module, quantized, head, explicit)
         if obstacle is None and wrapper is not None and adapter is None:
             kind = f"{type(wrapper).__module__}.{type(wrapper).__name__}"
             obstacle = f"its adapter is a {kind}: factors could not follow the weight when that merges"
@@ -117,7 +121,7 @@ def _library(module: nn.Module) -> str:
 
 
 def _obstacle(
-    module: Any, quantized: type[QuantizedLinear] | None, head: nn.Module | None, explicit: bool
+    path: str, module: Any, quantized: type[QuantizedLinear] | None, head: nn.Module | None, explicit: bool
 ) -> str | None:
     if type(module) is LoGELinear:
         return "is a LoGELinear of its own"
@@ -139,6 +143,8 @@ def _obstacle(
         return None
     if module is head:
         return "output head: its error would reach every layer below (name it in targets to convert it)"
+    if not _ABOVE_LAYERS.isdisjoint(path.split(".")):
+        return "between the layers and the head: its error would reach every layer below (name it in targets)"
     if module.weight.requires_grad:
         return "its weight is trainable, and factors follow a frozen one (name it in targets to convert it)"
     return None

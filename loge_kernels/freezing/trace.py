@@ -29,6 +29,7 @@ def output_head(model: Any) -> nn.Module:
         if isinstance(active, nn.ModuleDict) and len(active) > 0:
             head = next(iter(active.values()))
         head = getattr(head, "base_layer", head)
+        head = getattr(head, "out_proj", head)  # RoBERTa's classifier ends in it
         if isinstance(head, nn.Linear):
             return head
     raise ValueError(
@@ -46,10 +47,10 @@ def trace(
     labels: int,
 ) -> tuple[list[float], int]:
     """The mean of `deviation(hidden [T, H], labels [T]) -> [T]` in each latent space, and over how many labels."""
-    spaces = _Spaces(len(stack.layers) + 1, _final_norm(model, stack), deviation)
+    spaces = _Spaces(len(stack.layers) + 1, _final_maps(model, stack), deviation)
     seen = 0
-    names = [name.rpartition(".")[2] for name, module in model.named_modules() if module is head]
-    last_token = "score" in names  # transformers' classifiers over decoders have it, and it reads the last token
+    steps = {step for name, module in model.named_modules() if module is head for step in name.split(".")}
+    last_token = "score" in steps  # transformers' classifiers over decoders have it, and it reads the last token
     with _evaluating(model), spaces.watching(stack.layers), torch.no_grad():
         for number, batch in numbered(batches, "planning"):
             moved = on_device(batch, model, number)
@@ -74,11 +75,11 @@ def trace(
 class _Spaces:
     """Sums of the deviations in each latent space, from hooks on the layers."""
 
-    def __init__(self, number: int, norm: nn.Module | None, deviation: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, number: int, maps: list[nn.Module], deviation: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.sums = [torch.zeros((), dtype=torch.float64) for _ in range(number)]
         self.counts = [torch.zeros((), dtype=torch.float64) for _ in range(number)]
         self.select: Callable[[Tensor], tuple[Tensor, Tensor]]
-        self._norm, self._deviation = norm, deviation
+        self._maps, self._deviation = maps, deviation
 
     @contextlib.contextmanager
     def watching(self, layers: nn.ModuleList) -> Iterator[None]:
@@ -100,7 +101,8 @@ class _Spaces:
     def _add(self, space: int, hidden: Tensor) -> None:
         states, labels = self.select(hidden)
         if len(labels) > 0:
-            states = states if self._norm is None else self._norm(states)
+            for into_head in self._maps:
+                states = into_head(states)
             deviations = self._deviation(states, labels)
             if deviations.shape != labels.shape:
                 raise ValueError(f"deviation gave {tuple(deviations.shape)}, for {len(labels)} states")
@@ -155,15 +157,16 @@ def _predicts_next(model: Any) -> bool:
     return "CausalLM" in name or "LMHead" in name
 
 
-def _final_norm(model: nn.Module, stack: Stack) -> nn.Module | None:
-    """The norm beside the stack of layers, or beside what it lies in; PEFT may have wrapped it."""
+def _final_maps(model: nn.Module, stack: Stack) -> list[nn.Module]:
+    """What the last layer's output passes on its way to the head: the norm beside the stack of layers, or beside what
+    it lies in, and OPT's projection."""
     steps = stack.name.split(".")
     for depth in range(len(steps) - 1, -1, -1):
         children = dict(model.get_submodule(".".join(steps[:depth])).named_children())
-        for name in _FINAL_NORMS:
-            if name in children:
-                return children[name]
-    return None
+        found = [children[name] for name in (*_FINAL_NORMS, "project_out") if name in children]
+        if found:
+            return found
+    return []
 
 
 @contextlib.contextmanager
