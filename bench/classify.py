@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import loge_kernels as loge
+from loge_kernels.finetune.models import quiet
 
 from . import output
 from .classify_text import Snippets, read
@@ -187,7 +188,9 @@ def build(where: Path, options: ClassifyOptions) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(options.seed)
-    base = AutoModelForSequenceClassification.from_pretrained(where, num_labels=options.classes, dtype=torch.float32)
+    with quiet():  # the classifier is new, as is said here
+        make = AutoModelForSequenceClassification.from_pretrained
+        base = make(where, num_labels=options.classes, dtype=torch.float32)
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=2 * options.lora_rank,
