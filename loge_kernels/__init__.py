@@ -7,6 +7,9 @@ from .backends import Backend, backends, use_backend
 from .calibration import calibrate
 from .eight_bit import EightBitWeight
 from .factors import Factors, factorize
+from .freezing.freeze import FrozenPrefix, freeze
+from .freezing.plan import FreezePlan
+from .freezing.planning import plan_freezing
 from .linear import LoGELinear
 from .model import apply, remove
 from .ops import cheap_backward, linear
@@ -27,6 +30,8 @@ __all__ = [
     "Backend",
     "EightBitWeight",
     "Factors",
+    "FreezePlan",
+    "FrozenPrefix",
     "LayerReport",
     "LayerStatistics",
     "LoGELinear",
@@ -40,7 +45,9 @@ __all__ = [
     "cheap_backward",
     "explain",
     "factorize",
+    "freeze",
     "linear",
+    "plan_freezing",
     "refresh",
     "remove",
     "schedule_of",

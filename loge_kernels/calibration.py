@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from .autocast import without_autocast
+from .batches import Batch, numbered, on_device
 from .collectives import distributed, group_of
 from .decompositions import leading_triplets
 from .sites import Site, Targets, find_sites, nothing_to_convert, unwrapped
 from .statistics import LayerStatistics, Statistics
 
-Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 _SAVE_EVERY = 60.0  # seconds between two saves of `file`
@@ -84,7 +82,7 @@ def calibrate(
     collectors = [_Collector(site, statistics.layers[site.name], scores) for site in chosen]
     saved = time.monotonic()
     with _hooks(collectors), _gradients_kept(model):
-        for number, batch in _numbered(batches):
+        for number, batch in numbered(batches, "calibrating"):
             if number < done:
                 continue
             statistics.tokens += _pass(model, batch, loss, number)
@@ -131,35 +129,9 @@ def _resumed(path: Path, fresh: Statistics) -> Statistics:
     return found
 
 
-def _numbered(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
-    """The batches with their numbers, and a progress bar on a terminal's standard error."""
-    total = _length(batches)
-    if not sys.stderr.isatty():
-        yield from enumerate(batches)
-        return
-    from rich.console import Console
-
-    columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("calibrating", total=total)
-        for item in enumerate(batches):
-            yield item
-            progress.advance(task)
-
-
-def _length(batches: Iterable[Batch]) -> int | None:
-    try:
-        return len(batches) if isinstance(batches, Sized) else None
-    except TypeError:  # a DataLoader over an iterable dataset has a __len__ that raises
-        return None
-
-
 def _pass(model: nn.Module, batch: Batch, loss: Loss | None, number: int) -> int:
     """Forward and backward on one batch; its number of tokens, rows of the first tensor of integers, or 0."""
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"batch {number} is a {type(batch).__name__}; expected a dict of tensors")
-    device = next(model.parameters()).device
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    moved = on_device(batch, model, number)
     with torch.enable_grad():
         value = _model_loss(model, moved, number) if loss is None else loss(model, moved)
         if not isinstance(value, Tensor) or value.dim() != 0:

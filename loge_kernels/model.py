@@ -13,9 +13,11 @@ from typing import Any
 from torch import nn
 
 from . import schedule
-from .calibration import Batch
+from .batches import Batch
 from .collectives import Group, group_of
 from .correction import BiasCorrection
+from .freezing.freeze import freeze, unfreeze
+from .freezing.plan import FreezePlan
 from .linear import LoGELinear
 from .planning import Plan, make_plan
 from .policy import Policy, average_cost
@@ -42,6 +44,7 @@ def apply(
     correction: float | None = 0.5,
     salience: str = "taylor",
     refresh_every: int | None = None,
+    freeze_below: int | FreezePlan | None = None,
     backend: str | None = None,
 ) -> Report:
     """Give the frozen linear layers of `model` a low-rank activation gradient, in place.
@@ -86,6 +89,9 @@ def apply(
         salience: the reading of the index for "salience": "taylor", "signed", "fisher" or "gradient".
         refresh_every: for "gradient", an optimizer step in so many brings the subspaces up to date with the gradients
             of the training under way (`loge_kernels.refresh`); None: they stay as calibrated.
+        freeze_below: the embedding and so many of the first layers run without autograd and stop training, and their
+            linear layers need no factors: `loge_kernels.freeze`, which is for doing that alone; a number, or what
+            `loge_kernels.plan_freezing` returned.
         backend: a name of `backends()`, or None for the one in force at each call.
 
     Returns:
@@ -94,9 +100,10 @@ def apply(
 
     Raises:
         ValueError, TypeError: a bad argument, a model with nothing to convert or already converted, a weight that is
-            not finite, a budget below the cost of the factors. The model is then as it was.
+            not finite, a budget below the cost of the factors, a boundary that `freeze` refuses. The model is then as
+            it was.
 
-    Source: Zhang et al., Applied Sciences 2025, 15(1), 82 (LoGE).
+    Source: Zhang et al., Applied Sciences 2025, 15(1), 82 (LoGE); Gu et al., arXiv 2406.11753 (freezing).
     """
     request = Request.with_defaults(
         rank,
@@ -112,17 +119,29 @@ def apply(
         correction=correction,
         salience=salience,
         refresh_every=refresh_every,
+        freeze_below=freeze_below,
         backend=backend,
     )
     request.check(model)
-    wrapped, model = model, unwrapped(model)
+    if freeze_below is None:
+        return _convert(model, targets, request)
+    freeze(model, freeze_below)
+    try:
+        return _convert(model, targets, request)
+    except BaseException:
+        unfreeze(model)
+        raise
+
+
+def _convert(wrapped: nn.Module, targets: Targets, request: Request) -> Report:
+    model = unwrapped(wrapped)
     sites = list(find_sites(model, targets))
     chosen = [site for site in sites if site.obstacle is None]
     if not chosen:
         raise ValueError(nothing_to_convert(model, sites, targets))
     plan = make_plan(wrapped, chosen, targets, request)
     for site in chosen:
-        site.convert_(plan.factors[site.name], exact_fraction, backend, plan.policy.exact_dtype)
+        site.convert_(plan.factors[site.name], request.exact_fraction, request.backend, plan.policy.exact_dtype)
     with_factors = [site for site in chosen if plan.factors[site.name] is not None]
     _follow_steps(model, with_factors, plan.policy, request, group_of(wrapped))
     return Report(tuple(_row(site, plan) for site in sites), plan.policy)
@@ -145,9 +164,10 @@ def _follow_steps(model: nn.Module, sites: list[Site], policy: Policy, request: 
 
 
 def remove(model: nn.Module) -> None:
-    """Undo `apply`: every converted layer is what it was, adapters and weights untouched. A model without converted
-    layers is left alone."""
+    """Undo `apply` and `freeze`: every layer is what it was, adapters and weights untouched; what stopped training
+    trains again. A model without converted or frozen layers is left alone."""
     schedule.detach(model)
+    unfreeze(model)
     modules = list(model.modules())
     if "peft" in sys.modules:
         from .peft_layers import FusedLora
@@ -162,6 +182,8 @@ def remove(model: nn.Module) -> None:
 
 def _row(site: Site, plan: Plan) -> LayerReport:
     N, K = site.shape
+    if site.frozen:
+        return LayerReport(site.name, (N, K), None, None, "frozen", site.about("frozen prefix"), 1.0)
     if site.obstacle is not None:
         return LayerReport(site.name, (N, K), None, None, "skipped", site.obstacle, 0.0)
     factors, policy = plan.factors[site.name], plan.policy

@@ -16,10 +16,10 @@ The forward is exact. The backward sends the activation gradient of the frozen w
 
 With dropout the adapter's part of dX passes through the mask, `dX = T_R right + drop(T_P A)`. Without factors the
 frozen part is the dense `dY W`; with `exact_fraction` it is dense for the rows of largest ‖dY‖ and low-rank for the
-others; at `exact_fraction` 1 it is the dense product outright. Dense products run in 8 bits where the problem carries
-an 8-bit copy of W (`eight_bit`), the products with left and right where these come in 8 bits, apart from the adapter's
-and with T in dY's dtype between them. Factors with a residual on rows J of W add `dY[:, J] · residual`
-(`add_residual_`).
+others; at `exact_fraction` 1 it is the dense product outright. Exact products take the adapter beside the weight or
+merged into it, whichever is cheaper (`orders`). Dense products run in 8 bits where the problem carries an 8-bit copy of
+W (`eight_bit`), the products with left and right where these come in 8 bits, apart from the adapter's and with T in
+dY's dtype between them. Factors with a residual on rows J of W add `dY[:, J] · residual` (`add_residual_`).
 
 Source: LoGE, Zhang et al., Applied Sciences 2025, 15(1), 82, section 4; LoRA, arXiv 2106.09685; the residual rows,
 CE-LoRA, arXiv 2502.01378.
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from . import eight_bit
 from .dropout import drop
+from .orders import merged, merging_pays
 from .problem import BackwardProblem, Gradients
 from .products import add_matmul_, matmul
 
@@ -49,6 +50,10 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """y [M, N] and xa [M, P] (None without an adapter), both in x's dtype; shapes as in the module's docstring."""
+    if lora_A is not None and lora_B is not None and dropout == 0.0 and merging_pays(x.shape[0], x.shape[1], x.dtype):
+        A = lora_A.to(x.dtype)
+        y = matmul(x, merged(weight, A, (scaling * lora_B).to(x.dtype)).t())
+        return y if bias is None else y.add_(bias), matmul(x, A.t())
     y = matmul(x, weight.t())
     if bias is not None:
         y += bias
@@ -81,11 +86,17 @@ def backward(problem: BackwardProblem) -> Gradients:
     low_rank = p.left is not None and p.need_dx and p.exact_fraction < 1.0
     projections = [p.left] if p.left is not None and low_rank and p.left_scale is None else []
     rank = sum(left.shape[1] for left in projections)
-    if scaled_B is not None and (p.need_dx or p.need_dA):
+    merge = _merges(p) and not low_rank
+    if scaled_B is not None and ((p.need_dx and not merge) or p.need_dA):
         projections.append(scaled_B)
     T = matmul(p.dy, torch.cat(projections, dim=1)) if projections else None  # [M, R + P]
 
-    if p.need_dx:
+    if p.need_dx and merge:
+        assert p.weight is not None
+        assert lora_A is not None
+        assert scaled_B is not None
+        gradients.dx = matmul(p.dy, merged(p.weight, lora_A, scaled_B))
+    elif p.need_dx:
         gradients.dx = _input_gradient(p, T, rank, lora_A)
     if p.need_dA:
         assert T is not None
@@ -103,6 +114,12 @@ def backward(problem: BackwardProblem) -> Gradients:
     if p.need_dbias:
         gradients.dbias = p.dy.sum(0)
     return gradients
+
+
+def _merges(p: BackwardProblem) -> bool:
+    """Whether an exact dX is cheaper through W + s B A (`orders`)."""
+    has_both = p.weight is not None and p.dense is None and p.lora_A is not None and p.lora_B is not None
+    return p.need_dx and has_both and p.dropout == 0.0 and merging_pays(p.dy.shape[0], p.dy.shape[1], p.dy.dtype)
 
 
 def _input_gradient(p: BackwardProblem, T: Tensor | None, rank: int, lora_A: Tensor | None) -> Tensor:

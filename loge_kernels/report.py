@@ -11,13 +11,14 @@ from rich.table import Table
 
 from .policy import Policy
 
-LayerPath = Literal["fused", "base", "plain", "exact", "skipped"]
+LayerPath = Literal["fused", "base", "plain", "exact", "frozen", "skipped"]
 
 _PATHS = {
     "fused": "frozen weight and adapter in one op, low-rank dX",
     "base": "frozen weight low-rank, adapter as PEFT computes it",
     "plain": "frozen weight low-rank, no adapter",
     "exact": "dense dX",
+    "frozen": "runs without autograd: no dX at all",
     "skipped": "not converted",
 }
 
@@ -47,13 +48,14 @@ class Report:
 
     @property
     def converted(self) -> tuple[LayerReport, ...]:
-        return tuple(layer for layer in self.layers if layer.path != "skipped")
+        return tuple(layer for layer in self.layers if layer.path not in ("skipped", "frozen"))
 
     @property
     def flops_saved(self) -> float:
-        """Share of the converted layers' dense dX flops that is saved."""
-        dense = [layer.shape[0] * layer.shape[1] for layer in self.converted]
-        saved = sum(cost * layer.flops_saved for cost, layer in zip(dense, self.converted, strict=True))
+        """Share of the dense dX flops of the converted and the frozen layers that is saved."""
+        counted = [layer for layer in self.layers if layer.path != "skipped"]
+        dense = [layer.shape[0] * layer.shape[1] for layer in counted]
+        saved = sum(cost * layer.flops_saved for cost, layer in zip(dense, counted, strict=True))
         return saved / sum(dense) if dense else 0.0
 
     def summary(self) -> str:

@@ -11,9 +11,10 @@ from torch import nn
 
 from .allocation import ALLOCATIONS
 from .backends import check_name
-from .calibration import Batch
+from .batches import Batch
 from .eight_bit import EightBitWeight
 from .factors import METHODS, resolve_rank
+from .freezing.plan import FreezePlan
 from .linear import LoGELinear
 from .statistics import Statistics
 from .subspaces import FROM_CALIBRATION, READINGS
@@ -38,6 +39,7 @@ class Request:
     correction: float | None
     salience: str
     refresh_every: int | None
+    freeze_below: int | FreezePlan | None
     backend: str | None
 
     @staticmethod

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .freezing.frozen_module import is_frozen
 from .linear import LoGELinear
 from .quantized import QuantizedLinear, layer_class
 
@@ -18,6 +19,10 @@ Targets = str | Iterable[str] | None
 
 # Libraries whose layers are no `nn.Linear`, and whose kernels differ in how they give the weight back, if at all.
 _REFUSED = ("gptqmodel", "auto_gptq", "awq")
+
+# Names that transformers' encoders (and OPT) give to what lies between their layers and the head. A pooler sees one
+# token of each sequence, so there is nothing to save in it either.
+_ABOVE_LAYERS = {"pooler", "pre_classifier", "project_out"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,7 @@ class Site:
     adapter: Any  # one of PEFT's LoRA layers, a FusedLora once converted
     obstacle: str | None
     quantized: type[QuantizedLinear] | None = None  # what a quantised layer becomes
+    frozen: bool = False  # an obstacle: no backward reaches it
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,7 +82,10 @@ def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
     tuner_layer, lora_layers, saved_module = _peft_classes()
     inside_adapters: set[int] = set()
     around: dict[int, tuple[str, nn.Module]] = {}
+    frozen: set[int] = set()
     for name, module in model.named_modules():
+        if is_frozen(module):
+            frozen.update(id(child) for child in module.modules())
         if tuner_layer is not None and isinstance(module, tuner_layer):
             base = module.get_base_layer()
             around[id(base)] = name, module
@@ -92,7 +101,10 @@ def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
             continue
         adapter = wrapper if type(wrapper) in lora_layers else None
         quantized = layer_class(module)
-        obstacle = _obstacle(module, quantized, head, explicit)
+        if id(module) in frozen:
+            yield Site(path, module, adapter, "frozen prefix", quantized, frozen=True)
+            continue
+        obstacle = _obstacle(path, module, quantized, head, explicit)
         if obstacle is None and wrapper is not None and adapter is None:
             kind = f"{type(wrapper).__module__}.{type(wrapper).__name__}"
             obstacle = f"its adapter is a {kind}: factors could not follow the weight when that merges"
@@ -109,7 +121,7 @@ def _library(module: nn.Module) -> str:
 
 
 def _obstacle(
-    module: Any, quantized: type[QuantizedLinear] | None, head: nn.Module | None, explicit: bool
+    path: str, module: Any, quantized: type[QuantizedLinear] | None, head: nn.Module | None, explicit: bool
 ) -> str | None:
     if type(module) is LoGELinear:
         return "is a LoGELinear of its own"
@@ -131,6 +143,8 @@ def _obstacle(
         return None
     if module is head:
         return "output head: its error would reach every layer below (name it in targets to convert it)"
+    if not _ABOVE_LAYERS.isdisjoint(path.split(".")):
+        return "between the layers and the head: its error would reach every layer below (name it in targets)"
     if module.weight.requires_grad:
         return "its weight is trainable, and factors follow a frozen one (name it in targets to convert it)"
     return None
@@ -175,6 +189,8 @@ def _peft_classes() -> tuple[Any, Any, Any]:
 
 def nothing_to_convert(model: nn.Module, sites: list[Site], targets: Targets) -> str:
     if sites:
+        if all(site.frozen for site in sites):
+            return f"nothing to convert in this {type(model).__name__}: every linear layer is in the frozen prefix"
         shown = "; ".join(f"{site.name} {site.obstacle}" for site in sites[:3])
         rest = f"; and {len(sites) - 3} more" if len(sites) > 3 else ""
         return f"nothing to convert in this {type(model).__name__}: {shown}{rest}"

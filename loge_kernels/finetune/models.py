@@ -87,7 +87,7 @@ def attach_lora(model: Any, options: FinetuneOptions) -> Any:
         target_modules="all-linear" if options.targets is None else list(options.targets),
         task_type="CAUSAL_LM",
     )
-    with _quiet():
+    with quiet():
         return get_peft_model(model, config)
 
 
@@ -104,7 +104,7 @@ def start_again(model: Any, seed: int) -> None:
 
 def save_adapter(model: Any, directory: Path) -> None:
     """PEFT's own files; the embedding is never trained here, and asking PEFT to find out would query the hub."""
-    with _quiet():
+    with quiet():
         model.save_pretrained(str(directory), save_embedding_layers=False)
 
 
@@ -135,7 +135,7 @@ def _download(name: str) -> Path:
 def _load_directory(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet():
+    with quiet():
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False)
     return model, tokenizer
@@ -174,7 +174,7 @@ def _dequantise(path: Path) -> tuple[Any, Any]:
     # Newer transformers keep the blocks quantised where they find a kernel for them, unless told otherwise.
     config = getattr(transformers, "GgufConfig", None)
     plain: dict[str, Any] = {} if config is None else {"quantization_config": config(dequantize=True)}
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # one of its progress bars cannot be switched off
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # one of its progress bars cannot be switched off
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **where)
         model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where, **plain)
     # A dense model from here on; what is left of its origin would make transformers refuse to save it.
@@ -189,7 +189,7 @@ def _keep(kept: Path, model: Any, tokenizer: Any) -> None:
     make_private(kept.parent)
     aside = Path(tempfile.mkdtemp(dir=kept.parent, prefix=".new-"))
     try:
-        with _quiet():
+        with quiet():
             tokenizer.save_pretrained(aside)
             model.save_pretrained(aside)
         with contextlib.suppress(FileExistsError):
@@ -199,7 +199,7 @@ def _keep(kept: Path, model: Any, tokenizer: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the progress bars and advice of transformers and PEFT."""
     from transformers.utils import logging as hf
 

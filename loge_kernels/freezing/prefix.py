@@ -1,0 +1,65 @@
+"""Where a model can be cut: its stack of layers, and what runs before them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+# What runs between the input embedding and the first layer, in the models of transformers: position embeddings, norms
+# and projections of embeddings. Not "rel_embeddings" (DeBERTa's), which every layer reads.
+_BEFORE_LAYERS = ("emb", "wte", "wpe", "word_emb", "position_emb", "patch_emb", "project_in")
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The layers of a model, in order, the name they have there, and the modules that run before them."""
+
+    name: str
+    layers: nn.ModuleList
+    before: tuple[nn.Module, ...]
+
+
+def find_stack(model: nn.Module) -> Stack:
+    """The model's stack of layers: its largest `nn.ModuleList` that lies in no other.
+
+    Raises ValueError where there is none, or where two are of like size (an encoder and a decoder)."""
+    found: list[tuple[int, str, nn.ModuleList]] = []
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and id(module) not in inside:
+            inside.update(id(child) for child in module.modules())
+            found.append((sum(p.numel() for p in module.parameters()), name, module))
+    kind = type(model).__name__
+    if not found:
+        raise ValueError(f"this {kind} has no torch.nn.ModuleList of layers, whose first ones could freeze")
+    found.sort(key=lambda entry: entry[0], reverse=True)
+    if len(found) > 1 and found[1][0] * 8 > found[0][0]:
+        names = " and ".join(repr(name) for _, name, _ in found[:2])
+        raise ValueError(f"this {kind} has two stacks of layers, {names}: which of them comes first is not known")
+    _, name, layers = found[0]
+    return Stack(name, layers, tuple(_before(model, name)))
+
+
+def _before(model: nn.Module, stack: str) -> list[nn.Module]:
+    """The siblings of `stack`, and of what it lies in, that run before it."""
+    embedding, head = _called(model, "get_input_embeddings"), _called(model, "get_output_embeddings")
+    found = []
+    parent = model
+    for step in stack.split("."):
+        for name, child in parent.named_children():
+            if name == step or child is head or next(child.parameters(), None) is None:
+                continue
+            if name.startswith(_BEFORE_LAYERS) or any(module is embedding for module in child.modules()):
+                found.append(child)
+        parent = parent.get_submodule(step)
+    return found
+
+
+def _called(model: Any, name: str) -> nn.Module | None:
+    get = getattr(model, name, None)
+    try:
+        return get() if callable(get) else None
+    except NotImplementedError:
+        return None

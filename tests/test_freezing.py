@@ -1,0 +1,295 @@
+"""`freeze` and `apply(freeze_below=)`: gradients above the boundary, nothing below it, and a way back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from models import LINEARS, assert_close, gradients, llama, logits, lora, tokens
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+import loge_kernels as loge
+
+
+def deep(tied: bool = False, **options: Any) -> Any:
+    """A PEFT model of four layers."""
+    base = llama(tied=tied)
+    config = copy.deepcopy(base.config)
+    config.num_hidden_layers = 4
+    torch.manual_seed(7)
+    return lora(type(base)(config), **options)
+
+
+def below(name: str, boundary: int = 2) -> bool:
+    return "embed" in name or any(f".layers.{number}." in name for number in range(boundary))
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Storage that autograd keeps between forward and backward, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=tokens(), labels=tokens()).loss
+    loss.backward()
+    model.zero_grad()
+    return sum(kept.values())
+
+
+def test_gradients_above_the_boundary_are_those_without_freezing() -> None:
+    model, other = deep(), deep()
+    expected = {name: g for name, g in gradients(other).items() if not below(name)}
+    frozen = loge.freeze(model, 2)
+    assert (frozen.layers, frozen.total) == (2, 4)
+    assert set(frozen.parameters) == {name for name in trained(other) if below(name)}
+    assert trained(model) == set(expected)
+    assert torch.equal(logits(model), logits(other))
+    assert_close(gradients(model), expected, 0.0)
+
+
+def test_the_prefix_keeps_no_activations() -> None:
+    model = deep()
+    outputs: list[Tensor] = []
+    layers = model.get_base_model().model.layers
+    for layer in layers:
+        layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    whole = saved_bytes(model)
+    assert all(output.requires_grad for output in outputs)
+    outputs.clear()
+    loge.freeze(model, 2)
+    half = saved_bytes(model)
+    assert [output.requires_grad for output in outputs] == [False, False, True, True]
+    head = 2 * 12 * 50 * 4 * 3  # logits, their softmax, the shifted labels: kept either way
+    assert half < 0.55 * whole + head
+
+
+def test_apply_converts_only_what_trains() -> None:
+    model, other = deep(), deep()
+    reference = {row.name: row for row in loge.apply(other, 0.25).layers}
+    expected = {name: g for name, g in gradients(other).items() if not below(name)}
+    report = loge.apply(model, 0.25, freeze_below=2)
+    assert_close(gradients(model), expected)
+    for row in report.layers:
+        if below(row.name):
+            assert (row.path, row.rank, row.reason, row.flops_saved) == ("frozen", None, "frozen prefix", 1.0)
+            assert not isinstance(model.get_submodule(row.name).base_layer, loge.LoGELinear)
+        else:
+            assert row == reference[row.name]
+    assert len(report.converted) == 14
+    assert "14 frozen" in report.summary()
+    assert report.flops_saved > 0.5
+
+
+@pytest.mark.parametrize("order", ["freeze first", "apply first"])
+def test_freeze_and_apply_compose(order: str) -> None:
+    model, other = deep(), deep()
+    loge.apply(other, 0.25, freeze_below=2)
+    for call in (loge.freeze, loge.apply)[:: 1 if order == "freeze first" else -1]:
+        call(model, 2 if call is loge.freeze else 0.25)
+    assert trained(model) == trained(other)
+    assert_close(gradients(model), gradients(other))
+    loge.remove(model)
+    assert_close(gradients(model), gradients(deep()), 0.0)
+
+
+@pytest.mark.parametrize("frozen_by", ["apply", "freeze"])
+def test_remove_restores_everything(frozen_by: str) -> None:
+    model, other = deep(modules_to_save=["embed_tokens"]), deep(modules_to_save=["embed_tokens"])
+    classes = [(name, type(module)) for name, module in model.named_modules()]
+    keys, dictionary = set(vars(model.get_base_model().model.layers[0])), model.state_dict()
+    if frozen_by == "apply":
+        loge.apply(model, 0.25, freeze_below=3)
+    else:
+        loge.freeze(model, 3)
+    assert not any("embed" in name for name in trained(model))
+    assert list(model.state_dict()) == list(dictionary)
+    loge.remove(model)
+    assert [(name, type(module)) for name, module in model.named_modules()] == classes
+    assert set(vars(model.get_base_model().model.layers[0])) == keys
+    assert trained(model) == trained(other)
+    assert_close(gradients(model), gradients(other), 0.0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("hooks_first", [False, True])
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.filterwarnings("error:None of the inputs")
+def test_checkpointing_and_inputs_that_require_gradients(reentrant: bool, hooks_first: bool, converted: bool) -> None:
+    model, other = deep(), deep()
+
+    def checkpointing() -> None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+
+    def freeze() -> None:
+        if converted:
+            loge.apply(model, 0.25, freeze_below=2)
+        else:
+            loge.freeze(model, 2)
+
+    if converted:
+        loge.apply(other, 0.25)
+    expected = {name: g for name, g in gradients(other).items() if not below(name)}
+    for call in (checkpointing, freeze) if hooks_first else (freeze, checkpointing):
+        call()
+    runs = []
+    layers = model.get_base_model().model.layers
+    layers[1].mlp.register_forward_hook(lambda module, inputs, output: runs.append(output.requires_grad))
+    assert_close(gradients(model), expected)
+    assert runs == [False]  # once, and never again in backward
+    loge.remove(model)
+    if not reentrant:
+        whole = {name for name in trained(model) if "lora" in name}
+        assert set(gradients(model)) >= whole
+        assert layers[0]._gradient_checkpointing_func.keywords["use_reentrant"] is reentrant
+
+
+def test_a_layer_whose_input_needs_no_gradient_computes_none() -> None:
+    model = deep()
+    model.enable_input_require_grads()
+    loge.freeze(model, 2)
+    seen: list[bool] = []
+    layer = model.get_base_model().model.layers[2]
+    layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
+    gradients(model)
+    assert seen == [False]
+
+
+def test_embeddings_given_as_input_get_no_gradient() -> None:
+    model = deep()
+    loge.freeze(model, 1)
+    embeddings = model.get_input_embeddings()(tokens()).detach().requires_grad_()
+    model(inputs_embeds=embeddings, labels=tokens()).loss.backward()
+    assert embeddings.grad is None
+
+
+def test_a_tied_embedding_trains_through_the_head_alone() -> None:
+    model, other = llama(tied=True), llama(tied=True)
+    for one in (model, other):
+        one.requires_grad_(False)
+        one.get_input_embeddings().weight.requires_grad_()
+    frozen = loge.freeze(model, 1)
+    assert frozen.parameters == ()
+    hidden = other.model(tokens()).last_hidden_state.detach()
+    loss = other.loss_function(other.lm_head(hidden), tokens(), vocab_size=50)
+    loss.backward()
+    expected = other.get_input_embeddings().weight.grad
+    assert_close(gradients(model), {"model.embed_tokens.weight": expected}, 1e-5)
+
+
+def test_copies_and_pickles_are_frozen_too() -> None:
+    model = deep()
+    loge.freeze(model, 2)
+    expected = gradients(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_close(gradients(twin), expected, 0.0)
+        loge.remove(twin)
+        assert_close(gradients(twin), gradients(deep()), 0.0)
+    assert_close(gradients(model), expected, 0.0)
+    name = type(model.get_base_model().model.layers[0]).__name__
+    assert name == "LlamaDecoderLayer"
+
+
+def test_an_adapter_deleted_since_is_no_obstacle_to_remove() -> None:
+    model = deep()
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj"]))
+    loge.freeze(model, 2)
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    loge.remove(model)
+    assert all(".second." in name for name in gradients(model))
+
+
+def test_hidden_states_and_compiled_models() -> None:
+    model = deep()
+    loge.freeze(model, 2)
+    expected = gradients(model)
+    found = model(tokens(), output_hidden_states=True).hidden_states
+    assert len(found) == 5
+    torch.compiler.reset()
+    assert_close(gradients(torch.compile(model, backend="eager")), {f"_orig_mod.{n}": g for n, g in expected.items()})
+
+
+def test_a_half_frozen_model_is_calibrated_above_the_boundary() -> None:
+    model, other = deep(), deep()
+    batches = [{"input_ids": tokens(), "labels": tokens()}]
+    report = loge.apply(model, 0.25, calibration=batches, freeze_below=2, exact_every=3)
+    reference = {row.name: row for row in loge.apply(other, 0.25, calibration=batches, exact_every=3).layers}
+    assert [row.energy for row in report.converted] == [reference[row.name].energy for row in report.converted]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for _ in range(4):
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    schedule = loge.schedule_of(model)
+    assert schedule is not None
+    assert schedule.correction is not None
+    assert set(schedule.correction.means) == trained(model)
+
+
+@pytest.mark.parametrize(
+    ("below", "message"),
+    [
+        (5, "freeze_below=5: this model has 4 layers; give a number from 1 to 4"),
+        (0, "freeze_below=0: this model has 4 layers"),
+        (True, "freeze_below=True is a bool"),
+        (0.5, "freeze_below=0.5 is a float; give a number of layers or a FreezePlan"),
+        (loge.FreezePlan("cosine", "marginal", 1, (1.0,) * 7, (0.0,) * 6, 2), "a plan for 6 layers, and this model"),
+        (4, "freeze_below=4 of 4 layers leaves no parameter that trains"),
+    ],
+)
+def test_refused_boundaries_change_nothing(below: Any, message: str) -> None:
+    model = deep()
+    before = trained(model)
+    for call in (lambda: loge.freeze(model, below), lambda: loge.apply(model, 0.25, freeze_below=below)):
+        with pytest.raises((ValueError, TypeError), match=message):
+            call()
+        assert trained(model) == before
+        assert type(model.get_base_model().model.layers[0]).__mro__[1].__name__ != "NoAutograd"
+
+
+def test_a_refused_apply_thaws_again() -> None:
+    model = deep()
+    before = trained(model)
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        loge.apply(model, 0.25, targets=["nothing"], freeze_below=2)
+    assert trained(model) == before
+    with pytest.raises(ValueError, match="every linear layer is in the frozen prefix"):
+        loge.apply(model, 0.25, targets=r".*layers\.0\..*", freeze_below=2)
+    assert trained(model) == before
+
+
+def test_models_that_cannot_be_cut() -> None:
+    model = deep()
+    loge.freeze(model, 1)
+    with pytest.raises(ValueError, match=r"frozen already: call loge_kernels\.remove"):
+        loge.freeze(model, 1)
+    with pytest.raises(ValueError, match=r"this Linear has no torch\.nn\.ModuleList"):
+        loge.freeze(nn.Linear(4, 4), 1)
+    with pytest.raises(TypeError, match="model is a int"):
+        loge.freeze(3, 1)  # type: ignore[arg-type]
+    config = T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    with pytest.raises(ValueError, match=r"two stacks of layers, .*decoder\.block.*encoder\.block"):
+        loge.freeze(T5ForConditionalGeneration(config), 1)
+
+
+def test_lora_targets_are_all_there() -> None:
+    model = deep()
+    loge.freeze(model, 2)
+    kept = {name for name in trained(model) if "layers.2." in name}
+    assert len(kept) == 2 * len(LINEARS)

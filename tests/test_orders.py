@@ -1,0 +1,92 @@
+"""Both orders of the exact products against float64, and which one is taken when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from surrogate import assert_within_twice, case
+from torch import Tensor
+
+import loge_kernels as loge
+from loge_kernels import reference
+from loge_kernels.orders import merging_pays
+
+SIZES = {"tall": (64, 12, 10), "few rows": (6, 12, 10), "wide": (30, 9, 20), "narrow": (30, 20, 9)}
+
+
+def results(c: Any, dropout: float = 0.0, factors: loge.Factors | None = None) -> dict[str, Tensor]:
+    leaves = [t.clone().requires_grad_() for t in (c.x, c.lora_A, c.lora_B)]
+    torch.manual_seed(3)
+    x, A, B = leaves
+    y = loge.linear(x, c.weight, factors, c.bias, A, B, c.scaling, dropout)
+    return dict(zip(("y", "dx", "dA", "dB"), (y.detach(), *torch.autograd.grad(y, leaves, c.dy)), strict=True))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("order", ["chosen", "beside", "merged"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_order_is_right(size: str, order: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    M, N, K = SIZES[size]
+    c = case(M, N, K, R=None)
+    exact = c.x @ (c.weight + c.scaling * c.lora_B @ c.lora_A).t() + c.bias
+    expected = {
+        "y": exact,
+        "dx": c.dy @ (c.weight + c.scaling * c.lora_B @ c.lora_A),
+        "dA": c.scaling * (c.dy @ c.lora_B).t() @ c.x,
+        "dB": c.scaling * c.dy.t() @ (c.x @ c.lora_A.t()),
+    }
+    if order != "chosen":
+        monkeypatch.setattr(reference, "merging_pays", lambda *_: order == "merged")
+    got = results(c.to(dtype))
+    for name, tensor in expected.items():
+        if dtype == torch.float64:
+            torch.testing.assert_close(got[name], tensor)
+        else:
+            torch.testing.assert_close(got[name].double(), tensor, rtol=1e-5, atol=2e-5)
+
+
+def merges(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by an entry for each merge."""
+    seen: list[str] = []
+    own = reference.merged
+
+    def watched(*operands: Tensor) -> Tensor:
+        seen.append("merged")
+        return own(*operands)
+
+    monkeypatch.setattr(reference, "merged", watched)
+    return seen
+
+
+def test_the_sizes_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert merging_pays(64, 32, torch.float32)
+    assert not merging_pays(63, 32, torch.float32)
+    assert not merging_pays(6400, 32, torch.bfloat16)
+    seen = merges(monkeypatch)
+    for size, times in {"tall": 2, "few rows": 0, "wide": 1, "narrow": 1}.items():
+        seen.clear()
+        results(case(*SIZES[size], R=None).to(torch.float32))
+        assert len(seen) == times, size
+
+
+def test_what_cannot_be_merged_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = merges(monkeypatch)
+    c = case(*SIZES["tall"], R=None)
+    results(c.to(torch.bfloat16))
+    results(c.to(torch.float32), dropout=0.1)
+    assert seen == []
+    with_factors = case(*SIZES["tall"]).to(torch.float32)
+    results(with_factors, factors=with_factors.factors())
+    assert seen == ["merged"]  # the forward, which is exact either way
+
+
+def test_no_order_worsens_the_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = case(256, 32, 24, R=None)
+    expected = results(c)
+    merged = results(c.to(torch.float32))
+    monkeypatch.setattr(reference, "merging_pays", lambda *_: False)
+    beside = results(c.to(torch.float32))
+    for name, tensor in expected.items():
+        assert_within_twice(merged[name], beside[name], tensor, name)
