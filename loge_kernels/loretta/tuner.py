@@ -1,0 +1,106 @@
+"""PEFT's tuner for both LoRETTA methods: targets, norms and classifiers of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from .config import LorettaConfig
+from .families import CLASSIFIERS, is_norm
+from .head import TensorTrainHead
+from .layer import LorettaLayer
+
+
+class LorettaModel(BaseTuner):
+    """What the tuners of rep and adp share. PEFT makes them; users call `peft.get_peft_model`."""
+
+    tuner_layer_cls = LorettaLayer
+    target_module_mapping: dict[str, Any] = {}
+    head_cls: type[TensorTrainHead]
+
+    def _new_layer(self, config: LorettaConfig, target: nn.Module, key: str) -> LorettaLayer:
+        raise NotImplementedError
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.classifier_modules is None:
+            of_task = peft_config.task_type == "SEQ_CLS"
+            known = CLASSIFIERS.get(str(model_config.get("model_type")), []) if of_task else []
+            peft_config.classifier_modules = list(known)
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        saved = _without(peft_config.modules_to_save or [], peft_config.classifier_modules, model)
+        if peft_config.train_norms:
+            saved += _norms(model)
+        # PEFT reads it after this, and writes it to adapter_config.json: norms come back with the adapter.
+        peft_config.modules_to_save = list(dict.fromkeys(saved)) or None
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        if _ends_in(key, peft_config.classifier_modules):
+            return True
+        return BaseTuner._check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **options: Any,
+    ) -> None:
+        layer = target
+        if not isinstance(layer, LorettaLayer):
+            if not isinstance(target, nn.Linear):
+                raise ValueError(
+                    f"target {current_key!r} is a {type(target).__name__}; LoRETTA goes on torch.nn.Linear layers: name "
+                    "those in target_modules"
+                )
+            is_head = _ends_in(current_key, peft_config.classifier_modules)
+            layer = self.head_cls(target) if is_head else self._new_layer(peft_config, target, current_key)
+        layer.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+
+def _ends_in(key: str, names: list[str] | None) -> bool:
+    return any(key == name or key.endswith(f".{name}") for name in names or ())
+
+
+def _norms(model: nn.Module) -> list[str]:
+    """Names for `modules_to_save` that stand for the model's norms and for nothing else: the last part of a path where
+    that is enough."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    wrappers = {name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)}
+    modules = {name: module for name, module in modules.items() if name.rpartition(".")[0] not in wrappers}
+    norms = {
+        name for name, module in modules.items() if is_norm(module.original_module if name in wrappers else module)
+    }
+    leaves = {name.rpartition(".")[2] for name in norms}
+    only = {leaf for leaf in leaves if all(name in norms for name in modules if name.endswith(leaf))}
+    return sorted(only | {name for name in norms if name.rpartition(".")[2] not in only})
+
+
+def _without(saved: list[str], heads: list[str] | None, model: nn.Module) -> list[str]:
+    """`modules_to_save` without the layers that a train takes the place of: PEFT would train a second copy of them. A
+    module that contains one gives way to the other modules in it."""
+    kept: list[str] = []
+    paths = [name for name, _ in model.named_modules() if _ends_in(name, heads)]
+    for entry in saved:
+        inside = [path for path in paths if _ends_in(path, [entry]) or f".{entry}." in f".{path}"]
+        if not inside:
+            kept.append(entry)
+            continue
+        for path in inside:
+            owner, _, own = path.rpartition(".")
+            if _ends_in(owner, [entry]):
+                siblings = model.get_submodule(owner).named_children()
+                kept += [f"{entry}.{n}" for n, m in siblings if n != own and any(True for _ in m.parameters())]
+    return kept
