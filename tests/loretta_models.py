@@ -109,3 +109,13 @@ def train(model: Any, name: str, steps: int = 20, rate: float = 5e-3) -> list[fl
         losses.append(loss.item())
     model.eval()
     return losses
+
+
+def gradients(model: Any, name: str = "llama", seed: int = 0) -> dict[str, Tensor]:
+    """The gradient of every trained parameter; `.grad` is cleared."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    model(**inputs(name)).loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found

@@ -55,7 +55,7 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         device = device or self.get_base_layer().weight.device
         for name in (*self.adapter_layer_names, *self.other_param_names):
             modules = getattr(self, name)
-            if adapter_name in modules and not any(p.is_meta for p in modules[adapter_name].parameters()):
+            if adapter_name in modules and not any(t.is_meta for t in modules[adapter_name].state_dict().values()):
                 modules[adapter_name].to(device)
 
 

@@ -66,8 +66,8 @@ class LorettaModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
+        # Not by `_replace_module`, which moves what is on the right device already, and cannot where it is on meta.
+        setattr(parent, target_name, layer)
 
 
 def _ends_in(key: str, names: list[str] | None) -> bool:
