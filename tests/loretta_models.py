@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from models import VOCABULARY, llama
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -26,7 +27,6 @@ from transformers import (
 )
 
 from loge_kernels.loretta.layer import LorettaLayer
-from models import VOCABULARY, llama
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.1}
 ENCODER = {**SIZES, "vocab_size": VOCABULARY, "intermediate_size": 96, "max_position_embeddings": 40, "pad_token_id": 0}

@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("peft")
 
-from loretta_models import (  # noqa: E402
+from loretta_models import (
     ENCODERS,
     FAMILIES,
     adapted,
@@ -22,15 +22,15 @@ from loretta_models import (  # noqa: E402
     output,
     train,
 )
-from models import assert_close, assert_differ, stand_ins, use_surrogate  # noqa: E402
-from peft import PeftModel, get_peft_model  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from models import assert_close, assert_differ, stand_ins, use_surrogate
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 
-import loge_kernels as loge  # noqa: E402
-from loge_kernels.loretta.adp_layer import AdpLinear  # noqa: E402
-from loge_kernels.loretta.bottleneck import ACTIVATIONS, bottleneck  # noqa: E402
-from loge_kernels.loretta.head import TensorTrainHead  # noqa: E402
-from loge_kernels.loretta.tensor_train import TensorTrain  # noqa: E402
+import loge_kernels as loge
+from loge_kernels.loretta.adp_layer import AdpLinear
+from loge_kernels.loretta.bottleneck import ACTIVATIONS, bottleneck
+from loge_kernels.loretta.head import TensorTrainHead
+from loge_kernels.loretta.tensor_train import TensorTrain
 
 ADP = loge.LorettaAdpConfig(bottleneck=16)
 
@@ -69,7 +69,7 @@ def test_places_of_the_user():
     assert (model.base_model.model[0].before, model.base_model.model[2].before) == (True, True)
     model = get_peft_model(layers(), loge.LorettaAdpConfig(where={"0": "after", "2": "before"}, **config))
     assert (model.base_model.model[0].before, model.base_model.model[2].before) == (False, True)
-    with pytest.raises(ValueError, match="where={} says nothing of target '0'"):
+    with pytest.raises(ValueError, match=r"where=\{\} says nothing of target '0'"):
         get_peft_model(layers(), loge.LorettaAdpConfig(target_modules=["0"], **config))
     with pytest.raises(ValueError, match=r"LoRETTA_adp knows no place .* give target_modules= and where="):
         get_peft_model(layers(), loge.LorettaAdpConfig(**config))
@@ -141,7 +141,7 @@ def test_saved_and_loaded_again(name, tmp_path):
 
 
 def test_disabled_is_the_base_model_and_unload_gives_it_back():
-    model = moved(adapted("llama", ADP))
+    model = moved(adapted("llama", loge.LorettaAdpConfig(bottleneck=16, train_norms=False)))
     adapter, base = output(model, "llama"), output(family("llama"), "llama")
     with model.disable_adapter():
         assert torch.equal(output(model, "llama"), base)
@@ -153,7 +153,7 @@ def test_it_cannot_be_merged():
     model = moved(adapted("llama", ADP))
     before = output(model, "llama")
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match=r"cannot be merged into weights: .* unload\(\)"):
+        with pytest.raises(ValueError, match="cannot be merged into weights: keep the PEFT model"):
             merge()
     assert torch.equal(output(model, "llama"), before)
 

@@ -7,15 +7,15 @@ import torch
 
 pytest.importorskip("peft")
 
-from peft import get_peft_model  # noqa: E402
-from transformers import (  # noqa: E402
+from peft import get_peft_model
+from transformers import (
     DebertaConfig,
     DebertaForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
 )
 
-import loge_kernels as loge  # noqa: E402
+import loge_kernels as loge
 
 NORMS = 65 * 4096  # LLaMA-2-7B's RMSNorms
 

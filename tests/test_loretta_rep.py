@@ -11,7 +11,7 @@ from torch import nn
 
 pytest.importorskip("peft")
 
-from loretta_models import (  # noqa: E402
+from loretta_models import (
     ENCODERS,
     FAMILIES,
     adapted,
@@ -23,13 +23,13 @@ from loretta_models import (  # noqa: E402
     output,
     train,
 )
-from models import assert_close, assert_differ, stand_ins, use_surrogate  # noqa: E402
-from peft import PeftModel, get_peft_model  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from models import assert_close, assert_differ, stand_ins, use_surrogate
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 
-import loge_kernels as loge  # noqa: E402
-from loge_kernels.loretta.rep_layer import RepLinear  # noqa: E402
-from loge_kernels.loretta.tensor_train import TensorTrain  # noqa: E402
+import loge_kernels as loge
+from loge_kernels.loretta.rep_layer import RepLinear
+from loge_kernels.loretta.tensor_train import TensorTrain
 
 REP = loge.LorettaRepConfig()
 PLAIN = loge.LorettaRepConfig(dropout=0.0)
@@ -104,9 +104,10 @@ def test_gradients_of_the_cores():
 def test_a_merged_model_gives_the_same_logits(dtype):
     base = family("llama").to(dtype)
     model = moved(get_peft_model(base, copy.deepcopy(PLAIN)).eval())
-    expected, weight = output(model, "llama"), model.get_parameter(
-        "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
-    ).clone()
+    expected, weight = (
+        output(model, "llama"),
+        model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight").clone(),
+    )
     tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.15, "rtol": 0.05}
     model.merge_adapter()
     torch.testing.assert_close(output(model, "llama"), expected, **tolerance)
@@ -306,7 +307,7 @@ def test_bad_configurations(options, error, message):
 
 def test_an_unknown_family_needs_targets():
     model = nn.Sequential(nn.Linear(12, 18), nn.ReLU(), nn.Linear(18, 3))
-    with pytest.raises(ValueError, match="knows no place in a model of type 'custom'.*give target_modules"):
+    with pytest.raises(ValueError, match=r"knows no place in a model of type 'custom'.*give target_modules"):
         get_peft_model(model, loge.LorettaRepConfig())
     adapted = get_peft_model(model, loge.LorettaRepConfig(target_modules=["0"]))
     assert list(adapters(adapted)) == ["base_model.model.0"]

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("peft")
 
-from loge_kernels.loretta.modes import check_shapes, modes_of, near_equal  # noqa: E402
-from loge_kernels.loretta.tensor_train import TensorTrain  # noqa: E402
+from loge_kernels.loretta.modes import check_shapes, modes_of, near_equal
+from loge_kernels.loretta.tensor_train import TensorTrain
 
 SIZES = [(12, 18), (7, 13), (8, 24), (30, 6), (64, 64), (5, 97)]
 

@@ -17,6 +17,8 @@ class AdpLinear(LorettaLayer):
 
     adapter_layer_names = ("loretta_adp_down", "loretta_adp_up")
     keeps_weight = True
+    loretta_adp_down: Any
+    loretta_adp_up: Any
 
     def __init__(self, base_layer: nn.Module, before: bool) -> None:
         super().__init__(base_layer)
@@ -44,8 +46,8 @@ class AdpLinear(LorettaLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raises ValueError: there is a non-linearity inside."""
         raise ValueError(
-            "LoRETTA_adp adapters are not linear and cannot be merged into weights: keep the PEFT model, or take "
-            "unload() for the base model without them"
+            "LoRETTA_adp adapters are not linear and cannot be merged into weights: keep the PEFT model; its unload() "
+            "gives the model without them"
         )
 
     def unmerge(self) -> None:

@@ -93,8 +93,9 @@ class LorettaAdpConfig(LorettaConfig):
     """LoRETTA_adp: bottleneck adapters of tensor trains, h + up(act(down(h))), before or after linear layers.
 
     Down and up have biases. The paper's places: before gate_proj and up_proj and after down_proj (LLaMA, Qwen,
-    Mistral, ...), after every `output.dense` (BERT, RoBERTa, DeBERTa, ...), before fc1 and after fc2 (OPT, ViT). No core
-    starts at zero, so neither does an adapter: training begins near the base model, not at it. It cannot be merged.
+    Mistral, ...), after every `output.dense` (BERT, RoBERTa, DeBERTa, ...), before fc1 and after fc2 (OPT; ViT too).
+    No core starts at zero, so neither does an adapter: training begins near the base model, not at it. It cannot be
+    merged.
 
     Args, beside those of `LorettaConfig`:
         where: "before" or "after", or a dict of names to which of the two (its names are the targets where

@@ -13,8 +13,8 @@ BERT = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "de
 
 # Which side of which linear layer a bottleneck adapter is on.
 PLACES: dict[str, dict[str, str]] = {
-    **dict.fromkeys(GATED, {"gate_proj": "before", "up_proj": "before", "down_proj": "after"}),
-    **dict.fromkeys(BERT, {"output.dense": "after"}),
+    **{name: {"gate_proj": "before", "up_proj": "before", "down_proj": "after"} for name in GATED},
+    **{name: {"output.dense": "after"} for name in BERT},
     "opt": {"fc1": "before", "fc2": "after"},
     # output.dense: the names of older transformers.
     "vit": {"fc1": "before", "fc2": "after", "output.dense": "after"},
@@ -22,13 +22,13 @@ PLACES: dict[str, dict[str, str]] = {
 
 # The dense layer before a classifier's last one, where it is new with the task.
 CLASSIFIERS: dict[str, list[str]] = {
-    **dict.fromkeys(("deberta", "deberta-v2"), ["pooler.dense"]),
-    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "electra"), ["classifier.dense"]),
+    **{name: ["pooler.dense"] for name in ("deberta", "deberta-v2")},
+    **{name: ["classifier.dense"] for name in ("roberta", "xlm-roberta", "camembert", "electra")},
 }
 
 # Query and value, where PEFT has no entry for LoRA.
 PROJECTIONS: Mapping[str, Any] = {
-    **dict.fromkeys(GATED, ["q_proj", "v_proj"]),
+    **{name: ["q_proj", "v_proj"] for name in GATED},
     "camembert": ["query", "value"],
     "vit": ["q_proj", "v_proj", "query", "value"],
     **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -46,7 +46,7 @@ def of_family(table: Mapping[str, Any], model_type: str | None, method: str, als
 
     Raises ValueError for a family that is not in it.
     """
-    if model_type in table:
+    if model_type is not None and model_type in table:
         return table[model_type]
     raise ValueError(
         f"{method} knows no place in a model of type {model_type!r} (known: {', '.join(sorted(table))}); "

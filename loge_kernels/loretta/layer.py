@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +17,21 @@ from .tensor_train import TensorTrain
 class LorettaLayer(nn.Module, BaseTunerLayer):
     """One of LoRETTA's adapters, of any number of names, around a linear layer."""
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    # PEFT's, by adapter name: what trains, and what belongs to it besides.
+    adapter_layer_names: tuple[str, ...]
+    other_param_names: tuple[str, ...] = ()
+    base_layer: Any
+    active_adapters: Any
+    disable_adapters: Any
+    merged: Any
+    get_base_layer: Callable[[], Any]
+    set_adapter: Callable[..., None]
+
+    def __init__(self, base_layer: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features: int = base_layer.in_features  # type: ignore[assignment]
-        self.out_features: int = base_layer.out_features  # type: ignore[assignment]
+        self.in_features: int = base_layer.in_features
+        self.out_features: int = base_layer.out_features
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         for name in (*self.adapter_layer_names, *self.other_param_names):
@@ -57,7 +68,6 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
             modules = getattr(self, name)
             if adapter_name in modules and not any(t.is_meta for t in modules[adapter_name].state_dict().values()):
                 modules[adapter_name].to(device)
-
 
 
 def write_weight(layer: Any, parameter: str, value: Tensor, safe: bool, adapter: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from itertools import accumulate
 from operator import mul
 
@@ -50,7 +50,7 @@ def modes_of(
         )
     if in_features not in products:
         raise ValueError(
-            f"tensor_shapes: no prefix of the modes {list(modes)} multiplies to in_features={in_features} (the prefixes "
+            f"tensor_shapes: no prefix of the modes {list(modes)} multiplies to in_features={in_features} (they "
             f"give {products}); list the modes of {in_features} first, then those of {out_features}"
         )
     boundary = products.index(in_features) + 1
@@ -72,7 +72,7 @@ def check_shapes(shapes: object) -> None:
         modes_of(int(sizes[0]), int(sizes[1]), shapes)
 
 
-@lru_cache(maxsize=None)
+@cache
 def near_equal(size: int) -> tuple[int, ...]:
     """Factors of `size`, ascending and as equal as they can be: about log_8(size) of them, fewer where its primes allow
     no more (a prime stands alone)."""

@@ -26,6 +26,11 @@ class RepLinear(LorettaLayer):
 
     adapter_layer_names = ("loretta_rep_A", "loretta_rep_B")
     other_param_names = ("loretta_rep_A0", "loretta_rep_B0", "loretta_rep_dropout")
+    loretta_rep_A: Any
+    loretta_rep_B: Any
+    loretta_rep_A0: Any
+    loretta_rep_B0: Any
+    loretta_rep_dropout: Any
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)

@@ -18,7 +18,6 @@ class LorettaModel(BaseTuner):
     """What the tuners of rep and adp share. PEFT makes them; users call `peft.get_peft_model`."""
 
     tuner_layer_cls = LorettaLayer
-    target_module_mapping: dict[str, Any] = {}
     head_cls: type[TensorTrainHead]
 
     def _new_layer(self, config: LorettaConfig, target: nn.Module, key: str) -> LorettaLayer:
@@ -58,8 +57,8 @@ class LorettaModel(BaseTuner):
         if not isinstance(layer, LorettaLayer):
             if not isinstance(target, nn.Linear):
                 raise ValueError(
-                    f"target {current_key!r} is a {type(target).__name__}; LoRETTA goes on torch.nn.Linear layers: name "
-                    "those in target_modules"
+                    f"target {current_key!r} is a {type(target).__name__}; LoRETTA goes on torch.nn.Linear layers: "
+                    "name those in target_modules"
                 )
             is_head = _ends_in(current_key, peft_config.classifier_modules)
             layer = self.head_cls(target) if is_head else self._new_layer(peft_config, target, current_key)
