@@ -31,6 +31,7 @@ from loge_kernels.loretta.adp_layer import AdpLinear
 from loge_kernels.loretta.bottleneck import ACTIVATIONS, bottleneck
 from loge_kernels.loretta.head import TensorTrainHead
 from loge_kernels.loretta.tensor_train import TensorTrain
+from loge_kernels.loretta.tuner import without
 
 ADP = loge.LorettaAdpConfig(bottleneck=16)
 
@@ -213,6 +214,16 @@ def test_classifiers_of_the_families(name, head, full, kind):
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert f"base_model.model.{full}.modules_to_save.default.weight" in trained
     assert not any("original_module" in n or "base_layer" in n for n in trained)
+
+
+def test_what_is_saved_beside_a_head_inside_a_saved_module():
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "top": nn.ModuleDict()})
+    model["top"]["first"] = nn.ModuleDict({"dense": nn.Linear(4, 4), "out": nn.Linear(4, 2), "drop": nn.Dropout()})
+    model["top"]["scale"] = nn.LayerNorm(4)
+    assert without(["body", "top"], ["first.dense"], model) == ["body", "top.first.out", "top.scale"]
+    assert without(["top.first", "top"], ["first.dense", "scale"], model) == ["top.first.out", "top.first.out"]
+    assert without(["dense"], ["first.dense"], model) == []
+    assert without(["body"], [], model) == ["body"]
 
 
 def test_a_head_of_the_user_and_its_merge():

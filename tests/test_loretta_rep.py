@@ -177,6 +177,7 @@ def test_several_adapters():
     model = moved(adapted("llama", PLAIN))
     first = output(model, "llama")
     model.add_adapter("second", loge.LorettaRepConfig(bottleneck=6, tensor_rank=3, dropout=0.0))
+    assert model.peft_config["second"].modules_to_save == model.peft_config["default"].modules_to_save
     assert not any(p.requires_grad for n, p in model.named_parameters() if "second" in n)
     assert torch.equal(output(model, "llama"), first)
     model.set_adapter("second")

@@ -31,7 +31,7 @@ class LorettaModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        saved = _without(peft_config.modules_to_save or [], peft_config.classifier_modules, model)
+        saved = without(peft_config.modules_to_save or [], peft_config.classifier_modules, model)
         if peft_config.train_norms:
             saved += _norms(model)
         # PEFT reads it after this, and writes it to adapter_config.json: norms come back with the adapter.
@@ -76,30 +76,31 @@ def _ends_in(key: str, names: list[str] | None) -> bool:
 def _norms(model: nn.Module) -> list[str]:
     """Names for `modules_to_save` that stand for the model's norms and for nothing else: the last part of a path where
     that is enough."""
-    modules = {name: module for name, module in model.named_modules() if name}
-    wrappers = {name for name, module in modules.items() if isinstance(module, ModulesToSaveWrapper)}
-    modules = {name: module for name, module in modules.items() if name.rpartition(".")[0] not in wrappers}
-    norms = {
-        name for name, module in modules.items() if is_norm(module.original_module if name in wrappers else module)
-    }
+    modules: dict[str, Any] = {}
+    wrapper = None
+    for name, module in model.named_modules():
+        if wrapper is not None and name.startswith(f"{wrapper}."):
+            continue
+        wrapper = name if isinstance(module, ModulesToSaveWrapper) else None
+        modules[name] = module if wrapper is None else module.original_module
+    norms = {name for name, module in modules.items() if is_norm(module)}
     leaves = {name.rpartition(".")[2] for name in norms}
     only = {leaf for leaf in leaves if all(name in norms for name in modules if name.endswith(leaf))}
     return sorted(only | {name for name in norms if name.rpartition(".")[2] not in only})
 
 
-def _without(saved: list[str], heads: list[str] | None, model: nn.Module) -> list[str]:
+def without(saved: list[str], heads: list[str] | None, model: nn.Module) -> list[str]:
     """`modules_to_save` without the layers that a train takes the place of: PEFT would train a second copy of them. A
     module that contains one gives way to the other modules in it."""
     kept: list[str] = []
     paths = [name for name, _ in model.named_modules() if _ends_in(name, heads)]
     for entry in saved:
-        inside = [path for path in paths if _ends_in(path, [entry]) or f".{entry}." in f".{path}"]
+        inside = [path for path in paths if f".{entry}." in f".{path}."]
         if not inside:
             kept.append(entry)
-            continue
-        for path in inside:
-            owner, _, own = path.rpartition(".")
-            if _ends_in(owner, [entry]):
-                siblings = model.get_submodule(owner).named_children()
-                kept += [f"{entry}.{n}" for n, m in siblings if n != own and any(True for _ in m.parameters())]
+        elif not _ends_in(inside[0], [entry]):
+            owner = inside[0][: f".{inside[0]}.".index(f".{entry}.") + len(entry)]
+            children = model.get_submodule(owner).named_children()
+            parts = [f"{entry}.{name}" for name, child in children if any(True for _ in child.parameters())]
+            kept += without(parts, heads, model)
     return kept
