@@ -21,6 +21,8 @@ from .triton_kernels import explain
 
 if TYPE_CHECKING:
     # Not in __all__: a star import would need transformers.
+    from .loretta import LorettaAdpConfig as LorettaAdpConfig
+    from .loretta import LorettaRepConfig as LorettaRepConfig
     from .peft_methods import register_peft_methods as register_peft_methods
     from .trainer import LogeCallback as LogeCallback
 
@@ -56,7 +58,12 @@ __all__ = [
 
 
 # Imported on first use: they build on transformers or PEFT, which take seconds to import.
-_LAZY = {"LogeCallback": "trainer", "register_peft_methods": "peft_methods"}
+_LAZY = {
+    "LogeCallback": "trainer",
+    "LorettaAdpConfig": "loretta",
+    "LorettaRepConfig": "loretta",
+    "register_peft_methods": "peft_methods",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -170,10 +170,10 @@ def remove(model: nn.Module) -> None:
     unfreeze(model)
     modules = list(model.modules())
     if "peft" in sys.modules:
-        from .peft_layers import FusedLora
+        from .peft_layers import FusedAdapter
 
         for module in modules:
-            if isinstance(module, FusedLora):
+            if isinstance(module, FusedAdapter):
                 module.revert_()
     for module in modules:
         if isinstance(module, LoGELinear) and module.converted:
@@ -202,6 +202,6 @@ def _row(site: Site, plan: Plan) -> LayerReport:
 
 def _path(site: Site) -> tuple[LayerPath, str]:
     if site.adapter is None:
-        return "plain", ""
-    obstacle = site.adapter.obstacle()  # a FusedLora by now
+        return ("base", site.beside) if site.beside else ("plain", "")
+    obstacle = site.adapter.obstacle()  # a FusedAdapter by now
     return ("fused", "") if obstacle is None else ("base", obstacle)

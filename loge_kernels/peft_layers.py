@@ -23,18 +23,13 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-class FusedLora:
-    """What a LoRA layer of PEFT becomes, over a base layer that is a `LoGELinear`: comes before PEFT's class in the
-    bases of one class for each of PEFT's (`FUSED`)."""
+class FusedAdapter:
+    """What a layer of PEFT with a LoRA-like adapter becomes, over a base layer that is a `LoGELinear`: comes before
+    PEFT's class in the bases of one class for each of PEFT's (`FUSED`)."""
 
     base_layer: Any
-    active_adapters: Any
     disable_adapters: Any
     merged: Any
-    lora_A: Any
-    lora_B: Any
-    lora_dropout: Any
-    lora_variant: Any
     scaling: Any
 
     @staticmethod
@@ -46,38 +41,53 @@ class FusedLora:
         """Undo `convert_`."""
         self.__class__ = next(plain for plain, fused in FUSED.items() if fused is type(self))
 
+    def held(self) -> list[str]:
+        """The active adapters that the layer has."""
+        raise NotImplementedError
+
+    def unfit(self, name: str) -> str | None:
+        """Why this adapter is not two plain matrices, or None."""
+        raise NotImplementedError
+
+    def lora(self, name: str) -> tuple[Tensor, Tensor, nn.Module]:
+        """The adapter's A [P, K], B [N, P] and dropout."""
+        raise NotImplementedError
+
     def obstacle(self, x: Tensor | None = None) -> str | None:
         """Why the adapter cannot share the base layer's op as things stand (with this input), or None when it can."""
-        adapters = [name for name in self.active_adapters if name in self.lora_A]
+        found = self._find(x)
+        return found if isinstance(found, str) else None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parent: Any = super()
+        found = "arguments" if args or kwargs else self._find(x)
+        return parent.forward(x, *args, **kwargs) if isinstance(found, str) else self.base_layer.run(x, *found)
+
+    def _find(self, x: Tensor | None) -> str | tuple[Tensor, Tensor, float, float]:
+        """A, B, scaling and dropout of the one adapter that shares the op, or why there is none."""
         if self.disable_adapters:
             return "adapters are disabled"
         if self.merged:
             return "adapter is merged"
+        adapters = self.held()
         if len(adapters) != 1:
             return f"{len(adapters)} active adapters"
         name = adapters[0]
-        A, B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
-        if name in self.lora_variant:
-            return f"LoRA variant {type(self.lora_variant[name]).__name__}"
-        if type(A) is not nn.Linear or type(B) is not nn.Linear or B.bias is not None:
-            return "adapter has a bias or is not a plain linear layer"
+        reason = self.unfit(name)
+        if reason is not None:
+            return reason
+        A, B, dropout = self.lora(name)
         if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
             return f"adapter dropout is {dropout}"
-        if not isinstance(self.base_layer, LoGELinear) or any(map(_hooked, (self.base_layer, A, B, dropout))):
+        if not isinstance(self.base_layer, LoGELinear) or _hooked(self.base_layer) or _hooked(dropout):
             return "hooks or a wrapper on the base layer or the adapter"
-        if A.weight.dtype != B.weight.dtype:
-            return f"adapter is {A.weight.dtype} and {B.weight.dtype}"
-        return self.base_layer.adapter_obstacle(A.weight.dtype, x)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parent: Any = super()
-        if args or kwargs or self.obstacle(x) is not None:
-            return parent.forward(x, *args, **kwargs)
-        name = next(name for name in self.active_adapters if name in self.lora_A)
-        dropout = self.lora_dropout[name]
-        probability = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-        adapter = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        return self.base_layer.run(x, *adapter, probability)
+        if A.dtype != B.dtype:
+            return f"adapter is {A.dtype} and {B.dtype}"
+        reason = self.base_layer.adapter_obstacle(A.dtype, x)
+        if reason is not None:
+            return reason
+        probability = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        return A, B, self.scaling[name], probability
 
     # PEFT writes the weight through `.data`, which torch does not count as a change: in merges, also in one that fails
     # at its second adapter, and where an adapter starts from a decomposition of the weight (PiSSA, OLoRA, ...).
@@ -96,6 +106,35 @@ class FusedLora:
         finally:
             self._invalidate()
 
+    def _invalidate(self) -> None:
+        self.base_layer.invalidate()
+
+
+class FusedLora(FusedAdapter):
+    """What a LoRA layer of PEFT becomes."""
+
+    active_adapters: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_variant: Any
+
+    def held(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def unfit(self, name: str) -> str | None:
+        A, B = self.lora_A[name], self.lora_B[name]
+        if name in self.lora_variant:
+            return f"LoRA variant {type(self.lora_variant[name]).__name__}"
+        if type(A) is not nn.Linear or type(B) is not nn.Linear or B.bias is not None:
+            return "adapter has a bias or is not a plain linear layer"
+        if _hooked(A) or _hooked(B):
+            return "hooks or a wrapper on the base layer or the adapter"
+        return None
+
+    def lora(self, name: str) -> tuple[Tensor, Tensor, nn.Module]:
+        return self.lora_A[name].weight, self.lora_B[name].weight, self.lora_dropout[name]
+
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         parent: Any = super()
         parent.update_layer(*args, **kwargs)
@@ -103,9 +142,6 @@ class FusedLora:
         start = kwargs.get("init_lora_weights", getattr(config, "init_lora_weights", True))
         if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva"):
             self._invalidate()
-
-    def _invalidate(self) -> None:
-        self.base_layer.invalidate()
 
 
 class LoGELoraLinear(FusedLora, LoraLinear):
@@ -116,7 +152,7 @@ class LoGETorchaoLoraLinear(FusedLora, TorchaoLoraLinear):
     """PEFT's layer over a weight that torchao quantised."""
 
 
-FUSED: dict[type, type[FusedLora]] = {LoraLinear: LoGELoraLinear, TorchaoLoraLinear: LoGETorchaoLoraLinear}
+FUSED: dict[type, type[FusedAdapter]] = {LoraLinear: LoGELoraLinear, TorchaoLoraLinear: LoGETorchaoLoraLinear}
 
 if is_bnb_available() and is_bnb_4bit_available():
     from peft.tuners.lora import bnb

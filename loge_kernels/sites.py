@@ -31,10 +31,11 @@ class Site:
 
     name: str
     linear: nn.Linear
-    adapter: Any  # one of PEFT's LoRA layers, a FusedLora once converted
+    adapter: Any  # a layer of PEFT that can share its op, a FusedAdapter once converted
     obstacle: str | None
     quantized: type[QuantizedLinear] | None = None  # what a quantised layer becomes
     frozen: bool = False  # an obstacle: no backward reaches it
+    beside: str = ""  # the class of a layer around it that is left as it is
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,9 +60,9 @@ class Site:
         """Make the layer a `LoGELinear` (`LoGELinear.convert_`), and PEFT's layer around it one that shares its op."""
         (self.quantized or LoGELinear).convert_(self.linear, *options)
         if self.adapter is not None:
-            from .peft_layers import FusedLora
+            from .peft_layers import FusedAdapter
 
-            FusedLora.convert_(self.adapter)
+            FusedAdapter.convert_(self.adapter)
 
     def about(self, reason: str = "") -> str:
         """`reason` for the report, after what the weight is where that is not plain."""
@@ -105,10 +106,12 @@ def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
             yield Site(path, module, adapter, "frozen prefix", quantized, frozen=True)
             continue
         obstacle = _obstacle(path, module, quantized, head, explicit)
-        if obstacle is None and wrapper is not None and adapter is None:
-            kind = f"{type(wrapper).__module__}.{type(wrapper).__name__}"
-            obstacle = f"its adapter is a {kind}: factors could not follow the weight when that merges"
-        yield Site(path, module, adapter, obstacle, quantized)
+        beside = ""
+        if wrapper is not None and adapter is None:
+            beside = f"its adapter is a {type(wrapper).__module__}.{type(wrapper).__name__}"
+            if obstacle is None and not getattr(wrapper, "keeps_weight", False):
+                obstacle = f"{beside}: factors could not follow the weight when that merges"
+        yield Site(path, module, adapter, obstacle, quantized, beside=beside)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -1,0 +1,24 @@
+"""LoRETTA_rep's layer with the frozen weight and the adapter in one op."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..peft_layers import FUSED, FusedAdapter
+from .rep_layer import RepLinear
+
+
+class LoGERepLinear(FusedAdapter, RepLinear):
+    """`RepLinear` over a `LoGELinear`: the op gives dA and dB, autograd takes them on to the cores."""
+
+    def held(self) -> list[str]:
+        return RepLinear.held(self)
+
+    def unfit(self, name: str) -> str | None:
+        return None
+
+    def lora(self, name: str) -> tuple[Tensor, Tensor, nn.Module]:
+        return (*self.matrices(name), self.loretta_rep_dropout[name])
+
+
+FUSED[RepLinear] = LoGERepLinear

@@ -1,0 +1,121 @@
+"""Tiny models of the families that LoRETTA knows, and what its tests ask of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from models import VOCABULARY, llama
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaConfig,
+    DebertaForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from loge_kernels.loretta.layer import LorettaLayer
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.1}
+ENCODER = {**SIZES, "vocab_size": VOCABULARY, "intermediate_size": 96, "max_position_embeddings": 40, "pad_token_id": 0}
+RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
+
+
+def family(name: str) -> Any:
+    """A model in eval mode with the same weights at every call."""
+    torch.manual_seed(5)
+    if name == "llama":
+        model: Any = llama()
+    elif name == "qwen3":
+        sizes = {**SIZES, "vocab_size": VOCABULARY, "intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16}
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    elif name == "opt":
+        sizes = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 40, "init_std": 0.1}
+        model = OPTForCausalLM(OPTConfig(ffn_dim=96, word_embed_proj_dim=64, **sizes))
+    elif name == "bert":
+        model = BertForSequenceClassification(BertConfig(**ENCODER))
+    elif name == "roberta":
+        model = RobertaForSequenceClassification(RobertaConfig(**ENCODER))
+    elif name == "deberta":
+        model = DebertaForSequenceClassification(DebertaConfig(**ENCODER, **RELATIVE))
+    elif name == "deberta-v2":
+        model = DebertaV2ForSequenceClassification(DebertaV2Config(**ENCODER, **RELATIVE))
+    else:
+        model = ViTForImageClassification(ViTConfig(**SIZES, intermediate_size=96, image_size=16, patch_size=8))
+    return model.eval()
+
+
+ENCODERS = ["bert", "roberta", "deberta", "deberta-v2"]
+FAMILIES = ["llama", "qwen3", "opt", *ENCODERS, "vit"]
+
+
+def inputs(name: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    if name == "vit":
+        return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator), "labels": torch.tensor([0, 1, 1])}
+    ids = torch.randint(3, VOCABULARY, (3, 12), generator=generator)
+    return {"input_ids": ids, "labels": torch.tensor([0, 1, 1]) if name in ENCODERS else ids}
+
+
+def output(model: nn.Module, name: str) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs(name)).logits
+
+
+def adapted(name: str, config: Any, seed: int = 9) -> Any:
+    """A PEFT model in eval mode."""
+    base = family(name)
+    torch.manual_seed(seed)
+    return get_peft_model(base, copy.deepcopy(config)).eval()
+
+
+def moved(model: Any, amount: float = 0.05) -> Any:
+    """Every trained parameter away from its start, the same at every call."""
+    generator = torch.Generator().manual_seed(13)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * amount)
+    return model
+
+
+def adapters(model: nn.Module) -> dict[str, str]:
+    """Every layer of LoRETTA by name, as the name of its class."""
+    return {name: type(m).__name__ for name, m in model.named_modules() if isinstance(m, LorettaLayer)}
+
+
+def train(model: Any, name: str, steps: int = 20, rate: float = 5e-3) -> list[float]:
+    """The losses of some steps of AdamW on one batch."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(**inputs(name)).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def gradients(model: Any, name: str = "llama", seed: int = 0) -> dict[str, Tensor]:
+    """The gradient of every trained parameter; `.grad` is cleared."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    model(**inputs(name)).loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found

@@ -1,0 +1,331 @@
+"""LoRETTA_adp as a method of PEFT, alone and under `apply`; tensor-train classifiers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft")
+
+from loretta_models import (
+    ENCODERS,
+    FAMILIES,
+    adapted,
+    adapters,
+    family,
+    gradients,
+    inputs,
+    moved,
+    output,
+    train,
+)
+from models import assert_close, assert_differ, stand_ins, use_surrogate
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+import loge_kernels as loge
+from loge_kernels.loretta.adp_layer import AdpLinear
+from loge_kernels.loretta.bottleneck import ACTIVATIONS, bottleneck
+from loge_kernels.loretta.head import TensorTrainHead
+from loge_kernels.loretta.tensor_train import TensorTrain
+from loge_kernels.loretta.tuner import without
+
+ADP = loge.LorettaAdpConfig(bottleneck=16)
+
+
+def places(model: nn.Module) -> dict[str, str]:
+    """The leaves that have an adapter, and the side."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, AdpLinear)}
+    return {".".join(name.split(".")[-2:]): "before" if module.before else "after" for name, module in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", {"mlp.gate_proj": "before", "mlp.up_proj": "before", "mlp.down_proj": "after"}),
+        ("qwen3", {"mlp.gate_proj": "before", "mlp.up_proj": "before", "mlp.down_proj": "after"}),
+        ("vit", {"mlp.fc1": "before", "mlp.fc2": "after"}),
+        *((name, {"output.dense": "after"}) for name in ENCODERS),
+    ],
+)
+def test_places_of_the_families(name, expected):
+    model = adapted(name, ADP)
+    assert places(model) == expected
+    per_layer = {"llama": 3, "qwen3": 3}.get(name, 2)
+    assert len(adapters(model)) == 2 * per_layer
+
+
+def test_places_in_opt():
+    model = adapted("opt", ADP)
+    assert places(model) == {"0.fc1": "before", "0.fc2": "after", "1.fc1": "before", "1.fc2": "after"}
+
+
+def test_places_of_the_user():
+    layers = lambda: nn.Sequential(nn.Linear(12, 18), nn.ReLU(), nn.Linear(18, 4))  # noqa: E731
+    config = {"bottleneck": 4, "tensor_rank": 2}
+    model = get_peft_model(layers(), loge.LorettaAdpConfig(target_modules=["0", "2"], where="before", **config))
+    assert (model.base_model.model[0].before, model.base_model.model[2].before) == (True, True)
+    model = get_peft_model(layers(), loge.LorettaAdpConfig(where={"0": "after", "2": "before"}, **config))
+    assert (model.base_model.model[0].before, model.base_model.model[2].before) == (False, True)
+    with pytest.raises(ValueError, match=r"where=\{\} says nothing of target '0'"):
+        get_peft_model(layers(), loge.LorettaAdpConfig(target_modules=["0"], **config))
+    with pytest.raises(ValueError, match=r"LoRETTA_adp knows no place .* give target_modules= and where="):
+        get_peft_model(layers(), loge.LorettaAdpConfig(**config))
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_the_adapter_is_a_residual_bottleneck(before, activation):
+    base = nn.Linear(12, 18).double()
+    layer = AdpLinear(base, before)
+    layer.update_layer("default", loge.LorettaAdpConfig(tensor_rank=3, bottleneck=6, non_linearity=activation))
+    moved(layer, 0.3)
+    down, up = layer.loretta_adp_down["default"], layer.loretta_adp_up["default"]
+    function = getattr(torch, activation, None) or getattr(nn.functional, activation)
+
+    def dense(h):
+        inner = function(nn.functional.linear(h, down.matrix(), down.bias))
+        return h + nn.functional.linear(inner, up.matrix(), up.bias)
+
+    x = torch.randn(5, 12, dtype=torch.float64)
+    expected = base(dense(x)) if before else dense(base(x))
+    torch.testing.assert_close(layer(x), expected)
+    assert (layer(x) - base(x)).abs().max() > 0.01
+
+
+def test_gradients_of_cores_biases_and_input():
+    torch.manual_seed(2)
+    down, up = TensorTrain((3, 4), (2, 2), 2, True, dtype=torch.float64), TensorTrain((4,), (3, 4), 2, True)
+    up = up.double()
+    moved(nn.ModuleList([down, up]), 0.3)
+    names = [*(f"0.{n}" for n, _ in down.named_parameters()), *(f"1.{n}" for n, _ in up.named_parameters())]
+
+    class Pair(nn.ModuleList):
+        def forward(self, h):
+            return bottleneck(h, self[0], self[1], "tanh")
+
+    pair = Pair([down, up])
+
+    def apply(h, *values):
+        return torch.func.functional_call(pair, dict(zip(names, values, strict=True)), (h,))
+
+    h = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    values = [p.detach().clone().requires_grad_() for p in pair.parameters()]
+    assert torch.autograd.gradcheck(apply, (h, *values))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_training_starts_near_the_base_model(name):
+    """Near, not at: no core is zero."""
+    base = output(family(name), name)
+    difference = (output(adapted(name, ADP), name) - base).norm() / base.norm()
+    assert 0 < difference < 0.75
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_saved_and_loaded_again(name, tmp_path):
+    task = "SEQ_CLS" if name in ENCODERS else None
+    model = moved(adapted(name, loge.LorettaAdpConfig(bottleneck=16, task_type=task)))
+    expected = output(model, name)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert not any("base_layer" in key or "default" in key for key in saved)
+    for options in ({}, {"low_cpu_mem_usage": True}, {"adapter_name": "other"}):
+        base = family(name)
+        torch.manual_seed(1)
+        again = PeftModel.from_pretrained(base, tmp_path, **options).eval()
+        assert torch.equal(output(again, name), expected), options
+        assert places(again) == places(model)
+
+
+def test_disabled_is_the_base_model_and_unload_gives_it_back():
+    model = moved(adapted("llama", loge.LorettaAdpConfig(bottleneck=16, train_norms=False)))
+    adapter, base = output(model, "llama"), output(family("llama"), "llama")
+    with model.disable_adapter():
+        assert torch.equal(output(model, "llama"), base)
+    assert torch.equal(output(model, "llama"), adapter)
+    assert torch.equal(output(model.unload(), "llama"), base)
+
+
+def test_it_cannot_be_merged():
+    model = moved(adapted("llama", ADP))
+    before = output(model, "llama")
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="cannot be merged into weights: keep the PEFT model"):
+            merge()
+    assert torch.equal(output(model, "llama"), before)
+
+
+def test_several_adapters_follow_one_another():
+    layer = AdpLinear(nn.Linear(12, 18), before=True)
+    config = loge.LorettaAdpConfig(tensor_rank=3, bottleneck=6)
+    layer.update_layer("first", config)
+    layer.update_layer("second", config)
+    moved(layer, 0.3)
+    x, outputs = torch.randn(2, 12), {}
+    for names in (["first"], ["second"], ["first", "second"], []):
+        layer.set_adapter(names)
+        outputs[" ".join(names)] = layer(x)
+    assert torch.equal(outputs[""], layer.base_layer(x))
+    assert len({tuple(y.flatten().tolist()) for y in outputs.values()}) == 4
+    layer.delete_adapter("first")
+    layer.set_adapter("second")
+    assert torch.equal(layer(x), outputs["second"])
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "deberta", "vit"])
+def test_training_lowers_the_loss(name):
+    task = "SEQ_CLS" if name in ENCODERS else None
+    losses = train(adapted(name, loge.LorettaAdpConfig(bottleneck=16, task_type=task)), name)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_bfloat16_base_keeps_float32_cores():
+    base = family("llama").bfloat16()
+    model = get_peft_model(base, copy.deepcopy(ADP)).eval()
+    assert {p.dtype for n, p in model.named_parameters() if "loretta_adp" in n} == {torch.float32}
+    assert output(model, "llama").dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**inputs("llama")).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+# Classifiers
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "full"),
+    [
+        ("deberta", "pooler.dense", "classifier"),
+        ("deberta-v2", "pooler.dense", "classifier"),
+        ("roberta", "classifier.dense", "classifier.out_proj"),
+        ("bert", None, "classifier"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["LorettaAdpConfig", "LorettaRepConfig"])
+def test_classifiers_of_the_families(name, head, full, kind):
+    model = adapted(name, getattr(loge, kind)(task_type="SEQ_CLS", bottleneck=16))
+    heads = [n for n, module in model.named_modules() if isinstance(module, TensorTrainHead)]
+    assert heads == ([] if head is None else [f"base_model.model.{head}"])
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert f"base_model.model.{full}.modules_to_save.default.weight" in trained
+    assert not any("original_module" in n or "base_layer" in n for n in trained)
+
+
+def test_what_is_saved_beside_a_head_inside_a_saved_module():
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "top": nn.ModuleDict()})
+    model["top"]["first"] = nn.ModuleDict({"dense": nn.Linear(4, 4), "out": nn.Linear(4, 2), "drop": nn.Dropout()})
+    model["top"]["scale"] = nn.LayerNorm(4)
+    assert without(["body", "top"], ["first.dense"], model) == ["body", "top.first.out", "top.scale"]
+    assert without(["top.first", "top"], ["first.dense", "scale"], model) == ["top.first.out", "top.first.out"]
+    assert without(["dense"], ["first.dense"], model) == []
+    assert without(["body"], [], model) == ["body"]
+
+
+def test_a_head_of_the_user_and_its_merge():
+    config = loge.LorettaRepConfig(classifier_modules=["score"], target_modules=["0"], task_type=None)
+    model = nn.Sequential()
+    model.add_module("0", nn.Linear(12, 18))
+    model.add_module("score", nn.Linear(18, 2))
+    weight, bias = model.score.weight.clone(), model.score.bias.clone()
+    x = torch.randn(4, 12)
+    adapted = moved(get_peft_model(model, config)).eval()
+    layer = adapted.base_model.model.score
+    train = layer.loretta_rep_head["default"]
+    assert (train.rank, train.bias is not None) == (2, True)
+    expected = adapted(x)
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(x), expected)
+    torch.testing.assert_close(layer.base_layer.weight.data, train.matrix())
+    adapted.unmerge_adapter()
+    assert torch.equal(layer.base_layer.weight, weight)
+    assert torch.equal(layer.base_layer.bias, bias)
+    torch.testing.assert_close(adapted.merge_and_unload()(x), expected)
+
+
+def test_a_head_that_cannot_be_merged_is_left_as_it_was():
+    layer = _head()
+    weight = layer.base_layer.weight.clone()
+    layer.loretta_rep_head["default"].bias.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="would make bias of Linear not finite"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, weight)
+    assert not layer.merged
+
+
+def test_one_classifier_at_a_time():
+    layer = _head()
+    layer.update_layer("second", loge.LorettaRepConfig())
+    layer.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="2 active adapters"):
+        layer(torch.randn(3, 12))
+
+
+def _head() -> TensorTrainHead:
+    from loge_kernels.loretta.head import RepHead
+
+    layer = RepHead(nn.Linear(12, 18))
+    layer.update_layer("default", loge.LorettaRepConfig())
+    return layer
+
+
+# Under `apply`
+
+
+def test_apply_serves_the_layers_beside_adapters():
+    model = moved(adapted("llama", ADP))
+    before = output(model, "llama")
+    report = loge.apply(model, rank=0.25)
+    rows = {row.name.rpartition(".")[2]: row for row in report.layers}
+    assert rows["gate_proj"].path == "base"
+    assert "AdpLinear" in rows["gate_proj"].reason
+    assert rows["q_proj"].path == "plain"
+    assert torch.equal(output(model, "llama"), before)
+    loge.remove(model)
+    assert type(next(m for m in model.modules() if isinstance(m, AdpLinear)).base_layer) is nn.Linear
+
+
+def test_exact_gradients_are_those_without_apply():
+    model = moved(adapted("llama", ADP))
+    expected = gradients(model)
+    loge.apply(model, exact_every=1)
+    assert_close(gradients(model), expected)
+
+
+def test_low_rank_gradients_are_those_of_a_surrogate():
+    model, other = moved(adapted("llama", ADP)), moved(adapted("llama", ADP))
+    exact = gradients(model)
+    report = loge.apply(model, rank=0.25)
+    names = [row.name for row in report.layers if row.path in ("base", "plain")]
+    use_surrogate(other, stand_ins(other, [f"{n}.base_layer" if n in adapters(other) else n for n in names], 0.25))
+    assert_close(gradients(model), gradients(other))
+    assert_differ(gradients(model), exact)
+
+
+def test_a_classifier_is_left_alone():
+    report = loge.apply(adapted("deberta", loge.LorettaAdpConfig(bottleneck=16, task_type="SEQ_CLS")), rank=0.25)
+    (row,) = (row for row in report.layers if row.name.endswith("pooler.dense"))
+    assert row.path == "skipped"
+    assert "AdpHead" in row.reason
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_rank": 65}, "tensor_rank=65 is larger than bottleneck=64"),
+        ({"where": "beside"}, "where='beside': 'beside' is neither 'before' nor 'after'"),
+        ({"where": {"fc1": "under"}}, "'under' is neither 'before' nor 'after'"),
+        ({"non_linearity": "step"}, "non_linearity='step' is unknown; choose one of 'relu', 'gelu'"),
+        ({"tensor_shapes": {"768x64": [8, 8]}}, "multiply to 64, not to 768 x 64 = 49152"),
+    ],
+)
+def test_bad_configurations(options, message):
+    with pytest.raises(ValueError, match=message):
+        loge.LorettaAdpConfig(**options)
