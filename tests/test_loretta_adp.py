@@ -244,6 +244,9 @@ def test_a_head_of_the_user_and_its_merge():
     adapted.unmerge_adapter()
     assert torch.equal(layer.base_layer.weight, weight)
     assert torch.equal(layer.base_layer.bias, bias)
+    layer.base_layer.weight.data = weight + 1.0
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, weight + 1.0)
     torch.testing.assert_close(adapted.merge_and_unload()(x), expected)
 
 

@@ -128,6 +128,14 @@ def test_a_merge_that_is_not_finite_is_refused():
         model.merge_adapter(safe_merge=True)
 
 
+def test_a_quantised_weight_is_not_merged_into():
+    layer = RepLinear(nn.Linear(12, 18))
+    layer.update_layer("default", REP)
+    layer.base_layer.weight = nn.Parameter(torch.zeros(108, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"cannot be merged into a Linear with weight in torch.uint8: dequantise"):
+        layer.merge()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_saved_and_loaded_again(name, tmp_path):
     task = "SEQ_CLS" if name in ENCODERS else None
@@ -189,6 +197,19 @@ def test_several_adapters():
     assert torch.equal(output(model, "llama"), first)
     model.delete_adapter("default")
     assert torch.equal(output(model, "llama"), second)
+
+
+def test_an_inactive_adapter_on_layers_of_its_own_does_not_train():
+    model = get_peft_model(family("llama"), REP, adapter_name="first")
+    assert any(p.requires_grad for n, p in model.named_parameters() if "loretta_rep" in n)
+    model.add_adapter("second", loge.LorettaRepConfig(target_modules=["k_proj"]))
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and "loretta_rep" in n]
+    assert trained
+    assert not any("k_proj" in n for n in trained)
+    model.set_adapter("second")
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and "loretta_rep" in n]
+    assert trained
+    assert all("k_proj" in n for n in trained)
 
 
 def test_two_active_adapters_add_up():

@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 from loge_kernels.loretta.modes import check_shapes, modes_of, near_equal
 from loge_kernels.loretta.tensor_train import TensorTrain
 
-SIZES = [(12, 18), (7, 13), (8, 24), (30, 6), (64, 64), (5, 97)]
+SIZES = [(12, 18), (7, 13), (8, 24), (30, 6), (64, 64), (5, 97), (8, 2304), (2304, 8)]
 
 
 def train(in_features: int, out_features: int, rank: int = 4, dtype: torch.dtype = torch.float64, **options):

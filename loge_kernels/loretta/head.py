@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .config import LorettaConfig
-from .layer import LorettaLayer, write_weight
+from .layer import LorettaLayer, plain_parameter, write_parameter
 
 
 class TensorTrainHead(LorettaLayer):
@@ -56,11 +56,11 @@ class TensorTrainHead(LorettaLayer):
             train: Any = self.trains[name]
             values = {"weight": train.matrix(), "bias": train.bias}
             values = {parameter: value.detach() for parameter, value in values.items() if value is not None}
-            self._before = {parameter: getattr(base, parameter).data for parameter in values}
+            self._before = {parameter: plain_parameter(base, parameter, name) for parameter in values}
             try:
                 for parameter, value in values.items():
-                    write_weight(base, parameter, value, safe_merge, name)
-            except (TypeError, ValueError):
+                    write_parameter(base, parameter, value, safe_merge, name)
+            except ValueError:
                 self.unmerge()
                 raise
             self.merged_adapters.append(name)

@@ -70,17 +70,26 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
                 modules[adapter_name].to(device)
 
 
-def write_weight(layer: Any, parameter: str, value: Tensor, safe: bool, adapter: str) -> None:
-    """Give the base layer's `parameter` a value, in its own dtype.
+def plain_parameter(layer: Any, parameter: str, adapter: str) -> Tensor:
+    """The data of the base layer's `parameter`.
 
-    Raises ValueError where `safe` and the value is not finite, TypeError where it is quantised.
+    Raises TypeError where it is quantised: it cannot be merged into.
     """
-    target = getattr(layer, parameter)
-    if not target.dtype.is_floating_point or type(target.data) is not Tensor:
+    data = getattr(layer, parameter).data
+    if not data.dtype.is_floating_point or type(data) is not Tensor:
         raise TypeError(
-            f"adapter {adapter!r} cannot be merged into a {type(layer).__name__} with a weight in {target.dtype}: "
+            f"adapter {adapter!r} cannot be merged into a {type(layer).__name__} with {parameter} in {data.dtype}: "
             "dequantise the model first"
         )
+    return data
+
+
+def write_parameter(layer: Any, parameter: str, value: Tensor, safe: bool, adapter: str) -> None:
+    """Give the base layer's `parameter` a value, in its own dtype.
+
+    Raises ValueError where `safe` and the value is not finite.
+    """
     if safe and not torch.isfinite(value).all():
         raise ValueError(f"merging adapter {adapter!r} would make {parameter} of {type(layer).__name__} not finite")
+    target = getattr(layer, parameter)
     target.data = value.to(target.dtype)

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .config import LorettaConfig, LorettaRepConfig
-from .layer import LorettaLayer, write_weight
+from .layer import LorettaLayer, plain_parameter, write_parameter
 
 
 class RepLinear(LorettaLayer):
@@ -84,8 +84,8 @@ class RepLinear(LorettaLayer):
 
     def _add_to_weight(self, name: str, sign: int, safe: bool = False) -> None:
         base = self.get_base_layer()
-        delta = self.get_delta_weight(name)
-        write_weight(base, "weight", base.weight.data.to(delta.dtype) + sign * delta, safe, name)
+        weight, delta = plain_parameter(base, "weight", name), self.get_delta_weight(name)
+        write_parameter(base, "weight", weight.to(delta.dtype) + sign * delta, safe, name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT may turn the adapter into a LoRA: it can."""

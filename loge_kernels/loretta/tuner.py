@@ -63,8 +63,6 @@ class LorettaModel(BaseTuner):
             is_head = _ends_in(current_key, peft_config.classifier_modules)
             layer = self.head_cls(target) if is_head else self._new_layer(peft_config, target, current_key)
         layer.update_layer(adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
         # Not by `_replace_module`, which moves what is on the right device already, and cannot where it is on meta.
         setattr(parent, target_name, layer)
 
