@@ -140,6 +140,17 @@ def finetune(
     text: Annotated[
         list[Path] | None, typer.Option(help="Files to train on; default: Python's standard library.")
     ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to train beside exact LoRA, a list: loge, loretta-rep, loretta-adp, switchlora, or lora with "
+            "--freeze; NAME:LR for a learning rate of its own. Default: loge.",
+        ),
+    ] = None,
+    freeze: Annotated[
+        str | None,
+        typer.Option(help="Freeze the first layers in these: auto, where calibration finds the boundary, or a number."),
+    ] = None,
     budget: Annotated[
         float | None,
         typer.Option(
@@ -176,13 +187,15 @@ def finetune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Fine-tune a real model twice from the same start on the same batches: exact LoRA, and LoGE."""
+    """Fine-tune a real model on the same batches with exact LoRA and with other methods, LoGE first among them."""
     from .finetune import FinetuneOptions, Interrupted, run
 
     def work() -> bool:
         options = FinetuneOptions(
             model=model,
             text=tuple(text or ()),
+            method=tuple(split(method)) or ("loge",),
+            freeze=int(freeze) if freeze is not None and freeze.lstrip("+-").isdigit() else freeze,
             budget=budget,
             rank=None if rank is None else number("rank", rank),
             subspace=subspace,

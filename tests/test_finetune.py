@@ -41,7 +41,7 @@ def test_run_end_to_end(base, tmp_path):
     lowest = [f"layers.0.self_attn.{name}_proj" for name in "qkv"]
     shapes = [layer["shape"] for layer in converted(loge) if not layer["name"].endswith(tuple(lowest))]
     copies = sum(N * K + 4 * K for N, K in shapes)
-    assert loge["kept_bytes"] == copies + 4 * metrics["model"]["trainable"] + 8
+    assert loge["kept_bytes"] == copies + 4 * metrics["methods"]["lora"]["trainable"] + 8
     assert metrics["arguments"]["dtype"] == "float32"
     assert {"loge_kernels", "torch", "transformers", "peft", "python"} <= set(metrics["versions"])
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")

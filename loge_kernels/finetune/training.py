@@ -42,6 +42,7 @@ class Record:
     peak_memory: int | None = None
     heldout_after: float | None = None
     report: dict[str, Any] | None = None  # what `apply` did
+    trainable: int = 0  # numbers that train
     kept_bytes: int = 0  # factors, 8-bit copies of weights, means of the correction
 
     @property
@@ -60,8 +61,11 @@ class Record:
 
 
 class Trainer:
-    """AdamW on the adapters of `model`: `step()` until `done`, from the step that `record` has reached. `rate` gives
-    the share of the learning rate at a step, counted from 0; None: always all of it."""
+    """Training of what trains in `model`: `step()` until `done`, from the step that `record` has reached.
+
+    rate: the share of the learning rate at a step, counted from 0; None: always all of it.   optimizer: None is AdamW.
+    first_gradient: whether to take the gradient of the first batch as a cheap step takes it, before any correction.
+    """
 
     def __init__(
         self,
@@ -70,15 +74,18 @@ class Trainer:
         options: FinetuneOptions,
         record: Record,
         rate: Callable[[int], float] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        first_gradient: bool = True,
     ) -> None:
         self.record = record
-        # Of all adapter parameters, in order, on the CPU in float32; as a cheap step takes it, before any correction.
+        self._wants_gradient = first_gradient
+        # Of all adapter parameters, in order, on the CPU in float32.
         self.first_gradient: Tensor | None = None
         self._schedule = schedule_of(model)
         self._model, self._corpus, self._options, self._rate = model, corpus, options, rate
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._device = next(iter(self._parameters.values())).device
-        self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=options.lr, weight_decay=0.0)
+        self._optimizer = optimizer or torch.optim.AdamW(self._parameters.values(), lr=options.lr, weight_decay=0.0)
 
     @property
     def done(self) -> bool:
@@ -90,7 +97,7 @@ class Trainer:
         # A model with dropout of its own draws the same numbers in both methods, and again after a resume.
         seed = self._options.seed + number
         self._model.train()
-        if number == 0:
+        if number == 0 and self._wants_gradient:
             torch.manual_seed(seed)
             self.first_gradient = self._cheap_gradient(batch)
         torch.manual_seed(seed)
