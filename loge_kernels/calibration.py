@@ -44,7 +44,8 @@ def calibrate(
     """Statistics of the activation gradients of `model` over `batches`, for `apply(calibration=)`.
 
     Args:
-        model: a plain or PEFT model, in training mode, before `apply`. Weights, `.grad`s and modes stay as they are.
+        model: a plain or PEFT model, in training mode, before `apply`. Weights, `.grad`s, modes and the running
+            statistics of BatchNorm stay as they are.
         batches: dicts of tensors, moved to the model's device; any iterable, a `DataLoader` for one. Eight sequences of
             the task are enough for the subspaces of a small model (a step's worth of tokens; more change little).
         targets: the layers, as in `apply`.
@@ -83,7 +84,7 @@ def calibrate(
         done = statistics.batches
     collectors = [_Collector(site, statistics.layers[site.name], scores) for site in chosen]
     saved = time.monotonic()
-    with _hooks(collectors), _gradients_kept(model):
+    with _hooks(collectors), _gradients_kept(model), _running_statistics_kept(model):
         for number, batch in _numbered(batches):
             if number < done:
                 continue
@@ -207,6 +208,18 @@ def _gradients_kept(model: nn.Module) -> Iterator[None]:
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
+
+
+@contextlib.contextmanager
+def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """The running means and variances of normalisation layers as they were, whatever forwards run in the block."""
+    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for buffer, before in kept:
+            buffer.copy_(before)
 
 
 @contextlib.contextmanager

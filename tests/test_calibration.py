@@ -147,6 +147,76 @@ def test_a_layer_that_works_in_place_after_a_frozen_one() -> None:
     assert found.layers["0"].importance.any()
 
 
+class Experts(nn.Module):
+    """Two experts, of which no token reaches the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.experts = nn.ModuleList(nn.Linear(32, 48) for _ in range(2)).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.experts[0](x))
+
+
+def of_experts(factor: float = 1.0) -> dict[str, Any]:
+    return {
+        "batches": [{"x": torch.randn(40, 32)}],
+        "loss": lambda model, batch: (model(batch["x"]) * factor * torch.linspace(-1, 1, 40)[:, None]).sum(),
+    }
+
+
+@pytest.mark.parametrize("subspace", ["gradient", "salience"])
+def test_an_expert_without_tokens_takes_its_weights_own_directions(
+    subspace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Experts()
+    statistics = loge.calibrate(model, scores=subspace == "salience", **of_experts())
+    report = loge.apply(model, 8, subspace, statistics, refresh_every=1 if subspace == "gradient" else None)
+    assert "no token at 1 of 2 layers" in caplog.text
+    assert caplog.text.rstrip().endswith("experts.1")
+    unseen, svd = model.experts[1].factors, loge.factorize(model.experts[1].weight, 8)
+    torch.testing.assert_close(unseen.left @ unseen.right, svd.left @ svd.right, rtol=1e-4, atol=1e-5)
+    assert report.layers[1].energy == pytest.approx(svd.energy)
+    # Orthonormal, as those that are refreshed have to be.
+    torch.testing.assert_close(unseen.right @ unseen.right.t(), torch.eye(8), rtol=0, atol=1e-5)
+    optimizer = torch.optim.SGD(model.norm.parameters())
+    model(torch.randn(5, 32)).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(unseen.left @ unseen.right, svd.left @ svd.right, rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_without_tokens_is_given_the_least_rank() -> None:
+    model = Experts()
+    statistics = loge.calibrate(model, **of_experts())
+    report = loge.apply(model, calibration=statistics, budget=0.92, allocation="energy")
+    assert report.layers[1].rank == 16
+    assert report.layers[0].path == "exact"
+
+
+def test_no_token_anywhere_and_a_zero_gradient_stay_errors() -> None:
+    model = Experts()
+    statistics = loge.calibrate(model, **of_experts())
+    with pytest.raises(ValueError, match="no gradient at any of the 1 layers: no token"):
+        loge.apply(model, calibration=statistics, targets=r"experts\.1")
+    zero = loge.calibrate(model, **of_experts(0.0))
+    with pytest.raises(ValueError, match=r"layer 'experts\.0': calibration saw no gradient .* its tokens was zero"):
+        loge.apply(model, calibration=zero)
+    with pytest.raises(ValueError, match="loss of batch 0 is nan"):
+        loge.calibrate(model, **of_experts(torch.nan))
+
+
+def test_running_statistics_stay_as_they_are() -> None:
+    model = Experts()
+    model(torch.randn(9, 32) + 3.0)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    loge.calibrate(model, **of_experts())
+    assert before.keys() == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
 def test_inside_autocast_the_sums_stay_in_float32() -> None:
     model = lora()
     with torch.autocast("cpu", torch.bfloat16):
