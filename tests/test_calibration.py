@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import loge_kernels as loge
 from loge_kernels.calibration import SCORED
 from loge_kernels.moments import Moment
-from loge_kernels.statistics import TokenNorms
+from loge_kernels.statistics import LayerStatistics, TokenNorms
 
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
 UP = "base_model.model.model.layers.1.mlp.up_proj"
@@ -252,6 +252,30 @@ def test_wide_layers_are_sketched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layer.nbytes == 4 * (64 * 24 + 64 + len(layer.norms.values))
     report = loge.apply(model, 16, calibration=statistics)
     assert all(row.energy is not None and 0.3 < row.energy <= 1.0 for row in report.converted)
+
+
+def test_the_stated_bound_of_memory() -> None:
+    """On the meta device: no memory is taken."""
+    for shape, size in (((4096, 14336), 4 * 4096**2), ((14336, 16384), 4096 * 14336), ((16384, 16384), 64 << 20)):
+        layer = LayerStatistics.empty(shape, "meta")
+        assert layer.moment.matrix.nbytes == size <= 64 << 20
+        assert layer.nbytes <= size + 4 * (shape[0] + 4096)
+        assert layer.moment.whole == (min(shape) <= 4096)
+    wide = Moment(14336, "meta")
+    wide.add(torch.empty(8, 14336, device="meta"))
+    assert wide.matrix.shape == (14336, 1024)
+
+
+def test_a_sketch_of_more_than_4096_is_one() -> None:
+    """The first size that is sketched, for rows of rank 3: what 1024 columns hold exactly."""
+    rows = torch.randn(20, 3) @ torch.randn(3, 4097)
+    moment = Moment(4097)
+    assert not moment.whole
+    moment.add(rows)
+    root = moment.root()
+    some = torch.randn(4, 4097) @ rows.t() / 20 @ rows
+    expected = (some @ rows.t()).square().sum()
+    torch.testing.assert_close((some @ root.t()).square().sum(), expected, rtol=1e-2, atol=0.0)
 
 
 def test_token_norms_stay_bounded_and_even() -> None:
