@@ -3,6 +3,10 @@
 A rank of `None` is the exact product. Costs are shares of the dense products' multiplications, weighted by the layers'
 sizes; the exact product of a layer may count less than 1 (8 bits).
 
+For "energy" the directions of all layers up to their break-even rank are there at once, on the weights' devices and
+only while `apply` runs: 4 · min(N, K, N K / (N + K)) · K bytes a layer, 32 MiB for a 4096² layer, 50 MiB for one of
+14336 x 4096 and 174 MiB for one of 4096 x 14336; otherwise 4 R K bytes.
+
     "depth"    one share of min(N, K) for every layer, the one asked for or the largest that fits; what is left makes
                layers exact from the output downwards, as an error near the output reaches every layer below it
     "energy"   16 directions at a time, to the layer where they add the largest share of its E‖dX‖² per flop, times its

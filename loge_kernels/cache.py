@@ -8,12 +8,10 @@ written anew.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .atomic import replacing
 from .factors import Factors, factorize, resolve_rank
 
 logger = logging.getLogger("loge_kernels")
@@ -87,19 +86,12 @@ def _load(path: Path, weight: Tensor, R: int) -> Factors | None:
 
 
 def _store(path: Path, factors: Factors) -> None:
-    """Write under a temporary name, then rename: a reader sees the old file or the new one. A cache that cannot be
-    written costs time, not results, so the reason is logged and the work goes on."""
-    temporary = None
+    """A cache that cannot be written costs time, not results, so the reason is logged and the work goes on."""
+    header = json.dumps({"format": _FORMAT, "energy": factors.energy})
+    tensors = {"left": factors.left.detach().cpu(), "right": factors.right.detach().cpu()}
     try:
         make_private(path.parent)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
-        header = json.dumps({"format": _FORMAT, "energy": factors.energy})
-        tensors = {"left": factors.left.detach().cpu(), "right": factors.right.detach().cpu()}
-        save_file(tensors, temporary, metadata={"loge": header})
-        os.replace(temporary, path)
+        with replacing(path, private=True) as temporary:
+            save_file(tensors, temporary, metadata={"loge": header})
     except (OSError, SafetensorError) as error:
         logger.warning("could not keep factors in %s: %s", path.parent, error)
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .autocast import without_autocast
 from .batches import Batch, numbered, on_device
-from .collectives import distributed, group_of
+from .collectives import distributed, failing_alike, group_of
 from .decompositions import leading_triplets
 from .sites import Site, Targets, find_sites, nothing_to_convert, unwrapped
 from .statistics import LayerStatistics, Statistics
@@ -42,7 +42,8 @@ def calibrate(
     """Statistics of the activation gradients of `model` over `batches`, for `apply(calibration=)`.
 
     Args:
-        model: a plain or PEFT model, in training mode, before `apply`. Weights, `.grad`s and modes stay as they are.
+        model: a plain or PEFT model, in training mode, before `apply`. Weights, `.grad`s, modes and the running
+            statistics of BatchNorm stay as they are.
         batches: dicts of tensors, moved to the model's device; any iterable, a `DataLoader` for one. Eight sequences of
             the task are enough for the subspaces of a small model (a step's worth of tokens; more change little).
         targets: the layers, as in `apply`.
@@ -50,8 +51,9 @@ def calibrate(
             decomposition of every weight first and the layers' inputs during the passes.
         loss: loss(model, batch), a scalar; None: `model(**batch).loss`, as transformers' models give it for batches
             with labels.
-        device: where statistics are kept: at most 64 MiB a layer, 4 · min(N, K)² bytes up to min(N, K) = 4096 and a
-            sketch of 4096 · min(N, K) bytes above. None: with each layer; "cpu" saves the GPU's memory.
+        device: where statistics are kept, of each layer 4 · min(N, K)² bytes up to min(N, K) = 4096 and a sketch of
+            4096 · min(N, K) bytes above: at most 64 MiB up to 16384 (14336: 56 MiB, a whole one 784 MiB). None: with
+            each layer; "cpu" saves the GPU's memory.
         file: keep them here too, a safetensors file written every minute and at the end. Where it exists, its batches
             are skipped and its statistics added to: an interrupted calibration goes on. Under torch.distributed each
             rank has its own, `file`.rank0 and so on.
@@ -62,10 +64,29 @@ def calibrate(
     Raises:
         ValueError, TypeError: no batch, a batch that is no dict or has no loss, a loss or gradient that is not finite
             (with the batch's number), a model in eval mode, converted already or without linear layers, a `file` of
-            other layers or other scores or in no folder. The model is as it was.
+            other layers or other scores or in no folder; under torch.distributed on every rank, if on one. The model is
+            as it was.
     """
     wrapped, model = model, unwrapped(model)
     chosen = _chosen(model, targets)
+    device_of_sums, group = chosen[0].linear.weight.device, group_of(wrapped)
+    with failing_alike("calibration", device_of_sums, group):
+        statistics = _gather(model, batches, chosen, scores, loss, device, file)
+    if distributed():
+        statistics.sum_over_ranks(device_of_sums, group)
+    return statistics
+
+
+def _gather(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    chosen: list[Site],
+    scores: bool,
+    loss: Loss | None,
+    device: torch.device | str | None,
+    file: str | os.PathLike[str] | None,
+) -> Statistics:
+    """This rank's own statistics; arguments as in `calibrate`."""
     path = None if file is None else Path(f"{file}.rank{torch.distributed.get_rank()}" if distributed() else file)
     if path is not None and not path.parent.is_dir():
         raise ValueError(f"file={str(path)!r}: there is no folder {str(path.parent)!r}")
@@ -81,7 +102,7 @@ def calibrate(
         done = statistics.batches
     collectors = [_Collector(site, statistics.layers[site.name], scores) for site in chosen]
     saved = time.monotonic()
-    with _hooks(collectors), _gradients_kept(model):
+    with _hooks(collectors), _gradients_kept(model), _running_statistics_kept(model):
         for number, batch in numbered(batches, "calibrating"):
             if number < done:
                 continue
@@ -96,8 +117,6 @@ def calibrate(
     statistics.check()
     if path is not None:
         statistics.save(path)
-    if distributed():
-        statistics.sum_over_ranks(chosen[0].linear.weight.device, group_of(wrapped))
     return statistics
 
 
@@ -179,6 +198,18 @@ def _gradients_kept(model: nn.Module) -> Iterator[None]:
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
+
+
+@contextlib.contextmanager
+def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """The running means and variances of normalisation layers as they were, whatever forwards run in the block."""
+    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for buffer, before in kept:
+            buffer.copy_(before)
 
 
 @contextlib.contextmanager

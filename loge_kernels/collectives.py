@@ -1,7 +1,9 @@
-"""Sums over the ranks that train a model together."""
+"""Means over the ranks that train a model together, and errors that all of them see."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,3 +39,26 @@ def mean_over_ranks(tensors: list[Tensor], group: Group = None) -> list[Tensor]:
         for index, part in zip(indices, parts, strict=True):
             means[index] = part.view(tensors[index].shape)
     return means
+
+
+@contextlib.contextmanager
+def failing_alike(what: str, device: torch.device, group: Group = None) -> Iterator[None]:
+    """Where the block raises on one rank of `group` it raises on all: there its own error, elsewhere ValueError.
+
+    Otherwise the others would wait for that rank in their next collective. `device` is one that the group's backend can
+    send from. Nothing is sent outside torch.distributed.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if not distributed():
+            raise
+        failure = error
+    if distributed():
+        failed = torch.tensor(float(failure is not None), device=device)
+        torch.distributed.all_reduce(failed, group=group)
+        if failure is not None:
+            raise failure
+        if failed.item() > 0:
+            raise ValueError(f"{what} failed on another rank, whose error says why")

@@ -53,7 +53,7 @@ class Factors(nn.Module):
         left: Tensor,
         right: Tensor,
         method: str = "given",
-        energy: float = math.nan,
+        energy: float | Tensor = math.nan,
         rows: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> None:
@@ -72,7 +72,7 @@ class Factors(nn.Module):
         self.left_copy: EightBitWeight | None = None
         self.right_copy: EightBitWeight | None = None
         self.method = method
-        self.energy = energy
+        self._energy = energy
         self._source: weakref.ref[Tensor] | None = None
         self._version = 0
         self._warned = False
@@ -80,6 +80,12 @@ class Factors(nn.Module):
     @property
     def rank(self) -> int:
         return self.left.shape[1]
+
+    @property
+    def energy(self) -> float:
+        if isinstance(self._energy, Tensor):  # of a refresh, which does not wait for it
+            self._energy = min(self._energy.item(), 1.0)  # in this order NaN stays NaN
+        return self._energy
 
     @property
     def low_rank_dtype(self) -> str | None:
@@ -157,10 +163,12 @@ class Factors(nn.Module):
             scores *= importance.to(scores)
         rows = torch.topk(scores, count).indices.sort().values
         total = scores.sum()
-        carried = (scores[rows].sum() / total).item() if total > 0 else 0.0
-        energy = 1.0 - (1.0 - self.energy) * (1.0 - min(1.0, carried))
-        residual = missing[rows].to(self.left.dtype)
-        made = Factors(self.left.detach(), self.right.detach(), self.method, energy, rows, residual)
+        carried = torch.where(total > 0, scores[rows].sum() / total, 0.0).clamp_max(1.0)
+        energy = 1.0 - (1.0 - self._energy) * (1.0 - carried)
+        made = Factors(self.left.detach(), self.right.detach(), self.method, energy)
+        # Not through the constructor, whose checks wait for the device.
+        made.rows = rows
+        made.residual = nn.Parameter(missing[rows].to(self.left.dtype), requires_grad=False)
         made.importance, made.shares = importance, self.shares
         made.low_rank_dtype = self.low_rank_dtype
         return made.bind(weight)
@@ -214,7 +222,7 @@ class Factors(nn.Module):
         if not self.follows_from_weight:
             raise ValueError("these factors were given by hand: make new ones from the weight as it is now")
         if self.method in PROJECTIONS and covariance is None:
-            fresh = projection(weight, self.right.detach(), self.method, self.energy)
+            fresh = projection(weight, self.right.detach(), self.method, self._energy)
         else:
             fresh = factorize(weight, self.rank, self.method, covariance)
         if self.rows is not None and covariance is not None:
@@ -235,7 +243,7 @@ class Factors(nn.Module):
         else:
             self.rows.data, self.residual.data = fresh.rows, fresh.residual.data
         self.importance = fresh.importance
-        self.energy = fresh.energy
+        self._energy = fresh._energy
         self.bind(weight)
 
     @property
@@ -320,7 +328,7 @@ def factorize(weight: Tensor, rank: int | float, method: str = "svd", covariance
 
 @torch.no_grad()
 @without_autocast
-def projection(weight: Tensor, right: Tensor, method: str, energy: float | None = None) -> Factors:
+def projection(weight: Tensor, right: Tensor, method: str, energy: float | Tensor | None = None) -> Factors:
     """The factors W rightᵀ · right of `weight` [N, K] for orthonormal rows `right` [R, K], in the weight's dtype and
     bound to it. `energy` None: the captured share of ‖W‖²."""
     W = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

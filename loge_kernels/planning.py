@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Iterable
@@ -23,6 +24,8 @@ from .statistics import Statistics
 from .subspaces import FROM_CALIBRATION, Subspace, subspace
 
 T = TypeVar("T")
+
+logger = logging.getLogger("loge_kernels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ def _directions(model: nn.Module, sites: list[Site], targets: Targets, request: 
     if not isinstance(statistics, Statistics):
         assert statistics is not None
         statistics = calibrate(model, statistics, targets, scores=request.subspace == "salience")
+    _tell_unseen(sites, statistics)
     chosen = {}
     for site in _with_progress(sites):
         if site.name not in statistics.layers:
@@ -94,6 +98,23 @@ def _directions(model: nn.Module, sites: list[Site], targets: Targets, request: 
         except ValueError as error:
             raise ValueError(f"layer {site.name!r}: {error}") from None
     return chosen
+
+
+def _tell_unseen(sites: list[Site], statistics: Statistics) -> None:
+    """Name the layers that calibration says nothing of. Raises ValueError where it says nothing of any."""
+    unseen = [site.name for site in sites if site.name in statistics.layers and statistics.layers[site.name].unseen]
+    if len(unseen) == len(sites):
+        raise ValueError(
+            f"calibration saw no gradient at any of the {len(sites)} layers: no token of its batches reached them"
+        )
+    if unseen:
+        logger.warning(
+            "calibration saw no token at %d of %d layers (experts that none was routed to?): these keep the directions "
+            "of subspace='svd': %s",
+            len(unseen),
+            len(sites),
+            ", ".join(unseen),
+        )
 
 
 def _rank(site: Site, request: Request) -> int:

@@ -7,7 +7,10 @@ to ‖Y‖² = 1, V [R, K] the directions in use and λ [R] the shares of E‖dX
 
 and one step of subspace iteration from V, with its Rayleigh quotient, gives the new V and λ: V ← orth(V G). Nothing
 else is kept from one refresh to the next. Flops of a layer: 2 q N K + 2 N K R and smaller ones, against the step's own
-4 M N K forward and backward: with 512 rows, every 100 steps, well under 1 %.
+4 M N K forward and backward: with 512 rows, every 100 steps, well under 1 %. Memory: in the watched step up to 1024
+rows of dY of each layer in its dtype (2048 N bytes in 16 bits: 8 MiB for N = 4096, 28 MiB for 14336); after it, of one
+layer at a time, W, Y, V and the new factors in float32, 4 (N K + 1024 K + 3 R K + N R) bytes, 112 MiB for a 4096²
+layer and R = 512; between refreshes the R shares alone, 8 R bytes.
 
 Source: incremental PCA by orthogonal iteration; Mitliagkas, Caramanis and Jain, "Memory limited, streaming PCA",
 NeurIPS 2013.
@@ -148,7 +151,7 @@ class Refresher:
     @staticmethod
     def _take(layer: LoGELinear, weight: Tensor, right: Tensor, shares: Tensor) -> None:
         assert layer.factors is not None
-        fresh = projection(weight, right, layer.factors.method, min(1.0, shares.sum().item()))
+        fresh = projection(weight, right, layer.factors.method, shares.sum())
         layer.factors.become(fresh, weight)
         layer.factors.bind(layer.weight)  # which `weight` may have been dequantised from
         layer.factors.shares = shares.double()

@@ -67,6 +67,11 @@ class LayerStatistics:
         return LayerStatistics(shape, Moment(min(N, K), device), torch.zeros(N, device=device), scores=scores)
 
     @property
+    def unseen(self) -> bool:
+        """Whether no token reached the layer."""
+        return self.norms.seen == 0
+
+    @property
     def of_dx(self) -> bool:
         """Whether `moment` is that of dX = dY W, not of dY."""
         return self.shape[1] < self.shape[0]

@@ -11,6 +11,9 @@ gives no formula; these are readings of it). With g_j = u_jᵀ (∂L/∂W) v_j o
     "signed"     |σ_j E g_j|      the same of the mean loss
     "fisher"     σ_j² E g_j²      second-order, with the empirical Fisher information
     "gradient"   E |g_j|          without the weight's part
+
+Of a layer that no token reached (an expert of a mixture, to which none was routed) calibration knows nothing: it gets
+the leading right singular vectors of its weight, the subspace of "svd", as directions that are worth nothing.
 """
 
 from __future__ import annotations
@@ -52,14 +55,18 @@ class Subspace:
 def subspace(weight: Tensor, statistics: LayerStatistics, method: str, limit: int, reading: str = "taylor") -> Subspace:
     """Up to `limit` directions for `weight` [N, K], chosen by `method`, one of FROM_CALIBRATION.
 
-    Raises ValueError for statistics of another shape, of a layer that saw no gradient, or without the scores that
-    "salience" needs.
+    Raises ValueError for statistics of another shape, of a layer that saw tokens and no gradient, or without the scores
+    that "salience" needs.
     """
     if statistics.shape != tuple(weight.shape):
         raise ValueError(f"calibration is of a weight {list(statistics.shape)}, and this one is {list(weight.shape)}")
+    if statistics.unseen:
+        _, S, Vt = leading_triplets(weight, limit)
+        energies = S.double().square() / S.double().square().sum() * share(S, weight.detach().float())
+        return Subspace(method, Vt, torch.zeros_like(energies), torch.ones_like(statistics.importance), energies)
     if not statistics.importance.any():
         raise ValueError(
-            "calibration saw no gradient at this layer: no token of its batches reached it; calibrate with more, "
+            "calibration saw no gradient at this layer: that of all its tokens was zero; calibrate with other batches, "
             "or leave it out of targets"
         )
     if method == "gradient":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import loge_kernels as loge
 from loge_kernels.calibration import SCORED
 from loge_kernels.moments import Moment
-from loge_kernels.statistics import TokenNorms
+from loge_kernels.statistics import LayerStatistics, TokenNorms
 
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
 UP = "base_model.model.model.layers.1.mlp.up_proj"
@@ -147,6 +147,75 @@ def test_a_layer_that_works_in_place_after_a_frozen_one() -> None:
     assert found.layers["0"].importance.any()
 
 
+class Experts(nn.Module):
+    """Two experts, of which no token reaches the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.experts = nn.ModuleList(nn.Linear(128, 160) for _ in range(2)).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(160)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.experts[0](x))
+
+
+def of_experts(factor: float = 1.0) -> dict[str, Any]:
+    return {
+        "batches": [{"x": torch.randn(40, 128)}],
+        "loss": lambda model, batch: (model(batch["x"]) * factor * torch.linspace(-1, 1, 40)[:, None]).sum(),
+    }
+
+
+@pytest.mark.parametrize("subspace", ["gradient", "salience"])
+def test_an_expert_without_tokens_takes_its_weights_own_directions(
+    subspace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Experts()
+    statistics = loge.calibrate(model, scores=subspace == "salience", **of_experts())
+    report = loge.apply(model, 8, subspace, statistics, refresh_every=1 if subspace == "gradient" else None)
+    assert "no token at 1 of 2 layers" in caplog.text
+    assert caplog.text.rstrip().endswith("experts.1")
+    unseen, svd = model.experts[1].factors, loge.factorize(model.experts[1].weight, 8)
+    torch.testing.assert_close(unseen.left @ unseen.right, svd.left @ svd.right, rtol=1e-4, atol=1e-5)
+    assert report.layers[1].energy == pytest.approx(svd.energy)
+    # Orthonormal, as those that are refreshed have to be.
+    torch.testing.assert_close(unseen.right @ unseen.right.t(), torch.eye(8), rtol=0, atol=1e-5)
+    optimizer = torch.optim.SGD(model.norm.parameters())
+    model(torch.randn(5, 128)).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(unseen.left @ unseen.right, svd.left @ svd.right, rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_without_tokens_is_given_the_least_rank() -> None:
+    model = Experts()
+    statistics = loge.calibrate(model, **of_experts())
+    report = loge.apply(model, calibration=statistics, budget=0.35, allocation="energy")
+    assert [layer.rank for layer in report.layers] == [32, 16]
+
+
+def test_no_token_anywhere_and_a_zero_gradient_stay_errors() -> None:
+    model = Experts()
+    statistics = loge.calibrate(model, **of_experts())
+    with pytest.raises(ValueError, match="no gradient at any of the 1 layers: no token"):
+        loge.apply(model, calibration=statistics, targets=r"experts\.1")
+    zero = loge.calibrate(model, **of_experts(0.0))
+    with pytest.raises(ValueError, match=r"layer 'experts\.0': calibration saw no gradient .* its tokens was zero"):
+        loge.apply(model, calibration=zero)
+    with pytest.raises(ValueError, match="loss of batch 0 is nan"):
+        loge.calibrate(model, **of_experts(torch.nan))
+
+
+def test_running_statistics_stay_as_they_are() -> None:
+    model = Experts()
+    model(torch.randn(9, 128) + 3.0)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    loge.calibrate(model, **of_experts())
+    assert before.keys() == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
 def test_inside_autocast_the_sums_stay_in_float32() -> None:
     model = lora()
     with torch.autocast("cpu", torch.bfloat16):
@@ -182,6 +251,30 @@ def test_wide_layers_are_sketched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layer.nbytes == 4 * (64 * 24 + 64 + len(layer.norms.values))
     report = loge.apply(model, 16, calibration=statistics)
     assert all(row.energy is not None and 0.3 < row.energy <= 1.0 for row in report.converted)
+
+
+def test_the_stated_bound_of_memory() -> None:
+    """On the meta device: no memory is taken."""
+    for shape, size in (((4096, 14336), 4 * 4096**2), ((14336, 16384), 4096 * 14336), ((16384, 16384), 64 << 20)):
+        layer = LayerStatistics.empty(shape, "meta")
+        assert layer.moment.matrix.nbytes == size <= 64 << 20
+        assert layer.nbytes <= size + 4 * (shape[0] + 4096)
+        assert layer.moment.whole == (min(shape) <= 4096)
+    wide = Moment(14336, "meta")
+    wide.add(torch.empty(8, 14336, device="meta"))
+    assert wide.matrix.shape == (14336, 1024)
+
+
+def test_a_sketch_of_more_than_4096_is_one() -> None:
+    """The first size that is sketched, for rows of rank 3: what 1024 columns hold exactly."""
+    rows = torch.randn(20, 3) @ torch.randn(3, 4097)
+    moment = Moment(4097)
+    assert not moment.whole
+    moment.add(rows)
+    root = moment.root()
+    some = torch.randn(4, 4097) @ rows.t() / 20 @ rows
+    expected = (some @ rows.t()).square().sum()
+    torch.testing.assert_close((some @ root.t()).square().sum(), expected, rtol=1e-2, atol=0.0)
 
 
 def test_token_norms_stay_bounded_and_even() -> None:

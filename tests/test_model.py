@@ -231,7 +231,7 @@ def test_a_ddp_wrapper_is_looked_through() -> None:
     model.requires_grad_(False)
     wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)  # without processes
     nn.Module.__init__(wrapper)
-    wrapper.module = model
+    wrapper.module, wrapper.process_group = model, None
     rows = {row.name: row.path for row in loge.apply(wrapper, 16).layers}
     assert rows["lm_head"] == "skipped"
     assert rows["model.layers.0.self_attn.q_proj"] == "plain"

@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import loge_kernels as loge
+from loge_kernels import refresher
 
 
 def other_batch() -> dict[str, Tensor]:
@@ -184,6 +185,23 @@ def test_only_gradient_subspaces_are_refreshed_and_removing_stops_it() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("residual", [0.0, 0.25])
+def test_a_refresh_reads_nothing_on_the_host(residual: float) -> None:
+    """On the meta device any host read raises."""
+    model = lora()
+    loge.apply(model, 16, calibration=batches(), refresh_every=1, residual=residual)
+    layer = layers(model)[f"{QUERY}.base_layer"].to("meta")
+    factors = layer.factors
+    assert factors is not None
+    V = factors.right.detach()
+    rows = [torch.empty(40, 64, device="meta")]
+    turned = refresher._turned(layer.weight, V, torch.empty(16, device="meta"), rows, None)
+    refresher.Refresher._take(layer, layer.weight, *turned)
+    assert factors.left.is_meta
+    with pytest.raises(RuntimeError, match="item"):
+        print(factors.energy)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -211,6 +229,22 @@ def work(rank: int, folder: Path) -> None:
     steps(parallel, 2, 0.05, {"input_ids": mine, "labels": mine})
     torch.save((statistics.batches, calibrated, directions(model)), folder / f"{rank}.pt")
     distributed.destroy_process_group()
+
+
+def empty_handed(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    timeout = timedelta(seconds=60)
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timeout)
+    with pytest.raises(ValueError, match="batches is empty" if rank else "calibration failed on another rank"):
+        loge.calibrate(lora(), [] if rank else batches())
+    assert loge.calibrate(lora(), batches()[rank : rank + 1]).batches == 2
+    distributed.destroy_process_group()
+
+
+def test_an_empty_loader_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(empty_handed, (tmp_path,), nprocs=2)
 
 
 def test_every_rank_calibrates_and_refreshes_alike(tmp_path: Path) -> None:

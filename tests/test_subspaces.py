@@ -115,10 +115,12 @@ def test_refusals_change_nothing(options: dict[str, object], message: str) -> No
     model = lora()
     statistics = loge.calibrate(model, batches())
     layer = loge.LayerStatistics.empty
+    untouched = layer((64, 64), "cpu")
+    untouched.norms.add(torch.zeros(3))
     statistics_of = {
         "good": statistics,
         "partial": loge.Statistics({UP: statistics.layers[UP]}),
-        "untouched": loge.Statistics({**statistics.layers, QUERY: layer((64, 64), "cpu")}),
+        "untouched": loge.Statistics({**statistics.layers, QUERY: untouched}),
         "misshapen": loge.Statistics({**statistics.layers, QUERY: layer((8, 8), "cpu")}),
     }
     given = options.get("calibration")
