@@ -19,6 +19,9 @@ from .triton_kernels import explain
 if TYPE_CHECKING:
     # Not in __all__: a star import would need transformers.
     from .peft_methods import register_peft_methods as register_peft_methods
+    from .switchlora import SwitchAdamW as SwitchAdamW
+    from .switchlora import SwitchLoraConfig as SwitchLoraConfig
+    from .switchlora.callback import SwitchLoraCallback as SwitchLoraCallback
     from .trainer import LogeCallback as LogeCallback
 
 __version__ = "0.1.0"
@@ -49,7 +52,13 @@ __all__ = [
 
 
 # Imported on first use: they build on transformers or PEFT, which take seconds to import.
-_LAZY = {"LogeCallback": "trainer", "register_peft_methods": "peft_methods"}
+_LAZY = {
+    "LogeCallback": "trainer",
+    "SwitchAdamW": "switchlora",
+    "SwitchLoraCallback": "switchlora.callback",
+    "SwitchLoraConfig": "switchlora",
+    "register_peft_methods": "peft_methods",
+}
 
 
 def __getattr__(name: str) -> Any:
