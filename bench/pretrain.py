@@ -35,30 +35,32 @@ RATES: dict[str, Sequence[float]] = {"full": (2e-3,), "lora": (1e-2,), "switchlo
 class PretrainOptions:
     """What is trained, on what, for how long.
 
-    rates: learning rates to try, by method; a method that is not named is not run; none: the defaults.   seeds: each
-    run is made with each.   text: files; none: the standard library's.   vocab: size of the BPE trained on it.
+    rates: learning rates of the blocks' matrices or adapters to try, by method; a method that is not named is not run;
+    none: the defaults.   rest_lr: the learning rate of embeddings, norms and head, in every method.   seeds: each run
+    is made with each.   text: files; none: the standard library's.   vocab: size of the BPE trained on it.
     hidden, intermediate, layers, heads: the model's.   rank: of both adapters.   interval, ratio: SwitchLoRA's, whose
     paper has 40 and 0.1 for 40,000 steps.   warmup: steps in which the learning rate rises; a cosine to a tenth
     follows.   checkpoints: how often the held-out loss of `heldout` sequences is taken.
     """
 
     rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    rest_lr: float = 5e-3
     seeds: Sequence[int] = (0,)
     text: Sequence[Path] = ()
-    vocab: int = 2048
-    hidden: int = 256
-    intermediate: int = 688
-    layers: int = 8
-    heads: int = 4
-    rank: int = 16
-    interval: float = 10
+    vocab: int = 512
+    hidden: int = 320
+    intermediate: int = 864
+    layers: int = 5
+    heads: int = 5
+    rank: int = 4
+    interval: float = 20
     ratio: float = 0.5
     steps: int = 400
-    batch: int = 8
-    seq: int = 64
+    batch: int = 2
+    seq: int = 128
     warmup: int = 20
-    checkpoints: int = 8
-    heldout: int = 128
+    checkpoints: int = 5
+    heldout: int = 32
     device: str = "auto"
     json: Path | None = None
     png: Path | None = None
@@ -104,12 +106,18 @@ def run(options: PretrainOptions, console: Console | None = None) -> dict[str, A
     for method, lr, seed in wanted:
         if (method, lr, seed) not in known:
             result["rows"].append(_one(method, lr, seed, options, text, console))
-            result["best"], result["passed"] = best(result["rows"]), order_holds(result["rows"])
+            _conclude(result)
             output.write(result, options.json)
+    _conclude(result)
+    output.write(result, options.json)
     print_table(console, result)
     if options.png:
         plot(result, options.png)
     return result
+
+
+def _conclude(result: dict[str, Any]) -> None:
+    result["best"], result["passed"] = best(result["rows"]), order_holds(result["rows"])
 
 
 def _begun(options: PretrainOptions) -> dict[str, Any]:

@@ -86,6 +86,8 @@ def build(method: str, options: Any, vocabulary: int, seed: int) -> nn.Module:
         use_cache=False,
     )
     model: Any = LlamaForCausalLM(config).to(options.torch_device)
+    # transformers' 0.02 is far below what a block adds, and short runs would be spent on growing the embeddings.
+    nn.init.normal_(model.get_input_embeddings().weight)
     if method == "full":
         return model  # type: ignore[no-any-return]
     from peft import LoraConfig, get_peft_model
@@ -111,14 +113,15 @@ def train(
     """A whole run: the curve of losses at the checkpoints, seconds, what was trained."""
     model = build(method, options, text.vocabulary, seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = _optimizer(method, model, parameters, lr)
+    optimizer = _optimizer(method, model, lr, options.rest_lr)
+    rates = [group["lr"] for group in optimizer.param_groups]
     order = data.shuffled(len(text.train), options.steps * options.batch, torch.Generator().manual_seed(seed))
     curve = [{"step": 0, "train": None, "heldout": round(heldout_loss(model, text, options), 5)}]
     started, processor, recent = time.perf_counter(), time.process_time(), []
     checkpoints = _checkpoints(options)
     for step in range(options.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * rate(step, options.steps, options.warmup)
+        for group, whole in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = whole * rate(step, options.steps, options.warmup)
         rows = text.train[order[step * options.batch : (step + 1) * options.batch]].to(options.torch_device)
         loss = _loss(model, rows)
         optimizer.zero_grad()
@@ -147,12 +150,17 @@ def train(
     }
 
 
-def _optimizer(method: str, model: nn.Module, parameters: list[nn.Parameter], lr: float) -> Any:
+def _optimizer(method: str, model: nn.Module, lr: float, rest_lr: float) -> Any:
+    """AdamW with `lr` for the blocks' matrices, or the adapters in their place, and `rest_lr` for the rest."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inner = [p for name, p in trained.items() if "_proj" in name]
+    rest = [p for name, p in trained.items() if "_proj" not in name]
+    groups: list[dict[str, Any]] = [{"params": inner, "lr": lr}, {"params": rest, "lr": rest_lr}]
     if method != "switchlora":
-        return torch.optim.AdamW(parameters, lr, weight_decay=0.0)
+        return torch.optim.AdamW(groups, weight_decay=0.0)
     import loge_kernels as loge
 
-    return loge.SwitchAdamW(parameters, lr, weight_decay=0.0, model=model)
+    return loge.SwitchAdamW(groups, weight_decay=0.0, model=model)
 
 
 def rate(step: int, steps: int, warmup: int) -> float:

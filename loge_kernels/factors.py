@@ -29,8 +29,8 @@ METHODS = ("svd", "gradient", "random", "dropped")
 PROJECTIONS = ("gradient", "salience", "random")
 
 RANK_STEP = 16  # tensor-core tiles: ranks given as a fraction are rounded to a multiple of this
-# 16-bit factors lose as many roundings, and "svd" directions fall as many edits behind, before they are renewed.
-_EDITS = 16
+# 16-bit factors add up as many roundings, and "svd" directions fall as many edits behind, before they are renewed.
+_EDITS = 8
 _CHANGED = -1  # in the place of a version: the weight is known to have changed
 
 
@@ -201,7 +201,7 @@ class Factors(nn.Module):
 
         One of the two factors stays and the weight is projected onto it anew: `right` where the method is a projection
         (left += columns · rows rightᵀ), for "svd" `left`, the left singular vectors (right += leftᵀ columns · rows).
-        Every 16th time it is projected in full, for "svd" after one step of subspace iteration, so that neither
+        Every 8th time it is projected in full, for "svd" after two steps of subspace iteration, so that neither
         rounding nor the turning away of its directions adds up. Factors given by hand become stale.
         """
         self._edits += 1
@@ -216,8 +216,9 @@ class Factors(nn.Module):
             left = W @ right.t() if whole else left.addmm(columns, rows @ right.t())
         elif self.method == "svd":
             if whole:
-                left = torch.linalg.qr(W @ right.t()).Q
-                right = left.t() @ W
+                for _ in range(2):
+                    left = torch.linalg.qr(W @ right.t()).Q
+                    right = left.t() @ W
             else:
                 right = right.addmm(left.t() @ columns, rows)
         self.left.data, self.right.data = left.to(weight.dtype).contiguous(), right.to(weight.dtype).contiguous()

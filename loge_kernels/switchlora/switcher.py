@@ -105,6 +105,7 @@ class Switcher:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the model's own state, in which the weights are."""
         return {
+            "seed": self.config.seed,
             "step": self.step,
             "switched": self.switched,
             "total_steps": self.total_steps,
@@ -114,6 +115,11 @@ class Switcher:
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError where `state` is not of such a model."""
+        if state["seed"] != self.config.seed:
+            raise ValueError(
+                f"the state was made with seed={state['seed']}, and this model with seed={self.config.seed}: "
+                "candidates that nobody has used follow from it"
+            )
         mine = {place.name for place in self.places}
         if set(state["layers"]) != mine:
             odd = sorted(mine.symmetric_difference(state["layers"]))
