@@ -1,4 +1,4 @@
-"""`python -m loge_kernels bench`: linear, step, fidelity and the model for it, classify."""
+"""`python -m loge_kernels bench`: one command a benchmark."""
 
 from __future__ import annotations
 
@@ -314,6 +314,84 @@ def bench_classify(
         return bool(classify.run(options)["passed"])
 
     leave(work)
+
+
+@bench_app.command("pretrain")
+def bench_pretrain(
+    lr: Annotated[
+        list[str] | None,
+        typer.Option(help="METHOD=RATE or METHOD=RATE,RATE of full, lora and switchlora, repeated; default: all."),
+    ] = None,
+    rest_lr: Annotated[float, typer.Option(help="Learning rate of embeddings, norms and head, in all.")] = 5e-3,
+    seed: Annotated[list[str] | None, typer.Option(help="Of the model and the batches: a list; default 0.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Files to train on; default: Python's standard library.")
+    ] = None,
+    vocab: Annotated[int, typer.Option(help="Size of the vocabulary, made from the text.")] = 512,
+    hidden: Annotated[int, typer.Option(help="Width of the model.")] = 320,
+    intermediate: Annotated[int, typer.Option(help="Width of its MLP.")] = 864,
+    layers: Annotated[int, typer.Option(help="Blocks.")] = 5,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 5,
+    rank: Annotated[int, typer.Option(help="Of the adapters, on every linear of the blocks.")] = 4,
+    interval: Annotated[float, typer.Option(help="Steps between two switches of a vector, at the start.")] = 20,
+    ratio: Annotated[float, typer.Option(help="Share of the steps after which 0.3 of the switching is left.")] = 0.5,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 400,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 2,
+    seq: Annotated[int, typer.Option(help="Tokens a sequence.")] = 128,
+    warmup: Annotated[int, typer.Option(help="Steps in which the learning rate rises.")] = 20,
+    checkpoints: Annotated[int, typer.Option(help="How often the held-out loss is taken in a run.")] = 5,
+    heldout: Annotated[int, typer.Option(help="Held-out sequences.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the result to this file after every run, and skip what it holds already."),
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the held-out loss against the steps.")] = None,
+) -> None:
+    """A small LLaMA from scratch on real text: every parameter, LoRA and SwitchLoRA, by held-out loss.
+
+    The exit status says whether SwitchLoRA ended between the two.
+    """
+
+    def work() -> bool:
+        from . import pretrain
+
+        options = pretrain.PretrainOptions(
+            rates=_rates(lr),
+            rest_lr=rest_lr,
+            seeds=_seeds(["0"] if seed is None else seed),
+            text=tuple(text or ()),
+            vocab=vocab,
+            hidden=hidden,
+            intermediate=intermediate,
+            layers=layers,
+            heads=heads,
+            rank=rank,
+            interval=interval,
+            ratio=ratio,
+            steps=steps,
+            batch=batch,
+            seq=seq,
+            warmup=warmup,
+            checkpoints=checkpoints,
+            heldout=heldout,
+            device=device,
+            json=json_file,
+            png=png,
+        )
+        return bool(pretrain.run(options)["passed"])
+
+    leave(work)
+
+
+def _rates(values: list[str] | None) -> dict[str, tuple[float, ...]]:
+    found: dict[str, tuple[float, ...]] = {}
+    for value in values or ():
+        method, equals, rates = value.partition("=")
+        if not equals:
+            raise ValueError(f"--lr {value!r}: give METHOD=RATE, such as full=1e-3")
+        found[method] = found.get(method, ()) + tuple(float(rate) for rate in numbers("lr", [rates]))
+    return found
 
 
 def _seeds(values: list[str] | None) -> tuple[int, ...]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .loretta import LorettaAdpConfig as LorettaAdpConfig
     from .loretta import LorettaRepConfig as LorettaRepConfig
     from .peft_methods import register_peft_methods as register_peft_methods
+    from .switchlora import SwitchAdamW as SwitchAdamW
+    from .switchlora import SwitchLoraConfig as SwitchLoraConfig
+    from .switchlora.callback import SwitchLoraCallback as SwitchLoraCallback
     from .trainer import LogeCallback as LogeCallback
 
 __version__ = "0.1.0"
@@ -62,6 +65,9 @@ _LAZY = {
     "LogeCallback": "trainer",
     "LorettaAdpConfig": "loretta",
     "LorettaRepConfig": "loretta",
+    "SwitchAdamW": "switchlora",
+    "SwitchLoraCallback": "switchlora.callback",
+    "SwitchLoraConfig": "switchlora",
     "register_peft_methods": "peft_methods",
 }
 

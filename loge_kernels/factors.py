@@ -30,6 +30,8 @@ METHODS = ("svd", "gradient", "random", "dropped")
 PROJECTIONS = ("gradient", "salience", "random")
 
 RANK_STEP = 16  # tensor-core tiles: ranks given as a fraction are rounded to a multiple of this
+# 16-bit factors add up as many roundings, and "svd" directions fall as many edits behind, before they are renewed.
+_EDITS = 8
 _CHANGED = -1  # in the place of a version: the weight is known to have changed
 
 
@@ -76,6 +78,7 @@ class Factors(nn.Module):
         self._source: weakref.ref[Tensor] | None = None
         self._version = 0
         self._warned = False
+        self._edits = 0
 
     @property
     def rank(self) -> int:
@@ -244,6 +247,38 @@ class Factors(nn.Module):
             self.rows.data, self.residual.data = fresh.rows, fresh.residual.data
         self.importance = fresh.importance
         self._energy = fresh._energy
+        self.bind(weight)
+
+    @torch.no_grad()
+    @without_autocast
+    def follow(self, weight: Tensor, columns: Tensor, rows: Tensor) -> None:
+        """Stand for `weight` [N, K] after it has changed by columns [N, q] · rows [q, K], q small, for little.
+
+        One of the two factors stays and the weight is projected onto it anew: `right` where the method is a projection
+        (left += columns · rows rightᵀ), for "svd" `left`, the left singular vectors (right += leftᵀ columns · rows).
+        Every 8th time it is projected in full, for "svd" after two steps of subspace iteration, so that neither
+        rounding nor the turning away of its directions adds up. Factors given by hand become stale.
+        """
+        self._edits += 1
+        if not self.follows_from_weight:
+            self.invalidate()
+            return
+        whole = self._edits % _EDITS == 0
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        W, columns, rows = weight.to(dtype), columns.to(dtype), rows.to(dtype)
+        left, right = self.left.to(dtype), self.right.to(dtype)
+        if self.method in PROJECTIONS:
+            left = W @ right.t() if whole else left.addmm(columns, rows @ right.t())
+        elif self.method == "svd":
+            if whole:
+                for _ in range(2):
+                    left = torch.linalg.qr(W @ right.t()).Q
+                    right = left.t() @ W
+            else:
+                right = right.addmm(left.t() @ columns, rows)
+        self.left.data, self.right.data = left.to(weight.dtype).contiguous(), right.to(weight.dtype).contiguous()
+        if self.rows is not None and self.residual is not None:
+            self.residual.data = torch.addmm(W[self.rows], left[self.rows], right, alpha=-1.0).to(weight.dtype)
         self.bind(weight)
 
     @property

@@ -10,7 +10,7 @@ from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
 # Modules that register a method each when they are imported.
-METHODS: tuple[str, ...] = (".loretta",)
+METHODS: tuple[str, ...] = (".loretta", ".switchlora")
 
 
 def register_peft_methods() -> None:

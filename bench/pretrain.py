@@ -1,0 +1,226 @@
+"""Pre-training from scratch: every parameter, LoRA, and SwitchLoRA, a small LLaMA on real text.
+
+Every run of a seed starts from the same model and sees the same batches. Embeddings, norms and head train at full rank
+in all of them. A method is judged at the best of its learning rates; the order that SwitchLoRA's authors report, full
+at most SwitchLoRA, SwitchLoRA below LoRA, decides the exit status.
+
+A file given as `json` is kept up to date after every run, and what it holds is not run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from loge_kernels.finetune.options import choose_device
+
+from . import output
+from .environment import describe
+from .pretrain_training import METHODS, Text, read_text, train
+
+# The best of a sweep over powers of about 2 with the default options (bench/results/*/pretrain.json).
+RATES: dict[str, Sequence[float]] = {"full": (2e-3,), "lora": (1e-2,), "switchlora": (1e-2,)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainOptions:
+    """What is trained, on what, for how long.
+
+    rates: learning rates of the blocks' matrices or adapters to try, by method; a method that is not named is not run;
+    none: the defaults.   rest_lr: the learning rate of embeddings, norms and head, in every method.   seeds: each run
+    is made with each.   text: files; none: the standard library's.   vocab: size of the BPE trained on it.
+    hidden, intermediate, layers, heads: the model's.   rank: of both adapters.   interval, ratio: SwitchLoRA's, whose
+    paper has 40 and 0.1 for 40,000 steps.   warmup: steps in which the learning rate rises; a cosine to a tenth
+    follows.   checkpoints: how often the held-out loss of `heldout` sequences is taken.
+    """
+
+    rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    rest_lr: float = 5e-3
+    seeds: Sequence[int] = (0,)
+    text: Sequence[Path] = ()
+    vocab: int = 512
+    hidden: int = 320
+    intermediate: int = 864
+    layers: int = 5
+    heads: int = 5
+    rank: int = 4
+    interval: float = 20
+    ratio: float = 0.5
+    steps: int = 400
+    batch: int = 2
+    seq: int = 128
+    warmup: int = 20
+    checkpoints: int = 5
+    heldout: int = 32
+    device: str = "auto"
+    json: Path | None = None
+    png: Path | None = None
+
+    @property
+    def torch_device(self) -> torch.device:
+        return choose_device(self.device)
+
+    def check(self) -> None:
+        """Raise ValueError where a value cannot work."""
+        unknown = set(self.rates) - set(METHODS)
+        if unknown:
+            raise ValueError(f"--lr {sorted(unknown)[0]}=...: no such method; choose {', '.join(METHODS)}")
+        for name in ("steps", "batch", "layers", "heads", "rank", "checkpoints", "heldout"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: give an integer of at least 1")
+        if not 0 <= self.warmup < self.steps:
+            raise ValueError(f"--warmup {self.warmup}: give a number of steps in [0, {self.steps})")
+        if self.checkpoints > self.steps:
+            raise ValueError(f"--checkpoints {self.checkpoints}: give at most --steps, {self.steps}")
+        if self.vocab < 257:
+            raise ValueError(f"--vocab {self.vocab}: bytes and the end of a text take 257; give at least that")
+        output.check_writable(self.json, self.png)
+
+    def settings(self) -> dict[str, Any]:
+        """What two runs must agree on to stand in one table, as JSON values."""
+        settings = dataclasses.asdict(self) | {"text": [str(path) for path in self.text]}
+        for name in ("rates", "seeds", "json", "png"):
+            del settings[name]
+        return settings | {"device": self.torch_device.type}
+
+
+def run(options: PretrainOptions, console: Console | None = None) -> dict[str, Any]:
+    """Make the runs that `options.json` does not hold yet, print the table, write the files, return the result."""
+    options.check()
+    console = console or Console()
+    result = _begun(options)
+    text = read_text(options)
+    result["text"] = text.source
+    rates = options.rates or RATES
+    wanted = [(method, lr, seed) for seed in options.seeds for method in METHODS for lr in rates.get(method, ())]
+    known = {(row["method"], row["lr"], row["seed"]) for row in result["rows"]}
+    for method, lr, seed in wanted:
+        if (method, lr, seed) not in known:
+            result["rows"].append(_one(method, lr, seed, options, text, console))
+            _conclude(result)
+            output.write(result, options.json)
+    _conclude(result)
+    output.write(result, options.json)
+    print_table(console, result)
+    if options.png:
+        plot(result, options.png)
+    return result
+
+
+def _conclude(result: dict[str, Any]) -> None:
+    result["best"], result["passed"] = best(result["rows"]), order_holds(result["rows"])
+
+
+def _begun(options: PretrainOptions) -> dict[str, Any]:
+    if options.json is None or not options.json.exists():
+        return {"environment": describe(options.torch_device), "settings": options.settings(), "rows": []}
+    result: dict[str, Any] = json.loads(options.json.read_text())
+    different = [name for name, value in options.settings().items() if result["settings"].get(name) != value]
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"{options.json} was made with {name}={result['settings'].get(name)!r}, now it is "
+            f"{options.settings()[name]!r}: give another file"
+        )
+    return result
+
+
+def _one(method: str, lr: float, seed: int, options: PretrainOptions, text: Text, console: Console) -> dict[str, Any]:
+    every = max(1, options.steps // 10)
+
+    def progress(step: int, loss: float) -> None:
+        if step % every == 0:
+            console.print(f"{method} lr {lr:g} seed {seed}: step {step}/{options.steps}, loss {loss:.3f}", style="dim")
+
+    return train(method, lr, seed, options, text, progress)
+
+
+def best(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each method the learning rate with the least held-out loss, the mean over its seeds, at the end."""
+    found: dict[str, dict[str, Any]] = {}
+    for method in METHODS:
+        means = []
+        for lr in sorted({row["lr"] for row in rows if row["method"] == method}):
+            own = [row for row in rows if (row["method"], row["lr"]) == (method, lr)]
+            if all(row["status"] == "ok" for row in own):
+                means.append((sum(row["curve"][-1]["heldout"] for row in own) / len(own), lr))
+        if means:
+            found[method] = {"heldout": round(min(means)[0], 5), "lr": min(means)[1]}
+    return found
+
+
+def order_holds(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether, of the methods that were run, full is at most SwitchLoRA and SwitchLoRA below LoRA."""
+    losses = {method: entry["heldout"] for method, entry in best(rows).items()}
+    ran = {row["method"] for row in rows}
+    if ran != set(losses):
+        return False
+    switched = losses.get("switchlora")
+    if switched is None:
+        return losses.get("full", 0.0) <= losses.get("lora", float("inf"))
+    return losses.get("full", 0.0) <= switched < losses.get("lora", float("inf"))
+
+
+def print_table(console: Console, result: dict[str, Any]) -> None:
+    """Every run, the best learning rate of each method in bold."""
+    settings = result["settings"]
+    console.print(
+        f"[bold]LLaMA from scratch[/bold], {settings['hidden']} wide, {settings['layers']} layers, adapters of rank "
+        f"{settings['rank']}, {settings['steps']} steps of {settings['batch']} x {settings['seq']} tokens; text: "
+        f"{result['text']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for heading in ("lr", "seed", "trained", "switched", "held-out", "step", "CPU"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        steps = max(1, row["curve"][-1]["step"])
+        chosen = result["best"].get(row["method"], {}).get("lr") == row["lr"]
+        ended = f"{row['curve'][-1]['heldout']:.4f}" if row["status"] == "ok" else "[red]diverged[/red]"
+        table.add_row(
+            row["method"],
+            f"{row['lr']:g}",
+            str(row["seed"]),
+            f"{row['trainable'] / 1e6:.2f} of {row['parameters'] / 1e6:.2f} M",
+            "" if row["switched"] is None else str(row["switched"]),
+            f"[bold]{ended}[/bold]" if chosen else ended,
+            output.duration(row["seconds"] / steps),
+            output.duration(row["cpu_seconds"] / steps),
+        )
+    output.print_wide(console, table)
+    if not result["passed"]:
+        console.print("the order full <= SwitchLoRA < LoRA does not hold", style="red")
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Held-out loss against steps, each method at its best learning rate. PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2))
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    for number, (method, entry) in enumerate(result["best"].items()):
+        for row in result["rows"]:
+            if (row["method"], row["lr"]) == (method, entry["lr"]):
+                label = f"{method}, lr {row['lr']:g}" if row["seed"] == result["rows"][0]["seed"] else None
+                points = [(point["step"], point["heldout"]) for point in row["curve"]]
+                axis.plot(*zip(*points, strict=True), color=f"C{number}", marker="o", markersize=3, label=label)
+    axis.set_xlabel("optimizer steps")
+    axis.set_ylabel("held-out loss")
+    axis.set_title("A LLaMA from scratch", fontsize=10)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)

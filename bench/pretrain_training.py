@@ -1,0 +1,192 @@
+"""One run of `bench pretrain`: the text and its tokenizer, the model from scratch, a method's parameters, the loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loge_kernels.finetune import FinetuneOptions, data
+
+METHODS = ("full", "lora", "switchlora")
+# The tokenizer learns from so many sequences' worth of characters.
+_CHARACTERS = 2_000_000
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids [sequences, seq + 1] to train on and held out, and where they are from."""
+
+    source: str
+    vocabulary: int
+    train: Tensor
+    heldout: Tensor
+
+
+def read_text(options: Any) -> Text:
+    """The standard library's text, or that of `options.text`, under a byte-level BPE of its training part."""
+    reading = FinetuneOptions(text=options.text, seq=options.seq, seed=0)
+    tokenizer = _tokenizer(reading, options.vocab)
+    source, train, heldout = data.read(reading, tokenizer, options.steps * options.batch, options.heldout)
+    data.check_enough(reading, len(train), options.batch, len(heldout), 1)
+    return Text(source, len(tokenizer), train, heldout)
+
+
+def _tokenizer(reading: FinetuneOptions, size: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(_training_text(reading), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+class _Characters:
+    """A "tokenizer" that keeps the text: what `data.read` would tokenise, seen before there is a tokenizer."""
+
+    eos_token_id = None
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+
+    def __call__(self, piece: str, **_: Any) -> Any:
+        self.pieces.append(piece)
+        return type("Ids", (), {"input_ids": [0] * len(piece)})
+
+
+def _training_text(reading: FinetuneOptions) -> list[str]:
+    characters = _Characters()
+    data.read(reading, characters, _CHARACTERS // reading.seq, 0)
+    return characters.pieces
+
+
+def build(method: str, options: Any, vocabulary: int, seed: int) -> nn.Module:
+    """The model from scratch, the same weights for the same seed, with what `method` trains of it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=options.hidden,
+        intermediate_size=options.intermediate,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        max_position_embeddings=options.seq,
+        use_cache=False,
+    )
+    model: Any = LlamaForCausalLM(config).to(options.torch_device)
+    # transformers' 0.02 is far below what a block adds, and short runs would be spent on growing the embeddings.
+    nn.init.normal_(model.get_input_embeddings().weight)
+    if method == "full":
+        return model  # type: ignore[no-any-return]
+    from peft import LoraConfig, get_peft_model
+
+    import loge_kernels as loge
+
+    if method == "switchlora":
+        switching = loge.SwitchLoraConfig(
+            r=options.rank, interval=options.interval, ratio=options.ratio, total_steps=options.steps, seed=seed
+        )
+        return get_peft_model(model, switching)
+    plain = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules="all-linear")
+    adapted: nn.Module = get_peft_model(model, plain)
+    for name, parameter in adapted.named_parameters():
+        if "base_layer" not in name:  # embeddings, norms and head train at full rank, as in the paper
+            parameter.requires_grad_(True)
+    return adapted
+
+
+def train(
+    method: str, lr: float, seed: int, options: Any, text: Text, progress: Callable[[int, float], None]
+) -> dict[str, Any]:
+    """A whole run: the curve of losses at the checkpoints, seconds, what was trained."""
+    model = build(method, options, text.vocabulary, seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = _optimizer(method, model, lr, options.rest_lr)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    order = data.shuffled(len(text.train), options.steps * options.batch, torch.Generator().manual_seed(seed))
+    curve = [{"step": 0, "train": None, "heldout": round(heldout_loss(model, text, options), 5)}]
+    started, processor, recent = time.perf_counter(), time.process_time(), []
+    checkpoints = _checkpoints(options)
+    for step in range(options.steps):
+        for group, whole in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = whole * rate(step, options.steps, options.warmup)
+        rows = text.train[order[step * options.batch : (step + 1) * options.batch]].to(options.torch_device)
+        loss = _loss(model, rows)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        recent.append(loss.item())
+        progress(step + 1, recent[-1])
+        if not math.isfinite(recent[-1]):
+            break
+        if step + 1 in checkpoints:
+            held = heldout_loss(model, text, options)
+            curve.append({"step": step + 1, "train": round(sum(recent) / len(recent), 5), "heldout": round(held, 5)})
+            recent.clear()
+    return {
+        "method": method,
+        "lr": lr,
+        "seed": seed,
+        "status": "ok" if curve[-1]["step"] == options.steps else "diverged",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(p.numel() for p in parameters),
+        "switched": optimizer.switcher.switched if method == "switchlora" else None,
+        "curve": curve,
+        "seconds": round(time.perf_counter() - started, 2),
+        "cpu_seconds": round(time.process_time() - processor, 2),
+    }
+
+
+def _optimizer(method: str, model: nn.Module, lr: float, rest_lr: float) -> Any:
+    """AdamW with `lr` for the blocks' matrices, or the adapters in their place, and `rest_lr` for the rest."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inner = [p for name, p in trained.items() if "_proj" in name]
+    rest = [p for name, p in trained.items() if "_proj" not in name]
+    groups: list[dict[str, Any]] = [{"params": inner, "lr": lr}, {"params": rest, "lr": rest_lr}]
+    if method != "switchlora":
+        return torch.optim.AdamW(groups, weight_decay=0.0)
+    import loge_kernels as loge
+
+    return loge.SwitchAdamW(groups, weight_decay=0.0, model=model)
+
+
+def rate(step: int, steps: int, warmup: int) -> float:
+    """The share of the learning rate: a linear rise, then a cosine to a tenth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.1 + 0.45 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _checkpoints(options: Any) -> set[int]:
+    return {options.steps * i // options.checkpoints for i in range(1, options.checkpoints + 1)}
+
+
+def _loss(model: Any, rows: Tensor) -> Tensor:
+    logits = model(input_ids=rows[:, :-1]).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def heldout_loss(model: nn.Module, text: Text, options: Any) -> float:
+    """Mean over the held-out tokens."""
+    model.eval()
+    losses = [_loss(model, rows.to(options.torch_device)).item() * len(rows) for rows in _batches(text, options.batch)]
+    model.train()
+    return sum(losses) / len(text.heldout)
+
+
+def _batches(text: Text, size: int) -> Iterator[Tensor]:
+    return iter(text.heldout.split(size))
