@@ -60,8 +60,9 @@ class SwitchLoraConfig(LoraConfig):
     train_rest: bool = field(default=True, metadata={"help": "Train every other parameter at full rank."})
 
     def __post_init__(self) -> None:
-        if self.target_modules is None:
-            self.target_modules = "all-linear"
+        given: Any = self  # PEFT's annotation is beyond mypy
+        if given.target_modules is None:
+            given.target_modules = "all-linear"
         if self.lora_alpha not in (None, self.alpha):
             raise ValueError(f"lora_alpha={self.lora_alpha!r} and alpha={self.alpha!r}: give alpha alone")
         self.lora_alpha = self.alpha

@@ -63,12 +63,12 @@ class SwitchAdamW(Optimizer):
                 "[p for p in model.parameters() if p.requires_grad]"
             )
         # Of the matrices whose vectors are switched, the dimension that counts them.
-        self._vectors = {
+        self._vectors: dict[Tensor, int] = {
             matrix: dimension for place in self.switcher.places for dimension, matrix in enumerate(place.matrices)
         }
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Switch, then one step of AdamW."""
         loss = None
         if closure is not None:
