@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 
 import pytest
 import torch
@@ -123,3 +125,32 @@ def test_which_runs(base):
     assert keys(method=("lora",), freeze=2) == ["lora", "lora-frozen"]
     assert methods.chosen(base.__class__(method=("loge", "lora:1e-3")))[0].lr == 1e-3
     assert Method("loge").adapters == Method("lora").adapters != Method("loretta-rep").adapters
+
+
+def test_switchlora_begins_again_when_interrupted(base, tmp_path, monkeypatch):
+    changes = {"method": ("switchlora:2e-2",), "out": tmp_path / "parts", "steps": 12}
+    expected, printed = go(base, **changes | {"out": tmp_path / "whole"})
+    own = expected["methods"]["switchlora"]
+    assert own["heldout_after"] < own["heldout_before"]
+    assert own["losses"][0] == pytest.approx(expected["methods"]["lora"]["losses"][0], rel=1e-4)
+    assert "SwitchLoRA" in printed
+    with monkeypatch.context() as patch:
+        press_ctrl_c_in_switchlora(patch, 3)
+        with pytest.raises(Interrupted, match=r"after step 3 of 12 of switchlora, which will begin again"):
+            go(base, **changes)
+    found, _ = go(base, **changes, resume=True)
+    assert curves_of(found) == curves_of(expected)
+
+
+def press_ctrl_c_in_switchlora(monkeypatch, number):
+    step = loge.SwitchAdamW.step
+    count = 0
+
+    def interrupting(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(loge.SwitchAdamW, "step", interrupting)
