@@ -24,7 +24,7 @@ TRITON := triton==3.9.0; sys_platform == "linux" and platform_machine == "x86_64
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all lint ruff mypy clang-format workflows format check bench gpu wheels \
+.PHONY: help setup demo test test-all lint ruff mypy clang-format workflows format docs check bench gpu wheels \
         clean host
 
 ifeq ($(strip $(VENV)),)
@@ -33,12 +33,14 @@ BASE := host
 DEMO := host
 TEST := host
 LINT := host
+DOCS := host
 else
 RUN := $(VENV)/bin/python
 BASE := $(VENV)/.base
 DEMO := $(VENV)/.demo
 TEST := $(VENV)/.test
 LINT := $(VENV)/.lint
+DOCS := $(VENV)/.docs
 # Byte-compiling all of torch and transformers takes pip longer than installing them: the modules that are used are
 # compiled on first import, so Python must be allowed to keep them.
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
@@ -97,6 +99,10 @@ format: $(BASE) $(LINT) ## rewrite the sources as ruff and clang-format want the
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 	$(if $(CUDA_SOURCES),$(CLANG_FORMAT) -i $(CUDA_SOURCES))
+
+docs: $(BASE) $(DOCS) ## build the documentation into build/docs; a warning is an error
+	$(RUN) -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs build/docs
+	@echo 'Built build/docs/index.html.'
 
 gpu: $(BASE) ## everything that needs a GPU, offline: make gpu PYTHON=... VENV= RESULTS=dir [QUICK=1]
 	$(RUN) -m loge_kernels.bench.gpu --results $(RESULTS) $(if $(QUICK),--quick) $(ARGS)
@@ -160,6 +166,13 @@ $(TEST): $(BASE)
 $(LINT): $(BASE)
 	@echo 'Installing ruff, mypy, clang-format and zizmor ...'
 	@$(PIP) ruff mypy clang-format zizmor
+	@touch $@
+
+# Not part of setup: Sphinx needs a newer Python than the package does.
+$(DOCS): $(BASE)
+	@$(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make docs needs Python 3.11 or newer")'
+	@echo 'Installing Sphinx, MyST-Parser and furo ...'
+	@$(PIP) sphinx myst-parser furo
 	@touch $@
 
 endif
