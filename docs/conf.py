@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import loge_kernels
@@ -19,7 +20,11 @@ html_theme = "furo"
 html_title = f"loge_kernels {release}"
 html_show_copyright = html_show_sphinx = False
 pygments_style = "friendly"
+smartquotes = False
+if not Path(__file__).parents[1].joinpath("bench/results").exists():
+    suppress_warnings = ["image.not_readable"]  # a source distribution has no measurements, nor pictures of them
 
+napoleon_use_rtype = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures carry them, and Args say shapes and dtypes
 
@@ -27,9 +32,8 @@ autodoc_typehints = "none"  # signatures carry them, and Args say shapes and dty
 def _markdown_code(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Docstrings write code as Markdown does; reStructuredText wants it between double backticks, and a break that is
     not printed before a letter."""
-    lines[:] = [
-        re.sub(r"`([^`]+)`(?=(\w?))", lambda m: f"``{m[1]}``" + ("\\ " if m[2] else ""), line) for line in lines
-    ]
+    code = re.compile(r"`([^`]+)`(?=(\w?))")
+    lines[:] = [code.sub(lambda m: f"``{m[1]}``" + ("\\ " if m[2] else ""), line) for line in lines]
 
 
 def _plain_headings(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

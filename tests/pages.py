@@ -129,7 +129,6 @@ def namespace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "data": rows,
         "Trainer": Interrupted,
         "args": TrainingArguments("out", max_steps=4, save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True),
-        "texts": [{"text": "def f(x):\n    return x"}] * 8,
         "linear": linear,
         "x": torch.randn(4, 512, requires_grad=True),
         "weight": linear.weight.detach(),

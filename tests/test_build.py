@@ -181,8 +181,8 @@ def test_a_source_distribution_is_complete_and_belongs_to_no_toolkit(
     with tarfile.open(tmp_path / f"{top}.tar.gz") as archive:
         names = set(archive.getnames())
     wanted = [ROOT / name for name in ("CMakeLists.txt", "LICENSE", "Makefile", "constraints.txt", "pyproject.toml")]
-    for folder in ("csrc", "tests", "loge_kernels", "triton_kernels", "bench"):
-        suffixes = ("*.cu", "*.cuh", "*.cpp", "*.h", "*.py", "*.json", "py.typed")
+    for folder in ("csrc", "tests", "docs", "loge_kernels", "triton_kernels", "bench"):
+        suffixes = ("*.cu", "*.cuh", "*.cpp", "*.h", "*.py", "*.json", "*.md", "py.typed")
         wanted += [path for suffix in suffixes for path in (ROOT / folder).rglob(suffix)]
     missing = {f"{top}/{path.relative_to(ROOT)}" for path in wanted if "results" not in path.parts} - names
     assert not missing

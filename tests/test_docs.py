@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
@@ -37,13 +38,11 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     names = pages.namespace(tmp_path, monkeypatch)
     if "torchrun" in page.read_text():
         pages.as_torchrun(monkeypatch)
-    skipped = []
     for block in blocks(page, "python"):
         if block.missing is not None:
-            skipped.append(f"line {block.line} needs {block.missing}")
+            warnings.warn(f"{page.name}, line {block.line}: not run, needs {block.missing}", stacklevel=1)
             continue
         pages.run(block, names)
-    print(*skipped)
 
 
 @every_page
@@ -112,8 +111,8 @@ def test_every_public_name_is_in_the_reference() -> None:
 @every_page
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        if "://" in target:
-            continue
+        if "://" in target or (target.startswith("bench/results/") and not (ROOT / "bench" / "results").exists()):
+            continue  # a source distribution has no measurements
         path, _, anchor = target.partition("#")
         linked = page if not path else page.parent / path
         assert linked.exists(), target
