@@ -89,7 +89,7 @@ def build(method: str, options: Any, vocabulary: int, seed: int) -> nn.Module:
     # transformers' 0.02 is far below what a block adds, and short runs would be spent on growing the embeddings.
     nn.init.normal_(model.get_input_embeddings().weight)
     if method == "full":
-        return model  # type: ignore[no-any-return]
+        return model
     from peft import LoraConfig, get_peft_model
 
     import loge_kernels as loge
