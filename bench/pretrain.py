@@ -55,10 +55,10 @@ class PretrainOptions:
     rank: int = 4
     interval: float = 20
     ratio: float = 0.5
-    steps: int = 400
+    steps: int = 1500
     batch: int = 2
     seq: int = 128
-    warmup: int = 20
+    warmup: int = 30
     checkpoints: int = 5
     heldout: int = 32
     device: str = "auto"
