@@ -27,8 +27,8 @@ from . import output
 from .environment import describe
 from .pretrain_training import METHODS, Text, read_text, train
 
-# The best of a sweep over powers of about 2 with the default options (bench/results/*/pretrain.json).
-RATES: dict[str, Sequence[float]] = {"full": (2e-3,), "lora": (1e-2,), "switchlora": (1e-2,)}
+# The best of a few that were tried with 400 steps.
+RATES: dict[str, Sequence[float]] = {"full": (2e-3,), "lora": (5e-3,), "switchlora": (1e-2,)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +55,10 @@ class PretrainOptions:
     rank: int = 4
     interval: float = 20
     ratio: float = 0.5
-    steps: int = 400
+    steps: int = 1500
     batch: int = 2
     seq: int = 128
-    warmup: int = 20
+    warmup: int = 30
     checkpoints: int = 5
     heldout: int = 32
     device: str = "auto"
