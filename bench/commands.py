@@ -322,7 +322,12 @@ def bench_pretrain(
         list[str] | None,
         typer.Option(help="METHOD=RATE or METHOD=RATE,RATE of full, lora and switchlora, repeated; default: all."),
     ] = None,
-    rest_lr: Annotated[float, typer.Option(help="Learning rate of embeddings, norms and head, in all.")] = 5e-3,
+    rest_lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate of embeddings, norms and head in all; default: each method's own, as for the rest."
+        ),
+    ] = None,
     seed: Annotated[list[str] | None, typer.Option(help="Of the model and the batches: a list; default 0.")] = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="Files to train on; default: Python's standard library.")

@@ -36,15 +36,16 @@ class PretrainOptions:
     """What is trained, on what, for how long.
 
     rates: learning rates of the blocks' matrices or adapters to try, by method; a method that is not named is not run;
-    none: the defaults.   rest_lr: the learning rate of embeddings, norms and head, in every method.   seeds: each run
-    is made with each.   text: files; none: the standard library's.   vocab: size of the BPE trained on it.
+    none: the defaults.   rest_lr: the learning rate of embeddings, norms and head, in every method; None: that of the
+    run, as in the paper.   seeds: each run is made with each.   text: files; none: the standard library's.   vocab:
+    size of the BPE trained on it.
     hidden, intermediate, layers, heads: the model's.   rank: of both adapters.   interval, ratio: SwitchLoRA's, whose
     paper has 40 and 0.1 for 40,000 steps.   warmup: steps in which the learning rate rises; a cosine to a tenth
     follows.   checkpoints: how often the held-out loss of `heldout` sequences is taken.
     """
 
     rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    rest_lr: float = 5e-3
+    rest_lr: float | None = None
     seeds: Sequence[int] = (0,)
     text: Sequence[Path] = ()
     vocab: int = 512

@@ -137,12 +137,12 @@ def train(
     }
 
 
-def _optimizer(method: str, model: nn.Module, lr: float, rest_lr: float) -> Any:
-    """AdamW with `lr` for the blocks' matrices, or the adapters in their place, and `rest_lr` for the rest."""
+def _optimizer(method: str, model: nn.Module, lr: float, rest_lr: float | None) -> Any:
+    """AdamW: `lr` for the blocks' matrices or the adapters in their place, `rest_lr` (None: `lr`) for the rest."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     inner = [p for name, p in trained.items() if "_proj" in name]
     rest = [p for name, p in trained.items() if "_proj" not in name]
-    groups: list[dict[str, Any]] = [{"params": inner, "lr": lr}, {"params": rest, "lr": rest_lr}]
+    groups: list[dict[str, Any]] = [{"params": inner, "lr": lr}, {"params": rest, "lr": rest_lr or lr}]
     if method != "switchlora":
         return torch.optim.AdamW(groups, weight_decay=0.0)
     import loge_kernels as loge
