@@ -322,7 +322,12 @@ def bench_pretrain(
         list[str] | None,
         typer.Option(help="METHOD=RATE or METHOD=RATE,RATE of full, lora and switchlora, repeated; default: all."),
     ] = None,
-    rest_lr: Annotated[float, typer.Option(help="Learning rate of embeddings, norms and head, in all.")] = 5e-3,
+    rest_lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate of embeddings, norms and head in all; default: each method's own, as for the rest."
+        ),
+    ] = None,
     seed: Annotated[list[str] | None, typer.Option(help="Of the model and the batches: a list; default 0.")] = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="Files to train on; default: Python's standard library.")
@@ -335,10 +340,10 @@ def bench_pretrain(
     rank: Annotated[int, typer.Option(help="Of the adapters, on every linear of the blocks.")] = 4,
     interval: Annotated[float, typer.Option(help="Steps between two switches of a vector, at the start.")] = 20,
     ratio: Annotated[float, typer.Option(help="Share of the steps after which 0.3 of the switching is left.")] = 0.5,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 400,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 1500,
     batch: Annotated[int, typer.Option(help="Sequences a step.")] = 2,
     seq: Annotated[int, typer.Option(help="Tokens a sequence.")] = 128,
-    warmup: Annotated[int, typer.Option(help="Steps in which the learning rate rises.")] = 20,
+    warmup: Annotated[int, typer.Option(help="Steps in which the learning rate rises.")] = 30,
     checkpoints: Annotated[int, typer.Option(help="How often the held-out loss is taken in a run.")] = 5,
     heldout: Annotated[int, typer.Option(help="Held-out sequences.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",

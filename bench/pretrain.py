@@ -27,8 +27,8 @@ from . import output
 from .environment import describe
 from .pretrain_training import METHODS, Text, read_text, train
 
-# The best of a sweep over powers of about 2 with the default options (bench/results/*/pretrain.json).
-RATES: dict[str, Sequence[float]] = {"full": (2e-3,), "lora": (1e-2,), "switchlora": (1e-2,)}
+# The best of a few that were tried with 400 steps.
+RATES: dict[str, Sequence[float]] = {"full": (2e-3,), "lora": (5e-3,), "switchlora": (1e-2,)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,15 +36,16 @@ class PretrainOptions:
     """What is trained, on what, for how long.
 
     rates: learning rates of the blocks' matrices or adapters to try, by method; a method that is not named is not run;
-    none: the defaults.   rest_lr: the learning rate of embeddings, norms and head, in every method.   seeds: each run
-    is made with each.   text: files; none: the standard library's.   vocab: size of the BPE trained on it.
+    none: the defaults.   rest_lr: the learning rate of embeddings, norms and head, in every method; None: that of the
+    run, as in the paper.   seeds: each run is made with each.   text: files; none: the standard library's.   vocab:
+    size of the BPE trained on it.
     hidden, intermediate, layers, heads: the model's.   rank: of both adapters.   interval, ratio: SwitchLoRA's, whose
     paper has 40 and 0.1 for 40,000 steps.   warmup: steps in which the learning rate rises; a cosine to a tenth
     follows.   checkpoints: how often the held-out loss of `heldout` sequences is taken.
     """
 
     rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    rest_lr: float = 5e-3
+    rest_lr: float | None = None
     seeds: Sequence[int] = (0,)
     text: Sequence[Path] = ()
     vocab: int = 512
@@ -55,10 +56,10 @@ class PretrainOptions:
     rank: int = 4
     interval: float = 20
     ratio: float = 0.5
-    steps: int = 400
+    steps: int = 1500
     batch: int = 2
     seq: int = 128
-    warmup: int = 20
+    warmup: int = 30
     checkpoints: int = 5
     heldout: int = 32
     device: str = "auto"

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from loge_kernels.finetune import FinetuneOptions, data
 
+from .pretraining import learn_tokenizer, rate
+
 METHODS = ("full", "lora", "switchlora")
 # The tokenizer learns from so many sequences' worth of characters.
 _CHARACTERS = 2_000_000
@@ -31,25 +33,10 @@ class Text:
 def read_text(options: Any) -> Text:
     """The standard library's text, or that of `options.text`, under a byte-level BPE of its training part."""
     reading = FinetuneOptions(text=options.text, seq=options.seq, seed=0)
-    tokenizer = _tokenizer(reading, options.vocab)
+    tokenizer = learn_tokenizer(_training_text(reading), options.vocab)
     source, train, heldout = data.read(reading, tokenizer, options.steps * options.batch, options.heldout)
     data.check_enough(reading, len(train), options.batch, len(heldout), 1)
     return Text(source, len(tokenizer), train, heldout)
-
-
-def _tokenizer(reading: FinetuneOptions, size: int) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(_training_text(reading), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
 class _Characters:
@@ -150,24 +137,17 @@ def train(
     }
 
 
-def _optimizer(method: str, model: nn.Module, lr: float, rest_lr: float) -> Any:
-    """AdamW with `lr` for the blocks' matrices, or the adapters in their place, and `rest_lr` for the rest."""
+def _optimizer(method: str, model: nn.Module, lr: float, rest_lr: float | None) -> Any:
+    """AdamW: `lr` for the blocks' matrices or the adapters in their place, `rest_lr` (None: `lr`) for the rest."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     inner = [p for name, p in trained.items() if "_proj" in name]
     rest = [p for name, p in trained.items() if "_proj" not in name]
-    groups: list[dict[str, Any]] = [{"params": inner, "lr": lr}, {"params": rest, "lr": rest_lr}]
+    groups: list[dict[str, Any]] = [{"params": inner, "lr": lr}, {"params": rest, "lr": rest_lr or lr}]
     if method != "switchlora":
         return torch.optim.AdamW(groups, weight_decay=0.0)
     import loge_kernels as loge
 
     return loge.SwitchAdamW(groups, weight_decay=0.0, model=model)
-
-
-def rate(step: int, steps: int, warmup: int) -> float:
-    """The share of the learning rate: a linear rise, then a cosine to a tenth."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.1 + 0.45 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _checkpoints(options: Any) -> set[int]:

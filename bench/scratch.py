@@ -9,7 +9,6 @@ policy serves a model that has seen the world.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,9 @@ from loge_kernels.finetune.options import choose_device
 from loge_kernels.finetune.progress import progress
 from loge_kernels.finetune.training import heldout_loss, token_losses
 
+from .pretraining import learn_tokenizer, rate
+
 _TOKENIZER_FILES = 200  # of the standard library's, to learn the merges from
-_END = "<|endoftext|>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ def run(options: ScratchOptions, console: Console | None = None) -> dict[str, An
         text=options.text, steps=options.steps, batch=options.batch, seq=options.seq, lr=options.lr, seed=options.seed
     )
     reading.check()
-    tokenizer = _tokenizer(options)
+    tokenizer = learn_tokenizer(_texts(options), options.vocab)
     wanted = options.steps * options.batch
     source, train, heldout = data.read(reading, tokenizer, wanted, 16)
     data.check_enough(reading, len(train), options.batch, len(heldout), 1)
@@ -91,7 +91,7 @@ def run(options: ScratchOptions, console: Console | None = None) -> dict[str, An
     with progress(console, "training from scratch", options.steps, options.batch * options.seq) as advance:
         for step in range(options.steps):
             for group in optimizer.param_groups:
-                group["lr"] = options.lr * _rate(step, options.steps)
+                group["lr"] = options.lr * rate(step, options.steps, max(1, options.steps // 10))
             with half:
                 loss = token_losses(model, corpus.batch(step, options.batch).to(device)).mean()
             loss.backward()
@@ -106,23 +106,6 @@ def run(options: ScratchOptions, console: Console | None = None) -> dict[str, An
     parameters = sum(p.numel() for p in model.parameters())
     console.print(f"{options.out}: {parameters / 1e6:.0f} M parameters, held-out loss {after:.3f}", highlight=False)
     return {"parameters": parameters, "heldout": after}
-
-
-def _tokenizer(options: ScratchOptions) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=options.vocab,
-        special_tokens=[_END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_texts(options), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END)
 
 
 def _texts(options: ScratchOptions) -> Iterator[str]:
@@ -149,11 +132,3 @@ def _model(options: ScratchOptions, tokenizer: Any) -> Any:
         use_cache=False,
     )
     return LlamaForCausalLM(config)
-
-
-def _rate(step: int, steps: int) -> float:
-    """A tenth of the steps to warm up, then a cosine to a tenth."""
-    warmup = max(1, steps // 10)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.1 + 0.45 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -49,6 +49,7 @@ class SwitchLoraConfig(LoraConfig):
     Source: Zhou, Wang and Xu, arXiv 2406.06564.
     """
 
+    target_modules: Any = field(default=None, metadata={"help": "As in PEFT; None is all-linear."})
     alpha: float = field(default=1, metadata={"help": "The adapter is scaled by alpha / r."})
     lora_alpha: Any = field(default=None, metadata={"help": "PEFT's name of alpha."})
     interval: float = field(default=40, metadata={"help": "Steps between two switches of a vector, at the start."})

@@ -106,7 +106,7 @@ class SwitchAdamW(Optimizer):
             if matrix in self.state:  # torch leaves counts of steps where they were saved
                 self.state[matrix]["step"] = self.state[matrix]["step"].to(matrix.device)
 
-    def _state_of(self, p: Tensor) -> dict[str, Any]:
+    def _state_of(self, p: nn.Parameter) -> dict[str, Any]:
         state = self.state[p]
         if not state:
             dimension = self._vectors.get(p)

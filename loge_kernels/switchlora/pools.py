@@ -73,8 +73,7 @@ class Pool:
 
     def state_dict(self) -> dict[str, Any]:
         """Candidates only where some were written back: the others follow from the seed."""
-        if self._written and self.candidates.is_pinned():
-            torch.cuda.synchronize()  # vectors may still be on their way
+        self._settle()
         return {
             "candidates": self.candidates if self._written else None,
             "size": len(self.candidates),
@@ -91,6 +90,7 @@ class Pool:
         return None if given == mine else f"{given[0]} vectors of {given[1]} in the state, {mine[0]} of {mine[1]} here"
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._settle()
         if state["candidates"] is not None:
             self.candidates.copy_(state["candidates"])
         elif self._written:
@@ -99,6 +99,11 @@ class Pool:
         self.held = list(state["held"])
         self.slot, self.candidate = state["slot"], state["candidate"]
         self.frozen_until = list(state["frozen_until"])
+
+    def _settle(self) -> None:
+        """Wait for vectors that are on their way from a GPU."""
+        if self._written and self.candidates.is_pinned():
+            torch.cuda.synchronize()
 
     def _draw(self) -> None:
         fill_(self.candidates, *self._start)
