@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NEEDS = re.compile(r"# needs: (\S+)\n")
-_ANEW = "# another model\n"
 _WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
@@ -48,23 +47,31 @@ def blocks(page: Path, *languages: str) -> list[Block]:
 def run(block: Block, names: dict[str, Any]) -> None:
     """Run a block in a namespace, one statement after the other, so that a traceback has the page's line.
 
-    Lines that apply something to the same model are alternatives to each other: what was applied before is removed.
+    Lines that do something to the same model are alternatives to each other: what was applied before is removed, and a
+    model that was adapted before is a fresh one.
     """
-    if block.text.startswith(_ANEW):
-        names.update(model=names["fresh_model"]())
     tree = ast.parse(block.text)
     ast.increment_lineno(tree, block.line - 1)
     for statement in tree.body:
-        for model in _applied_to(statement):
-            names["loge"].remove(eval(compile(ast.Expression(model), str(block.page), "eval"), names))
+        for model in _argument_of(statement, "loge.apply", "loge.calibrate"):
+            names["loge"].remove(names[model])
+        for model in _argument_of(statement, "get_peft_model"):
+            if model not in names or _is_adapted(names[model]):
+                names[model] = names["fresh_model"]()
         exec(compile(ast.Module([statement], []), str(block.page), "exec"), names)
 
 
-def _applied_to(statement: ast.stmt) -> Iterator[ast.expr]:
-    """The model of a statement such as `report = loge.apply(model, …)`."""
+def _argument_of(statement: ast.stmt, *functions: str) -> Iterator[str]:
+    """The name of the first argument, where the statement is a call of one of these or assigns one's result."""
     call = getattr(statement, "value", None)
-    if isinstance(call, ast.Call) and ast.unparse(call.func) in ("loge.apply", "loge.calibrate"):
-        yield call.args[0]
+    if isinstance(call, ast.Call) and ast.unparse(call.func) in functions:
+        yield ast.unparse(call.args[0])
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 class Rows(torch.utils.data.Dataset):
