@@ -194,6 +194,8 @@ def nothing_to_convert(model: nn.Module, sites: list[Site], targets: Targets) ->
     if sites:
         if all(site.frozen for site in sites):
             return f"nothing to convert in this {type(model).__name__}: every linear layer is in the frozen prefix"
+        if any(isinstance(site.linear, LoGELinear) and site.linear.converted for site in sites):
+            return "model is converted already; call loge_kernels.remove(model) first"
         shown = "; ".join(f"{site.name} {site.obstacle}" for site in sites[:3])
         rest = f"; and {len(sites) - 3} more" if len(sites) > 3 else ""
         return f"nothing to convert in this {type(model).__name__}: {shown}{rest}"

@@ -109,7 +109,7 @@ class LogeCallback(TrainerCallback, ExportableState):
 
     def _summary(self, schedule: Schedule | None) -> str:
         if self.report is not None:
-            energies = [layer.energy for layer in self.report.layers if layer.energy is not None]
+            energies = [layer.energy for layer in self.report.layers if layer.rank and layer.energy is not None]
             energy = f"; mean energy captured {sum(energies) / len(energies):.3f}" if energies else ""
             return f"LoGE: {self.report.summary()}{energy}"
         if schedule is None:

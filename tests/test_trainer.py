@@ -195,6 +195,14 @@ def test_a_skipped_step_of_accelerate_is_not_counted(tmp_path: Path) -> None:
         assert (schedule.step, optimizer.step_was_skipped) == (count, overflow)
 
 
+def test_dropped_layers_have_no_energy_to_report() -> None:
+    model = lora()
+    report = loge.apply(model, subspace="dropped", exact_every=2)
+    printed = loge.LogeCallback(report)._summary(loge.schedule_of(model))
+    assert "one step in 2 exact" in printed
+    assert "energy" not in printed
+
+
 def test_report_and_adapters(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained = trainer(tmp_path / "second", max_steps=1)
     trained.train()
