@@ -48,10 +48,13 @@ def _before(model: nn.Module, stack: str) -> list[nn.Module]:
     found = []
     parent = model
     for step in stack.split("."):
+        above = False  # ESM and LFM2 have a norm after their layers whose name begins with "emb"
         for name, child in parent.named_children():
+            above = above or name == step
             if name == step or child is head or next(child.parameters(), None) is None:
                 continue
-            if name.startswith(_BEFORE_LAYERS) or any(module is embedding for module in child.modules()):
+            named = name.startswith(_BEFORE_LAYERS) and not above
+            if named or any(module is embedding for module in child.modules()):
                 found.append(child)
         parent = parent.get_submodule(step)
     return found
