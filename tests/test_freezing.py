@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import LINEARS, assert_close, gradients, llama, logits, lora, tokens
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     EsmConfig,
@@ -285,7 +285,13 @@ def test_a_refused_apply_thaws_again() -> None:
     assert trained(model) == before
 
 
-_SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+_SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -311,6 +317,19 @@ def test_a_norm_after_the_layers_that_is_named_like_an_embedding(make: Any, norm
             module.register_forward_hook(lambda *_: seen.append(norm))
     loge.plan_freezing(model, [{"input_ids": ids, "labels": ids}])
     assert len(seen) == 1 + 4  # in the forward, and for each latent space
+
+
+def test_an_embedding_that_is_there_twice() -> None:
+    model = get_peft_model(llama(), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    assert model.word_embeddings is model.get_base_model().model.embed_tokens
+    expected = gradients(model)["prompt_encoder.default.embedding.weight"]
+    loge.freeze(model, 1)
+    found = gradients(model)["prompt_encoder.default.embedding.weight"]
+    below, above = found.chunk(2, dim=1)  # keys and values of the two layers
+    assert not below.any()
+    assert_close({"above": above}, {"above": expected.chunk(2, dim=1)[1]}, 1e-5)
+    loge.remove(model)
+    assert type(model.word_embeddings) is nn.Embedding
 
 
 def test_models_that_cannot_be_cut() -> None:
