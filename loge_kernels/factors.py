@@ -237,10 +237,7 @@ class Factors(nn.Module):
         none, as many rows are chosen for it by the same importance."""
         if self.rows is not None and fresh.rows is None:
             fresh = fresh.with_residual(weight, self.rows.shape[0], self.importance)
-        self.left.data, self.right.data = fresh.left.data, fresh.right.data
-        for copy in (self.left_copy, self.right_copy):
-            if copy is not None:  # it cannot see a change through `.data`
-                copy.invalidate()
+        self._set(fresh.left.data, fresh.right.data)
         if self.rows is None or self.residual is None or fresh.rows is None or fresh.residual is None:
             self.rows, self.residual = fresh.rows, fresh.residual
         else:
@@ -248,6 +245,12 @@ class Factors(nn.Module):
         self.importance = fresh.importance
         self._energy = fresh._energy
         self.bind(weight)
+
+    def _set(self, left: Tensor, right: Tensor) -> None:
+        self.left.data, self.right.data = left, right
+        for copy in (self.left_copy, self.right_copy):
+            if copy is not None:  # it cannot see a change through `.data`
+                copy.invalidate()
 
     @torch.no_grad()
     @without_autocast
@@ -276,7 +279,7 @@ class Factors(nn.Module):
                     right = left.t() @ W
             else:
                 right = right.addmm(left.t() @ columns, rows)
-        self.left.data, self.right.data = left.to(weight.dtype).contiguous(), right.to(weight.dtype).contiguous()
+        self._set(left.to(weight.dtype).contiguous(), right.to(weight.dtype).contiguous())
         if self.rows is not None and self.residual is not None:
             self.residual.data = torch.addmm(W[self.rows], left[self.rows], right, alpha=-1.0).to(weight.dtype)
         self.bind(weight)

@@ -11,9 +11,18 @@ from typing import Any
 import pytest
 import torch
 from models import LINEARS, assert_close, gradients, llama, logits, lora, tokens
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    EsmConfig,
+    EsmForMaskedLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import loge_kernels as loge
 
@@ -274,6 +283,53 @@ def test_a_refused_apply_thaws_again() -> None:
     with pytest.raises(ValueError, match="every linear layer is in the frozen prefix"):
         loge.apply(model, 0.25, targets=r".*layers\.0\..*", freeze_below=2)
     assert trained(model) == before
+
+
+_SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "norm"),
+    [
+        (lambda: EsmForMaskedLM(EsmConfig(**_SIZES, pad_token_id=1, mask_token_id=2)), "emb_layer_norm_after"),
+        (
+            lambda: Lfm2ForCausalLM(Lfm2Config(**_SIZES, num_key_value_heads=2, layer_types=["full_attention"] * 3)),
+            "embedding_norm",
+        ),
+    ],
+)
+def test_a_norm_after_the_layers_that_is_named_like_an_embedding(make: Any, norm: str) -> None:
+    names = ["query", "value", "q_proj", "v_proj"]
+    model = get_peft_model(make(), LoraConfig(target_modules=names)).train()
+    loge.freeze(model, 2)
+    ids = torch.randint(5, 40, (2, 6))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert trained(model) == {name for name, p in model.named_parameters() if p.grad is not None}
+    seen: list[str] = []
+    for name, module in model.named_modules():
+        if name.endswith(norm):
+            module.register_forward_hook(lambda *_: seen.append(norm))
+    loge.plan_freezing(model, [{"input_ids": ids, "labels": ids}])
+    assert len(seen) == 1 + 4  # in the forward, and for each latent space
+
+
+def test_an_embedding_that_is_there_twice() -> None:
+    model = get_peft_model(llama(), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    assert model.word_embeddings is model.get_base_model().model.embed_tokens
+    expected = gradients(model)["prompt_encoder.default.embedding.weight"]
+    loge.freeze(model, 1)
+    found = gradients(model)["prompt_encoder.default.embedding.weight"]
+    below, above = found.chunk(2, dim=1)  # keys and values of the two layers
+    assert not below.any()
+    assert_close({"above": above}, {"above": expected.chunk(2, dim=1)[1]}, 1e-5)
+    loge.remove(model)
+    assert type(model.word_embeddings) is nn.Embedding
 
 
 def test_models_that_cannot_be_cut() -> None:

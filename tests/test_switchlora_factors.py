@@ -154,3 +154,14 @@ def test_exact_steps_and_their_correction_go_together_with_switches() -> None:
     assert schedule is not None
     assert schedule.step == STEPS
     assert all(torch.isfinite(tensor).all() for tensor in state_of(model).values())
+
+
+def test_8_bit_copies_follow() -> None:
+    model = applied("svd", low_rank_dtype="int8")
+    optimizer = optimizer_of(model)
+    train(model, optimizer, stop=4)
+    for place in optimizer.switcher.places:
+        factors = place.layer.base_layer.factors
+        for factor, copy in ((factors.left, factors.left_copy), (factors.right, factors.right_copy)):
+            tensor, scale = copy.current(factor)
+            assert ((tensor * scale) - factor).abs().max() <= 0.51 * scale.max()

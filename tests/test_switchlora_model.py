@@ -114,6 +114,18 @@ def test_tied_embeddings_are_saved_and_stay_tied(tmp_path):
     assert loaded.get_input_embeddings().weight.requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_tied_head_is_refused():
+    base = llama(tied=True)
+    before = logits(base)
+    with pytest.raises(
+        ValueError, match=r"'lm_head' has a tied weight \(model.embed_tokens.weight and lm_head.weight\)"
+    ):
+        get_peft_model(base, config(target_modules=["lm_head"]))
+    assert torch.equal(logits(base), before)
+    get_peft_model(llama(), config(target_modules=["lm_head"]))
+
+
 def test_a_merged_model_gives_the_same_logits():
     model = switching()
     train(model, optimizer_of(model))

@@ -7,6 +7,7 @@ import torch
 from models import logits
 from switching import batch, optimizer_of, switching, train
 
+import loge_kernels as loge
 from loge_kernels.switchlora import schedule
 from loge_kernels.switchlora.edit import add_product_
 from loge_kernels.switchlora.pools import Pool
@@ -127,6 +128,19 @@ def test_every_candidate_has_its_turn():
     assert candidates == (4, 5, 6, 7, 8)
 
 
+def test_no_candidate_is_taken_twice():
+    pool = Pool(torch.zeros(6, 2), 8, 0, torch.device("cpu"), (1.0, 0, "test"))
+    other = Pool(torch.zeros(6, 2), 8, 3, torch.device("cpu"), (1.0, 0, "other"))
+    vectors = torch.arange(12.0).reshape(6, 2)
+    everything = torch.cat([vectors, pool.candidates[6:]])
+    for step in range(5):
+        pool.exchange(vectors, pool.choose(5, step, other))
+        assert len(set(pool.held)) == 6
+    waiting = [candidate for candidate in range(8) if candidate not in pool.held]
+    found = torch.cat([vectors, pool.candidates[waiting]])
+    assert {tuple(row) for row in found.tolist()} == {tuple(row) for row in everything.tolist()}
+
+
 def test_a_frozen_slot_is_passed_over():
     A = Pool(torch.zeros(4, 2), 9, 0, torch.device("cpu"), (1.0, 0, "A"))
     B = Pool(torch.zeros(4, 2), 9, 2, torch.device("cpu"), (1.0, 0, "B"))
@@ -195,6 +209,22 @@ def test_a_model_without_total_steps_says_so():
 def test_a_model_that_is_no_switchlora_model():
     with pytest.raises(ValueError, match="no SwitchLoRA layers"):
         Switcher(torch.nn.Linear(3, 3))
+
+
+def test_layers_that_are_frozen_are_not_switched():
+    model = switching(interval=10)
+    loge.freeze(model, 1)
+    below = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".layers.0." in name}
+    assert len(below) > 21
+    optimizer = optimizer_of(model)
+    train(model, optimizer)
+    assert {place.name.split(".layers.")[1][0] for place in optimizer.switcher.places} == {"1"}
+    assert optimizer.switcher.switched > 20
+    for name, tensor in below.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="none of the 14 SwitchLoRA layers trains"):
+        Switcher(model)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")

@@ -43,15 +43,19 @@ def find_stack(model: nn.Module) -> Stack:
 
 
 def _before(model: nn.Module, stack: str) -> list[nn.Module]:
-    """The siblings of `stack`, and of what it lies in, that run before it."""
+    """The siblings of `stack`, and of what it lies in, that run before it, each once."""
     embedding, head = _called(model, "get_input_embeddings"), _called(model, "get_output_embeddings")
-    found = []
+    found: list[nn.Module] = []
     parent = model
     for step in stack.split("."):
+        above = False  # ESM and LFM2 have a norm after their layers whose name begins with "emb"
         for name, child in parent.named_children():
+            above = above or name == step
             if name == step or child is head or next(child.parameters(), None) is None:
                 continue
-            if name.startswith(_BEFORE_LAYERS) or any(module is embedding for module in child.modules()):
+            named = name.startswith(_BEFORE_LAYERS) and not above
+            before = named or any(module is embedding for module in child.modules())
+            if before and all(module is not child for module in found):  # prompt learning has the embedding twice
                 found.append(child)
         parent = parent.get_submodule(step)
     return found

@@ -13,7 +13,15 @@ from ..batches import Batch, numbered, on_device
 from .prefix import Stack
 
 # A norm between the last layer and the head, in the models of transformers.
-_FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "layernorm")
+_FINAL_NORMS = (
+    "norm",
+    "final_layer_norm",
+    "final_layernorm",
+    "ln_f",
+    "layernorm",
+    "emb_layer_norm_after",
+    "embedding_norm",
+)
 _CLASSIFIERS = ("score", "classifier")
 _IGNORED = -100  # transformers' label for a token without one
 

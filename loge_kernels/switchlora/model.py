@@ -28,6 +28,25 @@ class SwitchLoraModel(LoraModel):
                 f"a SwitchLoRA model has one adapter, whose switches the weights hold; got {sorted(self.peft_config)}"
             )
 
+    def _create_and_replace(
+        self,
+        lora_config: Any,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: Any,
+        current_key: str,
+        **options: Any,
+    ) -> None:
+        weight = getattr(target, "weight", None)
+        sharing = [name for name, p in self.model.named_parameters(remove_duplicate=False) if p is weight]
+        if len(sharing) > 1:
+            raise ValueError(
+                f"target {current_key!r} has a tied weight ({' and '.join(sharing)}), and a switch would edit both; leave "
+                "it out of target_modules"
+            )
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **options)
+
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target

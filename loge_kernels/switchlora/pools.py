@@ -33,8 +33,9 @@ class Pool:
 
     def choose(self, count: int, step: int, other: Pool) -> list[tuple[int, int]]:
         """The next `count` slots, each with its new candidate, now taken: slots frozen here or in `other`, the matrix
-        of the counterparts, are passed over."""
+        of the counterparts, are passed over. Fewer where fewer candidates wait."""
         r, size = len(self.held), len(self.candidates)
+        count = min(count, size - r)  # as many as wait: no candidate is taken twice
         chosen: list[tuple[int, int]] = []
         for _ in range(r):
             if len(chosen) == count:

@@ -28,7 +28,7 @@ class Place:
     @property
     def matrices(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A [r, K] and B [N, r]."""
-        return self.layer.lora_A[self.layer.adapter].weight, self.layer.lora_B[self.layer.adapter].weight
+        return _matrices(self.layer)
 
     @property
     def scaling(self) -> float:
@@ -50,11 +50,12 @@ class Switcher:
     Every choice follows from the config's seed and the count of steps, so that all ranks of a run switch alike.
 
     Args:
-        model: holds layers of a `SwitchLoraConfig`; those of rank min(N, K) have nothing to switch.
+        model: holds layers of a `SwitchLoraConfig`; those of rank min(N, K) have nothing to switch, and those whose
+            adapters do not train (`loge_kernels.freeze`) are left as they are.
         total_steps: optimizer steps of the whole training; None: the config's, or set later as an attribute.
 
     Raises:
-        ValueError: a model without such layers, a weight that is sharded, a pool device that is not there.
+        ValueError: a model without such layers that train, a weight that is sharded, a pool device that is not there.
     """
 
     def __init__(self, model: nn.Module, total_steps: int | None = None) -> None:
@@ -64,13 +65,19 @@ class Switcher:
                 f"this {type(model).__name__} has no SwitchLoRA layers: get_peft_model(model, SwitchLoraConfig(...)) "
                 "makes them"
             )
+        trained = [(name, layer) for name, layer in layers if all(m.requires_grad for m in _matrices(layer))]
+        if not trained:
+            raise ValueError(
+                f"none of the {len(layers)} SwitchLoRA layers trains: load the adapter with is_trainable=True, and "
+                "freeze fewer layers"
+            )
         self.config = layers[0][1].config
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps={total_steps}; give an integer of at least 1")
         self.total_steps = self.config.total_steps if total_steps is None else total_steps
         self.step = 0
         self.switched = 0  # vectors, so far
-        self.places = [_place(name, layer) for name, layer in layers if layer.r[layer.adapter] < _pool_size(layer)]
+        self.places = [_place(name, layer) for name, layer in trained if layer.r[layer.adapter] < _pool_size(layer)]
         self._generator = torch.Generator().manual_seed(self.config.seed)
 
     @torch.no_grad()
@@ -148,6 +155,10 @@ class Switcher:
                 "SwitchAdamW(total_steps=...), or a Trainer a SwitchLoraCallback"
             )
         return int(self.total_steps)
+
+
+def _matrices(layer: SwitchLoraLinear) -> tuple[nn.Parameter, nn.Parameter]:
+    return layer.lora_A[layer.adapter].weight, layer.lora_B[layer.adapter].weight
 
 
 def _pool_size(layer: SwitchLoraLinear) -> int:
