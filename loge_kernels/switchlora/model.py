@@ -42,8 +42,8 @@ class SwitchLoraModel(LoraModel):
         sharing = [name for name, p in self.model.named_parameters(remove_duplicate=False) if p is weight]
         if len(sharing) > 1:
             raise ValueError(
-                f"target {current_key!r} has a tied weight ({' and '.join(sharing)}), and a switch would edit both; leave "
-                "it out of target_modules"
+                f"target {current_key!r} has a tied weight ({' and '.join(sharing)}), and a switch would edit both; "
+                "leave it out of target_modules"
             )
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **options)
 
