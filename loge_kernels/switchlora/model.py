@@ -19,6 +19,9 @@ class SwitchLoraModel(LoraModel):
 
     The frozen weights change with every switch, so `save_pretrained` writes them too: with `train_rest` the file is the
     whole model, and `from_pretrained` gives the same function over any base of the same shape.
+
+    Without its adapter (`disable_adapter`, `unload`) the model is neither the trained one nor the start, but the edited
+    weights alone; `merge_and_unload` gives the trained one.
     """
 
     def _check_new_adapter_config(self, config: Any) -> None:
