@@ -73,8 +73,14 @@ def test_frozen_layers(base, freeze, monkeypatch):
 
 
 def test_a_table_of_many(base):
-    _, printed = go(base, method=("loge", "loretta-rep"), freeze=1)
-    for words in ("LoGE + freezing", "LoRETTA rep + freezing", "of LoRA's gain", "the first 1 layers"):
+    _, printed = go(base, method=("loge", "loretta-rep", "switchlora"), freeze=1)
+    for words in (
+        "LoGE + freezing",
+        "LoRETTA rep + freezing",
+        "SwitchLoRA + freezing",
+        "of LoRA's gain",
+        "the first 1 layers",
+    ):
         assert words in printed
 
 

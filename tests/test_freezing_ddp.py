@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,21 @@ def batches(rank: int) -> list[dict[str, Tensor]]:
 
 def plan(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
+    with pytest.raises(ValueError, match=r"batch 0|another rank") as failure:
+        loge.plan_freezing(llama(), batches(0) if rank == 0 else [{"input_ids": tokens()}])
     found = loge.plan_freezing(llama(), batches(rank))
-    torch.save(found.to_dict(), f"{folder}/{rank}")
+    torch.save((found.to_dict(), str(failure.value)), f"{folder}/{rank}")
     torch.distributed.destroy_process_group()
 
 
 def test_every_rank_gets_the_plan_of_all_batches(tmp_path: Path) -> None:
     mp.spawn(plan, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
+    (first, elsewhere), (second, here) = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
+    assert "batch 0 has no 'labels'" in here
+    assert "planning failed on another rank" in elsewhere
     assert first == second
     whole = loge.plan_freezing(llama(), batches(0) + batches(1))
     assert first["trace"] == pytest.approx(whole.trace)

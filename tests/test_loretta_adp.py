@@ -309,11 +309,13 @@ def test_low_rank_gradients_are_those_of_a_surrogate():
     assert_differ(gradients(model), exact)
 
 
-def test_a_classifier_is_left_alone():
-    report = loge.apply(adapted("deberta", loge.LorettaAdpConfig(bottleneck=16, task_type="SEQ_CLS")), rank=0.25)
+@pytest.mark.parametrize(("targets", "reason"), [(None, "between the layers and the head"), (r".*", "AdpHead")])
+def test_a_classifier_is_left_alone(targets, reason):
+    model = adapted("deberta", loge.LorettaAdpConfig(bottleneck=16, task_type="SEQ_CLS"))
+    report = loge.apply(model, rank=0.25, targets=targets)
     (row,) = (row for row in report.layers if row.name.endswith("pooler.dense"))
     assert row.path == "skipped"
-    assert "AdpHead" in row.reason
+    assert reason in row.reason
 
 
 # What is refused

@@ -146,6 +146,16 @@ def test_a_trainer_with_another_optimizer_is_refused(tmp_path: Path) -> None:
         one.train()
 
 
+def test_another_number_of_steps_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = trainer(tmp_path, max_steps=2, save_strategy="no")
+    one.train()
+    assert "total_steps" not in caplog.text
+    one = trainer(tmp_path, max_steps=2, save_strategy="no")
+    one.optimizer.switcher.total_steps = 50
+    one.train()
+    assert "total_steps=50, and this Trainer takes 2:" in caplog.text
+
+
 def test_a_checkpoint_without_the_optimizer_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer(tmp_path, save_only_model=True, max_steps=3).train()
     assert "cannot go on from this checkpoint" in caplog.text

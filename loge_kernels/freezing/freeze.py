@@ -36,7 +36,9 @@ def freeze(model: nn.Module, below: int | FreezePlan) -> FrozenPrefix:
     before or after it, and `apply(freeze_below=)` does both.
 
     Freeze before the optimizer is made, and before `DistributedDataParallel` is, which waits for the gradient of every
-    parameter that trained when it was made. PEFT's `set_adapter` makes all of an adapter trainable: freeze after it.
+    parameter that trained when it was made. PEFT's `set_adapter`, and leaving its `disable_adapter()`, make all of an
+    adapter trainable: freeze after the first, and make the optimizer before the second. What is frozen gets no gradient
+    even so.
 
     Args:
         model: any module with one stack of layers in an `nn.ModuleList`: the models of transformers, with PEFT or

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..batches import Batch
+from ..collectives import group_of
 from ..sites import unwrapped
 from .gains import GAINS, Gain
 from .plan import FreezePlan
@@ -38,8 +39,8 @@ def plan_freezing(
 
     Args:
         model: a language model, or a classifier (see `head`), plain or PEFT, applied or not. One in a
-            `DistributedDataParallel` is looked through; under torch.distributed every rank passes its own batches, and
-            all get the same plan.
+            `DistributedDataParallel` is looked through, its process group taken; under torch.distributed every rank
+            passes its own batches, and all get the same plan, or an error.
         batches: dicts of tensors with "labels" as transformers' models take them (−100: no label), moved to the
             model's device; any iterable. Labels of a causal model are its shifted input. A few thousand tokens do.
         deviation: "cross_entropy" of the semantic logits at `temperature`, "cosine": 1 − that with the label's basis,
@@ -65,13 +66,13 @@ def plan_freezing(
     measure = _deviation(deviation, temperature)
     if not callable(gain) and gain not in GAINS:
         raise ValueError(f"gain={gain!r} is unknown; choose one of {', '.join(map(repr, GAINS))}, or give a function")
-    model = unwrapped(model)
+    group, model = group_of(model), unwrapped(model)
     stack = find_stack(model)
     if len(stack.layers) < 2:
         raise ValueError(f"this {type(model).__name__} has {len(stack.layers)} layer: none can freeze below another")
     found = output_head(model) if head is None else head
     bases = SemanticBases(_weight(found))
-    values, tokens = trace(model, stack, batches, found, partial(measure, bases), bases.labels)
+    values, tokens = trace(model, stack, batches, found, partial(measure, bases), bases.labels, group)
     gains = [float(value) for value in (gain if callable(gain) else GAINS[gain])(values)]
     if len(gains) != len(stack.layers):
         raise ValueError(f"gain gave {len(gains)} values for {len(stack.layers)} layers")

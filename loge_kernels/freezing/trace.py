@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import Batch, numbered, on_device
+from ..collectives import Group, distributed, failing_alike
 from .prefix import Stack
 
 # A norm between the last layer and the head, in the models of transformers.
@@ -53,13 +54,17 @@ def trace(
     head: nn.Module,
     deviation: Callable[[Tensor, Tensor], Tensor],
     labels: int,
+    group: Group,
 ) -> tuple[list[float], int]:
-    """The mean of `deviation(hidden [T, H], labels [T]) -> [T]` in each latent space, and over how many labels."""
+    """The mean of `deviation(hidden [T, H], labels [T]) -> [T]` in each latent space over the batches of all ranks of
+    `group`, and over how many labels."""
     spaces = _Spaces(len(stack.layers) + 1, _final_maps(model, stack), deviation)
     seen = 0
     steps = {step for name, module in model.named_modules() if module is head for step in name.split(".")}
     last_token = "score" in steps  # transformers' classifiers over decoders have it, and it reads the last token
-    with _evaluating(model), spaces.watching(stack.layers), torch.no_grad():
+    device = next(model.parameters()).device
+    alike = failing_alike("planning", device, group)
+    with alike, _evaluating(model), spaces.watching(stack.layers), torch.no_grad():
         for number, batch in numbered(batches, "planning"):
             moved = on_device(batch, model, number)
             spaces.select = _selection(model, moved, labels, last_token, number)
@@ -68,9 +73,9 @@ def trace(
                 raise ValueError(f"the deviation of batch {number} is not finite; check the model's outputs")
             seen += 1
     counts = spaces.counts
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        together = torch.stack([*spaces.sums, *counts]).to(next(model.parameters()).device)
-        torch.distributed.all_reduce(together)
+    if distributed():
+        together = torch.stack([*spaces.sums, *counts]).to(device)
+        torch.distributed.all_reduce(together, group=group)
         summed = list(together.cpu())
         spaces.sums, counts = summed[: len(counts)], summed[len(counts) :]
     elif seen == 0:

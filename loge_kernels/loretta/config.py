@@ -23,7 +23,8 @@ class LorettaConfig(PeftConfig):
         tensor_shapes: modes for chosen sizes, {"INxOUT": [modes of IN, then modes of OUT]}, for example
             {"768x64": [8, 8, 12, 8, 8]}. Other sizes have the paper's modes, or near-equal ones.
         train_norms: the model's LayerNorm and RMSNorm layers train too, as entries of `modules_to_save`: they are saved
-            with the adapter and are the base model's again where it is disabled.
+            with the adapter and are the base model's again where it is disabled. In a 16-bit model they train in
+            float32.
         classifier_modules: linear layers of a classifier that a tensor train takes the place of. None: with
             `task_type="SEQ_CLS"` the dense layer before the last one, where the family has a new one there (DeBERTa,
             RoBERTa, ELECTRA), otherwise none. Its rank is min(tensor_rank, in, out). The last layer itself trains as

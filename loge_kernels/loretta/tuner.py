@@ -12,6 +12,7 @@ from .config import LorettaConfig
 from .families import CLASSIFIERS, is_norm
 from .head import TensorTrainHead
 from .layer import LorettaLayer
+from .norms import back_to_base, train_in_float32
 
 
 class LorettaModel(BaseTuner):
@@ -22,6 +23,17 @@ class LorettaModel(BaseTuner):
 
     def _new_layer(self, config: LorettaConfig, target: nn.Module, key: str) -> LorettaLayer:
         raise NotImplementedError
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, and the norms of 16 bits train in float32."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if self.peft_config[adapter_name].train_norms:
+            train_in_float32(model, adapter_name)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        back_to_base(self.model)
+        return unloaded
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.classifier_modules is None:

@@ -18,7 +18,7 @@ class SwitchLoraCallback(TrainerCallback):
 
     Checkpoints need nothing of it: the adapter's file holds the weights, the optimizer's the pools and the schedule. It
     raises ValueError where the Trainer's optimizer is not a `SwitchAdamW`, under which nothing would be switched, and
-    warns of a run that is resumed without the optimizer's state.
+    warns of a run that is resumed without the optimizer's state, and of another `total_steps` than the Trainer's.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
@@ -33,6 +33,12 @@ class SwitchLoraCallback(TrainerCallback):
         switcher = optimizer.switcher
         if switcher.total_steps is None:
             switcher.total_steps = state.max_steps
+        elif switcher.total_steps != state.max_steps:
+            logger.warning(
+                "total_steps=%d, and this Trainer takes %d: vectors are switched as a run of the first length has it",
+                switcher.total_steps,
+                state.max_steps,
+            )
         if state.global_step > 0 and switcher.step == 0:
             logger.warning(
                 "resuming at step %d without the optimizer's state: vectors are switched as from the beginning",

@@ -40,7 +40,8 @@ class SwitchLoraConfig(LoraConfig):
         total_steps: optimizer steps of the whole training. None: given to `SwitchAdamW`, or by `SwitchLoraCallback`.
         pool_device: where the candidates wait, "cpu" (pinned where the layer is on a GPU) or a CUDA device.
         seed: of the start, the candidates and the choice of steps; the same on every rank.
-        train_rest: train every other parameter at full rank (embeddings, norms, head, biases), as the paper does.
+        train_rest: train every other parameter at full rank (embeddings, norms, head, biases), as the paper does, in
+            the precision that the model has: start from a float32 one, under autocast for speed.
         target_modules: as in PEFT; None is "all-linear", every linear layer but the head.
 
     Raises:

@@ -19,6 +19,9 @@ class SwitchLoraModel(LoraModel):
 
     The frozen weights change with every switch, so `save_pretrained` writes them too: with `train_rest` the file is the
     whole model, and `from_pretrained` gives the same function over any base of the same shape.
+
+    Without its adapter (`disable_adapter`, `unload`) the model is neither the trained one nor the start, but the edited
+    weights alone; `merge_and_unload` gives the trained one.
     """
 
     def _check_new_adapter_config(self, config: Any) -> None:
@@ -42,8 +45,8 @@ class SwitchLoraModel(LoraModel):
         sharing = [name for name, p in self.model.named_parameters(remove_duplicate=False) if p is weight]
         if len(sharing) > 1:
             raise ValueError(
-                f"target {current_key!r} has a tied weight ({' and '.join(sharing)}), and a switch would edit both; leave "
-                "it out of target_modules"
+                f"target {current_key!r} has a tied weight ({' and '.join(sharing)}), and a switch would edit both; "
+                "leave it out of target_modules"
             )
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **options)
 
