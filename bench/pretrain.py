@@ -27,8 +27,12 @@ from . import output
 from .environment import describe
 from .pretrain_training import METHODS, Text, read_text, train
 
-# The best of a few that were tried with 400 steps.
-RATES: dict[str, Sequence[float]] = {"full": (2e-3,), "lora": (5e-3,), "switchlora": (1e-2,)}
+# Factors of two around the best of each.
+RATES: dict[str, Sequence[float]] = {
+    "full": (1e-3, 2e-3, 4e-3),
+    "lora": (2.5e-3, 5e-3, 1e-2),
+    "switchlora": (5e-3, 1e-2, 2e-2),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +60,10 @@ class PretrainOptions:
     rank: int = 4
     interval: float = 20
     ratio: float = 0.5
-    steps: int = 1500
+    steps: int = 400
     batch: int = 2
     seq: int = 128
-    warmup: int = 30
+    warmup: int = 20
     checkpoints: int = 5
     heldout: int = 32
     device: str = "auto"

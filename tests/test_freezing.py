@@ -372,3 +372,21 @@ def test_lora_targets_are_all_there() -> None:
     loge.freeze(model, 2)
     kept = {name for name in trained(model) if "layers.2." in name}
     assert len(kept) == 2 * len(LINEARS)
+
+
+def test_a_tower_that_trains_before_the_layers_is_refused() -> None:
+    class WithTower(nn.Module):
+        """A vision tower whose output joins the text's, small beside the language model."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = nn.ModuleList([nn.Linear(4, 4)])
+            self.language = deep()
+
+    model = WithTower()
+    before = trained(model)
+    with pytest.raises(ValueError, match=r"layers in 'tower' train.*requires_grad_\(False\)"):
+        loge.freeze(model, 2)
+    assert trained(model) == before
+    model.tower.requires_grad_(False)
+    assert loge.freeze(model, 2).layers == 2

@@ -47,7 +47,7 @@ def freeze(model: nn.Module, below: int | FreezePlan) -> FrozenPrefix:
 
     Raises:
         ValueError, TypeError: a number beyond the last layer or below 1, a plan for another number of layers, a model
-            without one stack of layers, frozen already, left with nothing to train, or in a
+            without one stack of layers or with others that train, frozen already, left with nothing to train, or in a
             `DistributedDataParallel` that would miss gradients. The model is as it was.
 
     Source: Gu et al., arXiv 2406.11753.
@@ -59,6 +59,12 @@ def freeze(model: nn.Module, below: int | FreezePlan) -> FrozenPrefix:
         raise ValueError("layers of model are frozen already: call loge_kernels.remove(model) first")
     stack = find_stack(inner)
     count = _count(below, len(stack.layers))
+    for name, modules in stack.others:
+        if any(p.requires_grad for p in modules.parameters()):
+            raise ValueError(
+                f"layers in {name!r} train, and where they run before {stack.name!r} (a vision tower?) no gradient "
+                f"would reach them: model.get_submodule({name!r}).requires_grad_(False) first"
+            )
     prefix = [*stack.before, *stack.layers[:count]]
     outside = _parameters_outside(inner, prefix)
     stopping = [tuple(_trained(module, outside)) for module in prefix]

@@ -14,11 +14,13 @@ _BEFORE_LAYERS = ("emb", "wte", "wpe", "word_emb", "position_emb", "patch_emb", 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The layers of a model, in order, the name they have there, and the modules that run before them."""
+    """The layers of a model, in order, the name they have there, the modules that run before them, and the other
+    lists of modules, by name."""
 
     name: str
     layers: nn.ModuleList
     before: tuple[nn.Module, ...]
+    others: tuple[tuple[str, nn.ModuleList], ...] = ()
 
 
 def find_stack(model: nn.Module) -> Stack:
@@ -38,8 +40,11 @@ def find_stack(model: nn.Module) -> Stack:
     if len(found) > 1 and found[1][0] * 8 > found[0][0]:
         names = " and ".join(repr(name) for _, name, _ in found[:2])
         raise ValueError(f"this {kind} has two stacks of layers, {names}: which of them comes first is not known")
-    _, name, layers = found[0]
-    return Stack(name, layers, tuple(_before(model, name)))
+    (_, name, layers), *rest = found
+    before = tuple(_before(model, name))
+    known = {id(child) for module in before for child in module.modules()}
+    others = tuple((other, modules) for _, other, modules in rest if id(modules) not in known)
+    return Stack(name, layers, before, others)
 
 
 def _before(model: nn.Module, stack: str) -> list[nn.Module]:

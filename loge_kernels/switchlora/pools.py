@@ -52,6 +52,8 @@ class Pool:
     def exchange(self, vectors: Tensor, chosen: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """Write the vectors of the chosen slots back to their candidates and put the new ones in: in `vectors`
         [r, length], a view of the matrix. Returns the old and the new ones, [q, length] each."""
+        if vectors.is_cuda and self.candidates.device.type == "cpu" and not self.candidates.is_pinned():
+            self.candidates = self.candidates.pin_memory()  # the model has moved since
         slots = torch.tensor([slot for slot, _ in chosen], device=vectors.device)
         old = vectors.index_select(0, slots)
         new = torch.empty_like(old)
