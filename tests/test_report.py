@@ -38,7 +38,13 @@ def test_dict_is_plain_data() -> None:
         "reason": "",
         "flops_saved": 0.25,
     }
-    assert data["policy"] == {"exact_every": 4.0, "exact_dtype": "int8", "correction": 0.5, "cost": 0.3}
+    assert data["policy"] == {
+        "exact_every": 4.0,
+        "exact_dtype": "int8",
+        "correction": 0.5,
+        "cost": 0.3,
+        "low_rank_dtype": None,
+    }
     assert [layer["path"] for layer in data["layers"]] == ["fused", "base", "exact", "skipped"]
 
 
