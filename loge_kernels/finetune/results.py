@@ -149,34 +149,30 @@ def curves(path: Path, metrics: dict[str, Any], methods: Sequence[Method]) -> No
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2 + 0.3 * len(methods)), layout="constrained")
     FigureCanvasAgg(figure)
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     for method in methods:
         own = metrics["methods"][method.key]
         seconds = torch.tensor(own["step_seconds"]).cumsum(0).tolist()
         steps = list(range(1, len(seconds) + 1))
+        share = "" if own["recovered"] is None else f", {own['recovered']:.0%} of exact LoRA's gain"
         for axes, x in ((by_step, steps), (by_time, seconds)):
             style = {"color": method.colour, "linestyle": method.line}
             axes.plot(x, own["losses"], alpha=0.25, linewidth=1, **style)
             axes.plot(x, _running_mean(own["losses"]), label=f"{method.title}, training", **style)
             ends = [own["heldout_before"], own["heldout_after"]]
-            axes.plot([0, x[-1]], ends, "o:", color=method.colour, label=f"{method.title}, held out")
+            axes.plot([0, x[-1]], ends, "o:", color=method.colour, label=f"{method.title}, held out{share}")
     by_step.set(xlabel="step", ylabel="loss (nats a token)", title="by step")
     by_time.set(xlabel="seconds of training", title="by time")
     for axes in (by_step, by_time):
         axes.grid(alpha=0.3)
-    by_step.legend(fontsize="small")
+    lines, labels = by_step.get_legend_handles_labels()
+    figure.legend(lines, labels, fontsize="small", loc="outside lower center", ncols=2)
     arguments = metrics["arguments"]
-    shares = [
-        f"{method.title}: {share:.0%} of exact LoRA's held-out gain"
-        for method in methods
-        if method.key != LORA and (share := metrics["methods"][method.key]["recovered"]) is not None
-    ]
     figure.suptitle(
         f"{metrics['model']['name']}, LoRA rank {arguments['lora_rank']}, {arguments['batch']} x {arguments['seq']} "
-        f"tokens a step, {arguments['dtype']} on {arguments['device']}\n"
-        + "\n".join([*_notes(metrics, methods), "; ".join(shares)]),
+        f"tokens a step, {arguments['dtype']} on {arguments['device']}\n" + "\n".join(_notes(metrics, methods)),
         fontsize="medium",
     )
     with explained(path), replacing(path) as temporary:

@@ -30,6 +30,8 @@ class AdpLinear(LorettaLayer):
         width = self.in_features if self.before else self.out_features
         self.loretta_adp_down[adapter_name] = self.train_of(config, width, config.bottleneck)
         self.loretta_adp_up[adapter_name] = self.train_of(config, config.bottleneck, width)
+        if config.identity_start:
+            nn.init.zeros_(self.loretta_adp_up[adapter_name].cores[-1])
         self.activation[adapter_name] = config.non_linearity
 
     def adapt(self, h: Tensor) -> Tensor:

@@ -95,13 +95,15 @@ class LorettaAdpConfig(LorettaConfig):
 
     Down and up have biases. The paper's places: before gate_proj and up_proj and after down_proj (LLaMA, Qwen,
     Mistral, ...), after every `output.dense` (BERT, RoBERTa, DeBERTa, ...), before fc1 and after fc2 (OPT; ViT too).
-    No core starts at zero, so neither does an adapter: training begins near the base model, not at it. It cannot be
-    merged.
+    It cannot be merged.
 
     Args, beside those of `LorettaConfig`:
         where: "before" or "after", or a dict of names to which of the two (its names are the targets where
             `target_modules` is None). None: the paper's places, for model families that are known.
         non_linearity: "relu", "gelu", "silu" or "tanh".
+        identity_start: the last core of every up train starts at zero, so that training begins at the base model.
+            False: all cores Gaussian, as in the paper's code; the adapters of a deep model then start as noise
+            (SmolLM2-135M's loss begins at 4.6 instead of 3.1).
 
     Raises:
         ValueError, TypeError: a value out of range, tensor_rank > bottleneck, modes that do not multiply out.
@@ -112,6 +114,7 @@ class LorettaAdpConfig(LorettaConfig):
     bottleneck: int = 64
     where: dict[str, str] | str | None = None
     non_linearity: str = "relu"
+    identity_start: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
