@@ -57,7 +57,7 @@ def test_frozen_layers(base, freeze, monkeypatch):
     metrics, printed = go(base, method=("lora", "loge"), freeze=freeze)
     assert [(run.key, run.title) for run in seen] == [
         ("lora", "LoRA (exact)"),
-        ("lora-frozen", "LoRA (exact) + freezing"),
+        ("lora-frozen", "LoRA + freezing"),
         ("loge-frozen", "LoGE + freezing"),
     ]
     lora, frozen, cheap = metrics["methods"].values()
@@ -77,7 +77,7 @@ def test_a_table_of_many(base):
         "LoGE + freezing",
         "LoRETTA rep + freezing",
         "SwitchLoRA + freezing",
-        "of LoRA's gain",
+        "a share of exact LoRA's",
         "the first 1 layers",
     ):
         assert words in printed

@@ -36,7 +36,8 @@ class Method:
 
     @property
     def title(self) -> str:
-        return _TITLES[self.name] + (" + freezing" if self.frozen else "")
+        title = _TITLES[self.name]
+        return title.removesuffix(" (exact)") + " + freezing" if self.frozen else title
 
     @property
     def colour(self) -> str:

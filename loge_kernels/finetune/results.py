@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 from torch import Tensor
 
@@ -73,11 +74,14 @@ def table(metrics: dict[str, Any], methods: Sequence[Method]) -> Table:
         title=f"{metrics['model']['name']}, {arguments['steps']} steps; typical times; held-out loss before: "
         f"{metrics['methods'][LORA]['heldout_before']:.4f}",
         title_justify="left",
-        caption="; ".join(_notes(metrics, methods)),
+        caption="\n".join(["gain: in held-out loss, as a share of exact LoRA's", *_notes(metrics, methods)]),
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    for heading in ("", "trained", "held-out", "of LoRA's gain", "s a step", "speed", "backward", "peak memory"):
-        result.add_column(heading, justify="right" if heading else "left")
+    for heading in ("", "trained", "held-out", "gain", "s a step", "speed", "backward", "peak"):
+        result.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     exact = metrics["methods"][LORA]["typical_seconds"]
     for method in methods:
         own = metrics["methods"][method.key]
