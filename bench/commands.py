@@ -10,6 +10,9 @@ from typer.core import TyperGroup
 
 from loge_kernels.command_line import SETTINGS, JsonOption, leave, number, numbers, split, write_json
 
+TextOption = Annotated[list[Path] | None, typer.Option(help="Files to train on; default: Python's standard library.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+
 
 class _DefaultCommand(TyperGroup):
     """`bench` without a subcommand's name is `bench linear`."""
@@ -35,7 +38,7 @@ def bench_linear(
     rank: Annotated[list[str] | None, typer.Option("--rank", "-R", help="R: ints, or shares of min(N, K).")] = None,
     lora_rank: Annotated[list[str] | None, typer.Option("--lora-rank", "-P", help="P: a list.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16: a list.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: DeviceOption = "auto",
     direction: Annotated[str, typer.Option(help="forward+backward or backward.")] = "forward+backward",
     budget: Annotated[float, typer.Option(help="Seconds of measured rounds for each case.")] = 20.0,
     slow_limit: Annotated[
@@ -104,7 +107,7 @@ def bench_step(
     lora_rank: Annotated[int, typer.Option("--lora-rank", "-P", help="P, on every linear of the blocks.")] = 16,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16: a list.")] = None,
     methods: Annotated[list[str] | None, typer.Option(help="Of peft, exact, loge: a list.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: DeviceOption = "auto",
     budget: Annotated[float, typer.Option(help="Seconds of measured rounds for each dtype.")] = 120.0,
     slow_limit: Annotated[float, typer.Option(help="Leave PEFT out above this many predicted seconds a step.")] = 180.0,
     json_file: JsonOption = None,
@@ -155,9 +158,7 @@ def bench_fidelity(
     model: Annotated[
         str | None, typer.Option(help="A directory, a .gguf file or a hub id; default: SmolLM2-135M-Instruct.")
     ] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option(help="Files to train on; default: Python's standard library.")
-    ] = None,
+    text: TextOption = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each run.")] = 50,
     batch: Annotated[int, typer.Option(help="Sequences a step.")] = 4,
     seq: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
@@ -170,7 +171,7 @@ def bench_fidelity(
     calibration: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 8,
     gradient_steps: Annotated[int, typer.Option(help="Exact steps before the gradients are compared.")] = 5,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: DeviceOption = "auto",
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Write the result to this file after every run, and skip what it holds already."),
@@ -236,11 +237,9 @@ def bench_scratch(
     batch: Annotated[int, typer.Option(help="Sequences a step.")] = 2,
     seq: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
     lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 6e-4,
-    text: Annotated[
-        list[Path] | None, typer.Option(help="Files to train on; default: Python's standard library.")
-    ] = None,
+    text: TextOption = None,
     seed: Annotated[int, typer.Option(help="Of the start and the batches.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: DeviceOption = "auto",
     json_file: JsonOption = None,
 ) -> None:
     """Train a wide LLaMA from nothing for a few minutes, for `bench fidelity --model` where no pretrained model of that
@@ -329,9 +328,7 @@ def bench_pretrain(
         ),
     ] = None,
     seed: Annotated[list[str] | None, typer.Option(help="Of the model and the batches: a list; default 0.")] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option(help="Files to train on; default: Python's standard library.")
-    ] = None,
+    text: TextOption = None,
     vocab: Annotated[int, typer.Option(help="Size of the vocabulary, made from the text.")] = 512,
     hidden: Annotated[int, typer.Option(help="Width of the model.")] = 320,
     intermediate: Annotated[int, typer.Option(help="Width of its MLP.")] = 864,
@@ -346,7 +343,7 @@ def bench_pretrain(
     warmup: Annotated[int, typer.Option(help="Steps in which the learning rate rises.")] = 20,
     checkpoints: Annotated[int, typer.Option(help="How often the held-out loss is taken in a run.")] = 5,
     heldout: Annotated[int, typer.Option(help="Held-out sequences.")] = 32,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: DeviceOption = "auto",
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Write the result to this file after every run, and skip what it holds already."),

@@ -25,7 +25,7 @@ from loge_kernels.finetune.options import choose_device
 
 from . import output
 from .environment import describe
-from .pretrain_training import METHODS, Text, read_text, train
+from .pretrain_training import METHODS, read_text, train
 
 # Factors of two around the best of each.
 RATES: dict[str, Sequence[float]] = {
@@ -104,7 +104,7 @@ def run(options: PretrainOptions, console: Console | None = None) -> dict[str, A
     console = console or Console()
     result = _begun(options)
     text = read_text(options)
-    result["text"] = text.source
+    result["text"] = text[1].source
     rates = options.rates or RATES
     wanted = [(method, lr, seed) for seed in options.seeds for method in METHODS for lr in rates.get(method, ())]
     known = {(row["method"], row["lr"], row["seed"]) for row in result["rows"]}
@@ -139,7 +139,7 @@ def _begun(options: PretrainOptions) -> dict[str, Any]:
     return result
 
 
-def _one(method: str, lr: float, seed: int, options: PretrainOptions, text: Text, console: Console) -> dict[str, Any]:
+def _one(method: str, lr: float, seed: int, options: PretrainOptions, text: Any, console: Console) -> dict[str, Any]:
     every = max(1, options.steps // 10)
 
     def progress(step: int, loss: float) -> None:

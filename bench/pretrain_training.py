@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loge_kernels.finetune import FinetuneOptions, data
+from loge_kernels.finetune.training import heldout_loss, token_losses
 
 from .pretraining import learn_tokenizer, rate
 
@@ -20,23 +21,19 @@ METHODS = ("full", "lora", "switchlora")
 _CHARACTERS = 2_000_000
 
 
-@dataclass(frozen=True)
-class Text:
-    """Token ids [sequences, seq + 1] to train on and held out, and where they are from."""
-
-    source: str
-    vocabulary: int
-    train: Tensor
-    heldout: Tensor
-
-
-def read_text(options: Any) -> Text:
-    """The standard library's text, or that of `options.text`, under a byte-level BPE of its training part."""
-    reading = FinetuneOptions(text=options.text, seq=options.seq, seed=0)
+def read_text(options: Any) -> tuple[int, data.Corpus]:
+    """The size of a byte-level BPE of the training part, and the standard library's text, or that of `options.text`,
+    under it. Its order is that of seed 0."""
+    reading = FinetuneOptions(text=options.text, steps=options.steps, batch=options.batch, seq=options.seq)
     tokenizer = learn_tokenizer(_training_text(reading), options.vocab)
-    source, train, heldout = data.read(reading, tokenizer, options.steps * options.batch, options.heldout)
+    wanted = options.steps * options.batch
+    source, train, heldout = data.read(reading, tokenizer, wanted, options.heldout)
     data.check_enough(reading, len(train), options.batch, len(heldout), 1)
-    return Text(source, len(tokenizer), train, heldout)
+    return len(tokenizer), data.Corpus(source, train, heldout, _order(train, wanted, 0))
+
+
+def _order(train: Tensor, wanted: int, seed: int) -> Tensor:
+    return data.shuffled(len(train), wanted, torch.Generator().manual_seed(seed))
 
 
 class _Characters:
@@ -95,22 +92,28 @@ def build(method: str, options: Any, vocabulary: int, seed: int) -> nn.Module:
 
 
 def train(
-    method: str, lr: float, seed: int, options: Any, text: Text, progress: Callable[[int, float], None]
+    method: str,
+    lr: float,
+    seed: int,
+    options: Any,
+    text: tuple[int, data.Corpus],
+    progress: Callable[[int, float], None],
 ) -> dict[str, Any]:
     """A whole run: the curve of losses at the checkpoints, seconds, what was trained."""
-    model = build(method, options, text.vocabulary, seed)
+    vocabulary, corpus = text
+    corpus = replace(corpus, order=_order(corpus.train, options.steps * options.batch, seed))
+    model = build(method, options, vocabulary, seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = _optimizer(method, model, lr, options.rest_lr)
     rates = [group["lr"] for group in optimizer.param_groups]
-    order = data.shuffled(len(text.train), options.steps * options.batch, torch.Generator().manual_seed(seed))
-    curve = [{"step": 0, "train": None, "heldout": round(heldout_loss(model, text, options), 5)}]
+    curve = [{"step": 0, "train": None, "heldout": round(_heldout(model, corpus, options), 5)}]
     started, processor, recent = time.perf_counter(), time.process_time(), []
     checkpoints = _checkpoints(options)
     for step in range(options.steps):
         for group, whole in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = whole * rate(step, options.steps, options.warmup)
-        rows = text.train[order[step * options.batch : (step + 1) * options.batch]].to(options.torch_device)
-        loss = _loss(model, rows)
+        model.train()
+        loss = token_losses(model, corpus.batch(step, options.batch).to(options.torch_device)).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -120,7 +123,7 @@ def train(
         if not math.isfinite(recent[-1]):
             break
         if step + 1 in checkpoints:
-            held = heldout_loss(model, text, options)
+            held = _heldout(model, corpus, options)
             curve.append({"step": step + 1, "train": round(sum(recent) / len(recent), 5), "heldout": round(held, 5)})
             recent.clear()
     return {
@@ -154,19 +157,7 @@ def _checkpoints(options: Any) -> set[int]:
     return {options.steps * i // options.checkpoints for i in range(1, options.checkpoints + 1)}
 
 
-def _loss(model: Any, rows: Tensor) -> Tensor:
-    logits = model(input_ids=rows[:, :-1]).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
-
-
-@torch.no_grad()
-def heldout_loss(model: nn.Module, text: Text, options: Any) -> float:
-    """Mean over the held-out tokens."""
-    model.eval()
-    losses = [_loss(model, rows.to(options.torch_device)).item() * len(rows) for rows in _batches(text, options.batch)]
-    model.train()
-    return sum(losses) / len(text.heldout)
-
-
-def _batches(text: Text, size: int) -> Iterator[Tensor]:
-    return iter(text.heldout.split(size))
+def _heldout(model: nn.Module, corpus: data.Corpus, options: Any) -> float:
+    loss = heldout_loss(model, corpus, options.batch, options.torch_device, lambda count: True)
+    assert loss is not None
+    return loss

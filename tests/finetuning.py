@@ -66,9 +66,9 @@ def go(options, **changes):
     return metrics, printed.getvalue()
 
 
-def press_ctrl_c_at_step(monkeypatch, number):
-    """Send this process SIGINT in the `number`-th optimizer step from now on."""
-    step = torch.optim.AdamW.step
+def press_ctrl_c_at_step(monkeypatch, number, optimizer=torch.optim.AdamW):
+    """Send this process SIGINT in the `number`-th step of that kind of optimizer from now on."""
+    step = optimizer.step
     count = 0
 
     def interrupting(self, *args, **kwargs):
@@ -78,7 +78,7 @@ def press_ctrl_c_at_step(monkeypatch, number):
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", interrupting)
+    monkeypatch.setattr(optimizer, "step", interrupting)
 
 
 def tokenizer_of(options):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 
 import pytest
 import torch
@@ -140,22 +138,8 @@ def test_switchlora_begins_again_when_interrupted(base, tmp_path, monkeypatch):
     assert own["losses"][0] == pytest.approx(expected["methods"]["lora"]["losses"][0], rel=1e-4)
     assert "SwitchLoRA" in printed
     with monkeypatch.context() as patch:
-        press_ctrl_c_in_switchlora(patch, 3)
+        press_ctrl_c_at_step(patch, 3, loge.SwitchAdamW)
         with pytest.raises(Interrupted, match=r"after step 3 of 12 of switchlora, which will begin again"):
             go(base, **changes)
     found, _ = go(base, **changes, resume=True)
     assert curves_of(found) == curves_of(expected)
-
-
-def press_ctrl_c_in_switchlora(monkeypatch, number):
-    step = loge.SwitchAdamW.step
-    count = 0
-
-    def interrupting(self, *args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == number:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(loge.SwitchAdamW, "step", interrupting)

@@ -125,7 +125,7 @@ def test_options_that_cannot_work(tiny: PretrainOptions, options: dict, message:
 
 
 def test_a_run_that_diverges_is_told(tiny: PretrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrain_training, "_loss", lambda model, rows: model.lm_head.weight.sum() * torch.nan)
+    monkeypatch.setattr(pretrain_training, "token_losses", lambda model, rows: model.lm_head.weight * torch.nan)
     result = run(replace(tiny, rates={"full": (1e-3,)}))
     assert result["rows"][0]["status"] == "diverged"
     assert not result["passed"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn, optim
 
+from . import models
 from .options import LORA, FinetuneOptions, split_method
 
 _TITLES = {
@@ -71,16 +72,12 @@ def chosen(options: FinetuneOptions) -> tuple[Method, ...]:
 
 def attach(model: Any, method: Method, options: FinetuneOptions) -> Any:
     """`model` as a PEFT model with the adapters of `method`, the same for the same seed."""
-    from . import models
-
     if method.adapters == LORA:
         return models.attach(model, models.lora_config(model, options), options.seed)
     return models.attach(model, _config(model, method, options), options.seed)
 
 
 def _config(model: Any, method: Method, options: FinetuneOptions) -> Any:
-    from . import models
-
     if method.name == "switchlora":
         from ..switchlora import SwitchLoraConfig
 
@@ -99,11 +96,11 @@ def _config(model: Any, method: Method, options: FinetuneOptions) -> Any:
     return config(task_type="CAUSAL_LM")
 
 
-def optimizer(model: nn.Module, method: Method, options: FinetuneOptions) -> optim.Optimizer:
-    """AdamW on what trains."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if method.name == "switchlora":
-        from ..switchlora import SwitchAdamW
+def optimizer(model: nn.Module, method: Method, options: FinetuneOptions) -> optim.Optimizer | None:
+    """The optimizer that the method needs; None: any will do."""
+    if method.name != "switchlora":
+        return None
+    from ..switchlora import SwitchAdamW
 
-        return SwitchAdamW(parameters, lr=options.lr, weight_decay=0.0, model=model)
-    return optim.AdamW(parameters, lr=options.lr, weight_decay=0.0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return SwitchAdamW(parameters, lr=options.lr, weight_decay=0.0, model=model)

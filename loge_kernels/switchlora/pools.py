@@ -21,9 +21,7 @@ class Pool:
         """`vectors`: [r, length], as in `exchange`.   size: P.   start: deviation, seed and name of the candidates."""
         r = vectors.shape[0]
         self._start = start
-        pinned = device.type == "cpu" and vectors.is_cuda
-        shape = size, vectors.shape[1]
-        self.candidates = torch.empty(shape, dtype=vectors.dtype, device=device, pin_memory=pinned)
+        self.candidates = torch.empty(size, vectors.shape[1], dtype=vectors.dtype, device=device)
         self._written = False
         self.held = list(range(r))
         self.slot = slot
@@ -53,7 +51,7 @@ class Pool:
         """Write the vectors of the chosen slots back to their candidates and put the new ones in: in `vectors`
         [r, length], a view of the matrix. Returns the old and the new ones, [q, length] each."""
         if vectors.is_cuda and self.candidates.device.type == "cpu" and not self.candidates.is_pinned():
-            self.candidates = self.candidates.pin_memory()  # the model has moved since
+            self.candidates = self.candidates.pin_memory()  # here: the model may move before
         slots = torch.tensor([slot for slot, _ in chosen], device=vectors.device)
         old = vectors.index_select(0, slots)
         new = torch.empty_like(old)
