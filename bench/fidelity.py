@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from loge_kernels.command_line import check_counts
 from loge_kernels.finetune import FinetuneOptions
 from loge_kernels.finetune.options import choose_device, choose_dtype
 from loge_kernels.finetune.training import PARTS
@@ -80,9 +81,7 @@ class FidelityOptions:
         """Raise ValueError where a value cannot work, whatever the model."""
         if not self.seeds:
             raise ValueError("--seed names no seed; give at least one")
-        for name in ("checkpoints", "heldout", "calibration", "gradient_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: give an integer of at least 1")
+        check_counts(self, "checkpoints", "heldout", "calibration", "gradient_steps")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"--schedule {self.schedule!r}: choose {' or '.join(SCHEDULES)}")
         if not 0 <= self.warmup < self.steps:

@@ -21,6 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from loge_kernels.command_line import check_counts
 from loge_kernels.finetune.options import choose_device
 
 from . import output
@@ -79,9 +80,7 @@ class PretrainOptions:
         unknown = set(self.rates) - set(METHODS)
         if unknown:
             raise ValueError(f"--lr {sorted(unknown)[0]}=...: no such method; choose {', '.join(METHODS)}")
-        for name in ("steps", "batch", "layers", "heads", "rank", "checkpoints", "heldout"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: give an integer of at least 1")
+        check_counts(self, "steps", "batch", "layers", "heads", "rank", "checkpoints", "heldout")
         if not 0 <= self.warmup < self.steps:
             raise ValueError(f"--warmup {self.warmup}: give a number of steps in [0, {self.steps})")
         if self.checkpoints > self.steps:

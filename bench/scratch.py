@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from loge_kernels.command_line import check_counts
 from loge_kernels.finetune import FinetuneOptions, data
 from loge_kernels.finetune.options import choose_device
 from loge_kernels.finetune.progress import progress
@@ -52,9 +53,7 @@ class ScratchOptions:
 
     def check(self) -> None:
         """Raise ValueError where a value cannot work."""
-        for name in ("hidden", "intermediate", "layers", "heads", "kv_heads", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: give an integer of at least 1")
+        check_counts(self, "hidden", "intermediate", "layers", "heads", "kv_heads", "steps", "batch")
         if self.hidden % (2 * self.heads) or self.heads % self.kv_heads:
             raise ValueError(
                 f"--hidden {self.hidden} --heads {self.heads} --kv-heads {self.kv_heads}: the width must be an even "

@@ -45,6 +45,13 @@ def number(option: str, text: str) -> int | float:
         raise ValueError(f"--{option} {text!r} is not a number") from None
 
 
+def check_counts(options: Any, *names: str) -> None:
+    """Raise ValueError for the first of these fields of `options` that is below 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: give an integer of at least 1")
+
+
 def write_json(path: Path | None, value: Any) -> None:
     if path is not None:
         path.write_text(json.dumps(value, indent=2) + "\n")
