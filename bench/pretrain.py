@@ -54,8 +54,8 @@ class PretrainOptions:
     seeds: Sequence[int] = (0,)
     text: Sequence[Path] = ()
     vocab: int = 512
-    hidden: int = 320
-    intermediate: int = 864
+    hidden: int = 400
+    intermediate: int = 1080
     layers: int = 5
     heads: int = 5
     rank: int = 4
