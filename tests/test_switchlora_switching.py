@@ -41,7 +41,7 @@ def test_switches_leave_the_output_unchanged():
     assert (logits(model) - whole).abs().max() <= 5e-6 * whole.abs().max()
 
 
-def test_rows_and_columns_of_one_slot_may_switch_together():
+def test_rows_and_columns_of_one_slot_may_switch_together_where_nothing_is_frozen():
     model = switching(r=1, interval=10, freeze_steps=0).eval()
     switcher = Switcher(model)
     before, matrices = logits(model), [[m.detach().clone() for m in place.matrices] for place in switcher.places]
@@ -160,7 +160,7 @@ def test_no_slot_is_switched_while_it_is_frozen():
         for switch in switcher.switch():
             for slot in switch.rows + switch.columns:
                 key = switch.place.name, slot
-                assert step - last.get(key, -9) >= 5 or (slot in switch.rows and slot in switch.columns)
+                assert step - last.get(key, -9) >= 5
                 last[key] = step
         switcher.step += 1
     assert switcher.switched > 50

@@ -91,12 +91,13 @@ class Switcher:
         for place, (first, second) in zip(self.places, draws, strict=True):
             expected = len(place.A.held) / every
             rows = place.A.choose(schedule.count(expected, first), self.step, place.B)
+            # At once: a slot whose row is switched keeps its column, which Adam has just forgotten.
+            place.B.freeze([slot for slot, _ in rows], self.step + config.freeze_steps)
             columns = place.B.choose(schedule.count(expected, second), self.step, place.A)
+            place.A.freeze([slot for slot, _ in columns], self.step + config.freeze_steps)
             if rows or columns:
                 _exchange(place, rows, columns)
                 switch = Switch(place, [slot for slot, _ in rows], [slot for slot, _ in columns])
-                place.B.freeze(switch.rows, self.step + config.freeze_steps)
-                place.A.freeze(switch.columns, self.step + config.freeze_steps)
                 done.append(switch)
                 self.switched += len(rows) + len(columns)
         return done
