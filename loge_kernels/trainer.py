@@ -7,6 +7,7 @@ The schedule follows the Trainer's optimizer by itself (gradient accumulation, A
 from __future__ import annotations
 
 import logging
+import math
 import os
 import uuid
 from pathlib import Path
@@ -142,7 +143,7 @@ class LogeCallback(TrainerCallback, ExportableState):
     def _figures(self, model: nn.Module) -> dict[str, float]:
         figures: dict[str, float] = {}
         all_factors = [m.factors for m in model.modules() if isinstance(m, LoGELinear) and m.factors is not None]
-        energies = [factors.energy for factors in all_factors if factors.rank and factors.energy is not None]
+        energies = [factors.energy for factors in all_factors if factors.rank and math.isfinite(factors.energy)]
         if energies:
             figures["loge_energy"] = sum(energies) / len(energies)
         schedule = schedule_of(model)
