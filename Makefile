@@ -158,8 +158,8 @@ $(DEMO): $(BASE)
 	@touch $@
 
 $(TEST): $(BASE)
-	@echo 'Installing pytest, bitsandbytes, torchao and Triton, 332 MB ...'
-	@$(PIP) pytest pytest-timeout bitsandbytes torchao
+	@echo 'Installing pytest, bitsandbytes, torchao, TRL and Triton, 399 MB ...'
+	@$(PIP) pytest pytest-timeout bitsandbytes torchao 'trl; python_version >= "3.11"'
 	@$(RUN) -c 'import triton' 2>/dev/null || $(PIP) --no-deps '$(TRITON)'
 	@touch $@
 

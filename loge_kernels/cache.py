@@ -24,6 +24,8 @@ from .factors import Factors, factorize, resolve_rank
 
 logger = logging.getLogger("loge_kernels")
 
+# What reading a file raises that is cut short, or was written by somebody else.
+DAMAGED = (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _FORMAT = "loge_kernels factors 1"
 
 
@@ -76,10 +78,14 @@ def _load(path: Path, weight: Tensor, R: int) -> Factors | None:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = json.loads((file.metadata() or {})["loge"])
             left, right = file.get_tensor("left"), file.get_tensor("right")
-        if header["format"] != _FORMAT or left.shape != (N, R) or right.shape != (R, K) or left.dtype != weight.dtype:
+        if header["format"] != _FORMAT or left.shape != (N, R) or right.shape != (R, K):
             raise ValueError(f"holds {header.get('format')!r}, {tuple(left.shape)} and {tuple(right.shape)}")
+        if {left.dtype, right.dtype} != {weight.dtype} or not all(t.isfinite().all() for t in (left, right)):
+            raise ValueError(f"holds {left.dtype} and {right.dtype}, or numbers that are not finite")
         energy = float(header["energy"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        if not 0.0 <= energy <= 1.001:  # of rounding
+            raise ValueError(f"its energy is {energy}")
+    except DAMAGED as error:
         logger.warning("ignoring the damaged cache file %s (%s); computing its factors again", path, error)
         return None
     return Factors(left.to(weight.device), right.to(weight.device), "svd", energy).bind(weight)

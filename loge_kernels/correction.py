@@ -4,7 +4,8 @@ The cheap activation gradient is biased, and more steps do not lift a static bia
 of the same batch is taken twice over one graph, once through the factors and once exactly; their difference d enters a
 running mean m <- decay m + (1 - decay) d (m = d at the first), and every cheap step adds m to its gradient. Memory: one
 adapter gradient, and a second during an exact step; under torch.distributed a third while they are averaged. Time: one
-more cheap backward in every exact step, from the input of the output head down.
+more cheap backward in every exact step, from the output of the backbone down: the head's backward is spared, and a loss
+that computes the logits by itself, from the hidden states and the head's weight, is none of its business.
 
 The idea is a control variate with stale means, as in SVRG (Johnson and Zhang, NeurIPS 2013), on the difference of two
 gradients of one batch.
@@ -40,7 +41,9 @@ class BiasCorrection:
     `exact`: whether the step under way is an exact one; its owner, the schedule, sets it. `scaler`: the
     `torch.amp.GradScaler` of the training loop, where there is one: the mean is kept in unscaled units. `means`: by
     parameter name, in the gradient's dtype. Parameters that begin to train after `apply` (an adapter added later) are
-    found at the next exact step. `group`: the process group whose ranks train together, None for the default one.
+    found at the next exact step. One that also serves in the head (tied embeddings that train) has no mean: of its
+    gradient only a part comes through the factors. `group`: the process group whose ranks train together, None for the
+    default one.
     """
 
     def __init__(self, model: nn.Module, decay: float, group: Group = None) -> None:
@@ -56,13 +59,18 @@ class BiasCorrection:
         self._watched: dict[str, weakref.ref[Tensor]] = {}
         self._handles: list[RemovableHandle] = []
         self._warned = False
-        get_head = getattr(model, "get_output_embeddings", None)
-        head = get_head() if callable(get_head) else None
-        if isinstance(head, nn.Module) and not _low_rank(head):
-            # The head is exact: the two gradients part below it, and its backward is spared the second time.
-            self._handles.append(head.register_forward_pre_hook(_TapInput(self)))
+        backbone, head = _backbone(model), _output_head(model)
+        parted: nn.Module | None = None  # has all parameters below the tap, or all above it
+        if backbone is not None and _low_rank_layers(model) == _low_rank_layers(backbone):
+            parted = backbone
+            handle = backbone.register_forward_hook(_TapOutput(self))
+        elif head is not None and not _low_rank_layers(head):
+            parted = head
+            handle = head.register_forward_pre_hook(_TapInput(self))
         else:
-            self._handles.append(model.register_forward_hook(_TapOutput(self)))
+            handle = model.register_forward_hook(_TapOutput(self))
+        self._handles.append(handle)
+        self._parted = None if parted is None else weakref.ref(parted)
 
     def detach(self) -> None:
         """Take every hook back."""
@@ -79,8 +87,8 @@ class BiasCorrection:
             self._warned = True
             logger.warning(
                 "bias correction saw no gradient in an exact step (reentrant checkpointing: give use_reentrant=False? "
-                "sharded parameters? a model compiled before apply? a head that is called by other means than its "
-                "module?): the cheap steps stay uncorrected"
+                "sharded parameters? a model compiled before apply? a backbone that is called by other means than "
+                "its module?): the cheap steps stay uncorrected"
             )
         if self.exact and distributed():
             # The same on every rank, also for a parameter that this rank's batch did not reach.
@@ -112,14 +120,22 @@ class BiasCorrection:
 
     def _watch(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, each with a hook on its gradient."""
-        model = self._model()
-        trained = {} if model is None else {n: p for n, p in model.named_parameters() if p.requires_grad}
+        trained = self._trained()
         for name, p in trained.items():
             known = self._watched.get(name)
             if known is None or known() is not p:
                 self._watched[name] = weakref.ref(p)
                 self._handles.append(p.register_hook(_OnGradient(self, name)))
         return trained
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name, without those on both sides of the tap."""
+        model = self._model()
+        if model is None:
+            return {}
+        parted = None if self._parted is None else self._parted()
+        both = set() if parted is None else _shared_parameters(parted, model)
+        return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in both}
 
     def _scaled(self, mean: Tensor) -> Tensor:
         return mean if self.scaler is None else self.scaler.scale(mean)
@@ -161,10 +177,9 @@ class BiasCorrection:
 
     def learn_cheap(self, source: Tensor, gradient: Tensor) -> None:
         """The cheap half of the difference, before autograd goes on with the exact one."""
-        model = self._model()
-        if model is None or in_cheap_backward():  # then the pass under way is cheap itself, and no step
+        if in_cheap_backward():  # then the pass under way is cheap itself, and no step
             return
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trained = self._trained()
         if not trained:
             return
         with cheap_backward():
@@ -184,9 +199,29 @@ class BiasCorrection:
             self._pending[name].sub_(self._unscaled(part))
 
 
-def _low_rank(head: nn.Module) -> bool:
-    """Whether the output head was converted, too."""
-    return any(isinstance(module, LoGELinear) and module.factors is not None for module in head.modules())
+def _backbone(model: nn.Module) -> nn.Module | None:
+    """What a model of transformers, perhaps inside one of PEFT, calls for the hidden states; None for other models."""
+    get_inner = getattr(model, "get_base_model", None)
+    inner = get_inner() if callable(get_inner) else model
+    found = getattr(inner, "base_model", None)
+    return found if isinstance(found, nn.Module) and found is not inner else None
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _low_rank_layers(module: nn.Module) -> set[int]:
+    return {id(layer) for layer in module.modules() if isinstance(layer, LoGELinear) and layer.factors is not None}
+
+
+def _shared_parameters(part: nn.Module, whole: nn.Module) -> set[int]:
+    """The parameters that `part` shares with the modules of `whole` outside it."""
+    inside = set(part.modules())
+    outside = {id(p) for module in whole.modules() if module not in inside for p in module._parameters.values()}
+    return outside & {id(p) for p in part.parameters()}
 
 
 class _Hook:

@@ -41,6 +41,10 @@ class FusedAdapter:
         """Undo `convert_`."""
         self.__class__ = next(plain for plain, fused in FUSED.items() if fused is type(self))
 
+    def _get_name(self) -> str:
+        """Of a printed model: PEFT's name for the layer, by which people search, and whose it is now."""
+        return next(plain.__name__ for plain, fused in FUSED.items() if isinstance(self, fused)) + "[LoGE]"
+
     def held(self) -> list[str]:
         """The active adapters that the layer has."""
         raise NotImplementedError

@@ -44,7 +44,8 @@ class Refresher:
     """Keeps the "gradient" factors of some layers up to date.
 
     `every`: an optimizer step in so many is watched, or None: those asked for by `watch`. `due` says whether the step
-    under way is. `group`: the process group whose ranks train together, None for the default one.
+    under way is, `refreshes` how many there have been. `group`: the process group whose ranks train together, None for
+    the default one.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Refresher:
         self._layers = [(name, weakref.ref(layer), weakref.ref(outer)) for name, layer, outer in layers]
         self.every = every
         self.due = False
+        self.refreshes = 0
         self._rows: dict[str, list[Tensor]] = {}
         self._handles: list[RemovableHandle] = []
         self._warned = False
@@ -84,6 +86,7 @@ class Refresher:
             logger.warning(
                 "a refresh saw no gradient (a compiled model? its graph has no hooks): the subspaces stay as they are"
             )
+        self.refreshes += bool(self._rows)
         for name, reference, _ in self._layers:
             layer, rows = reference(), self._rows.pop(name, None)
             if layer is not None:

@@ -69,9 +69,18 @@ class Schedule:
         """Whether the step under way takes the exact gradient."""
         if self.exact_every is None:
             return False
+        return self._exact_steps_before(self.step + 1) > self.exact_steps
+
+    @property
+    def exact_steps(self) -> int:
+        """How many of the steps so far were exact."""
+        return self._exact_steps_before(self.step)
+
+    def _exact_steps_before(self, step: int) -> int:
+        if self.exact_every is None or step == 0:
+            return 0
         # The steps ceil(j n), j = 0, 1, …; the small number takes the rounding of 1 / (1 / n) out.
-        reached = math.floor(self.step / self.exact_every + 1e-9)
-        return self.step == 0 or reached > math.floor((self.step - 1) / self.exact_every + 1e-9)
+        return math.floor((step - 1) / self.exact_every + 1e-9) + 1
 
     def advance(self) -> None:
         """Count an optimizer step: for loops whose optimizer is not a `torch.optim.Optimizer`; others are followed."""

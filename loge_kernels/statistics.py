@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import replacing
+from .cache import DAMAGED
 from .collectives import Group
 from .moments import Moment
 
@@ -134,7 +135,9 @@ class Statistics:
                     importance = file.get_tensor(f"{name}|importance")
                     layers[name] = LayerStatistics((N, K), moment, importance, norms, scores)
                 return Statistics(layers, about["batches"], about["tokens"])
-        except (SafetensorError, AttributeError, KeyError, TypeError, json.JSONDecodeError, ValueError) as error:
+        except OSError:
+            raise
+        except DAMAGED as error:
             raise ValueError(f"{os.fspath(path)!r} holds no statistics of loge_kernels.calibrate: {error}") from error
 
     def check_batch(self, number: int) -> None:

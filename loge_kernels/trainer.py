@@ -7,6 +7,7 @@ The schedule follows the Trainer's optimizer by itself (gradient accumulation, A
 from __future__ import annotations
 
 import logging
+import math
 import os
 import uuid
 from pathlib import Path
@@ -20,8 +21,10 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .atomic import replacing
+from .linear import LoGELinear
 from .report import Report
 from .schedule import Schedule, schedule_of
+from .step_clock import StepClock
 
 logger = logging.getLogger("loge_kernels")
 
@@ -30,7 +33,17 @@ FILE = "loge_schedule.safetensors"
 
 class LogeCallback(TrainerCallback, ExportableState):
     """Writes the schedule of an `apply`-ed model beside every checkpoint, as `loge_schedule.safetensors`, and takes it
-    over when training resumes; prints what `apply` did when training begins.
+    over when training resumes; prints what `apply` did when training begins, and adds to every entry of the Trainer's
+    log what training does:
+
+    - `loge_energy`: mean energy that the layers' factors capture, as it stands (refreshed subspaces change it).
+    - `loge_exact_steps`, `loge_refreshes`: exact steps so far; refreshes of the subspaces since the model was applied.
+    - `loge_exact_step_s`, `loge_cheap_step_s`: median seconds of the last steps of each kind. An exact step that feeds
+      a correction has one more cheap backward in it.
+    - `loge_step_time_saving`: the share by which the average step is shorter than an exact one.
+
+    What does not apply is left out. The entries are those of `state.log_history`, and so of `trainer_state.json`, and
+    of the console; what `report_to` names has had its turn by then.
 
     Args:
         report: what `apply` returned, to be printed; None prints the schedule alone.
@@ -46,6 +59,7 @@ class LogeCallback(TrainerCallback, ExportableState):
         self.report = report
         self.resume_from = resume_from
         self.token = ""
+        self._clock = StepClock()
 
     def state(self) -> dict[str, Any]:
         """For the Trainer, which calls this once for every checkpoint and keeps it in `trainer_state.json`."""
@@ -64,6 +78,25 @@ class LogeCallback(TrainerCallback, ExportableState):
             schedule.correction.scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         if state.is_local_process_zero:
             print(self._summary(schedule))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Start the clock."""
+        schedule = schedule_of(model)
+        if schedule is not None and schedule.exact_every is not None:
+            self._clock.begin(schedule.exact, args.device)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock."""
+        self._clock.end(args.device)
+
+    def on_log(self, args: Any, state: Any, control: Any, model: nn.Module, logs: Any = None, **kwargs: Any) -> None:
+        """Add this package's figures to an entry with a training loss."""
+        if logs is None or "loss" not in logs:
+            return
+        figures = self._figures(model)
+        logs.update(figures)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(figures)
 
     def on_save(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         """Write the schedule into the checkpoint that the Trainer has just made."""
@@ -106,6 +139,27 @@ class LogeCallback(TrainerCallback, ExportableState):
             why,
             schedule.step,
         )
+
+    def _figures(self, model: nn.Module) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        all_factors = [m.factors for m in model.modules() if isinstance(m, LoGELinear) and m.factors is not None]
+        energies = [factors.energy for factors in all_factors if factors.rank and math.isfinite(factors.energy)]
+        if energies:
+            figures["loge_energy"] = sum(energies) / len(energies)
+        schedule = schedule_of(model)
+        if schedule is None:
+            return figures
+        if schedule.refresher is not None:
+            figures["loge_refreshes"] = schedule.refresher.refreshes
+        if schedule.exact_every is None:
+            return figures
+        figures["loge_exact_steps"] = schedule.exact_steps
+        exact, cheap = self._clock.seconds(exact=True), self._clock.seconds(exact=False)
+        figures |= {} if exact is None else {"loge_exact_step_s": exact}
+        figures |= {} if cheap is None else {"loge_cheap_step_s": cheap}
+        if exact and cheap:
+            figures["loge_step_time_saving"] = (1.0 - 1.0 / schedule.exact_every) * (1.0 - cheap / exact)
+        return figures
 
     def _summary(self, schedule: Schedule | None) -> str:
         if self.report is not None:

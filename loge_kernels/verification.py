@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
-import tempfile
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .cache import cache_dir, make_private
+from .atomic import replacing
+from .cache import DAMAGED, cache_dir, make_private
 
 logger = logging.getLogger("loge_kernels")
 
@@ -38,10 +37,8 @@ def record(backend: str, device: torch.device) -> None:
     try:
         make_private(directory)
         names = sorted({*_read(), environment(backend, device)})
-        handle, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            json.dump({"verified": names}, file, indent=2)
-        os.replace(temporary, directory / _FILE)
+        with replacing(directory / _FILE, private=True) as temporary:
+            temporary.write_text(json.dumps({"verified": names}, indent=2))
     except OSError as error:
         logger.warning("the passed check of %r could not be recorded: %s", backend, error)
     is_verified.cache_clear()
@@ -59,10 +56,12 @@ def _read() -> list[str]:
         return []
     try:
         names = json.loads((directory / _FILE).read_text())["verified"]
-        return [name for name in names if isinstance(name, str)]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError("'verified' is no list of names")
+        return names
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         logger.warning("ignoring the damaged file %s (%s)", directory / _FILE, error)
         return []
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import LINEARS, assert_close, llama, lora, tokens
+from models import LINEARS, VOCABULARY, assert_close, llama, lora, tokens
 from peft import LoraConfig
 from torch import Tensor, nn
+from transformers import BertConfig, BertLMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import loge_kernels as loge
 from loge_kernels import LoGELinear, cheap_backward, schedule_of
@@ -87,6 +88,93 @@ def test_the_steps_take_the_gradients_they_claim() -> None:
     for number in range(5):
         expected = gradient(model, cheap=number % 3 != 0)
         assert_close(step(model, optimizer), expected)
+
+
+def through_the_module(model: Any) -> Tensor:
+    return model(input_ids=tokens(), labels=tokens()).loss
+
+
+def through_the_weight(model: Any) -> Tensor:
+    """A loss that never calls the head's module, as chunked and fused ones do not."""
+    inner = model.get_base_model()
+    logits = inner.base_model(input_ids=tokens()).last_hidden_state @ inner.lm_head.weight.T
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
+
+
+def experts() -> Any:
+    """Its loss has a part that does not come through the head: the balance of its routers."""
+    torch.manual_seed(7)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=1.0,
+        initializer_range=0.15,
+    )
+    return lora(MixtralForCausalLM(config), target_modules=["q_proj", "v_proj"])
+
+
+def inside_the_head() -> Any:
+    """A low-rank layer above the backbone: BERT's head has one below its output."""
+    torch.manual_seed(7)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        is_decoder=True,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return lora(BertLMHeadModel(config), target_modules=["query", "dense"])
+
+
+@pytest.mark.parametrize(
+    ("build", "loss"),
+    [
+        (lora, through_the_module),
+        (lora, through_the_weight),
+        (experts, through_the_module),
+        (inside_the_head, through_the_module),
+    ],
+)
+def test_a_corrected_cheap_step_of_the_same_batch_is_exact(build: Any, loss: Any) -> None:
+    model, exact = build(), build()
+    loge.apply(model, RANK, exact_every=2)
+    optimizer = torch.optim.SGD(adapters(model).values(), lr=0.0)
+    loss(exact).backward()
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(model).backward()
+        assert_close(snapshot(model), snapshot(exact), 1e-4)
+        optimizer.step()
+
+
+def test_a_trained_weight_of_embedding_and_head_is_left_uncorrected() -> None:
+    """Its gradient as a head is no part of what the factors get wrong."""
+
+    def build() -> Any:
+        built = llama(tied=True).requires_grad_(False)
+        built.get_input_embeddings().weight.requires_grad_(True)
+        built.model.norm.weight.requires_grad_(True)
+        built.model.layers[0].input_layernorm.weight.requires_grad_(True)
+        return built
+
+    model, cheap, exact = build(), build(), build()
+    loge.apply(model, RANK, exact_every=2)
+    loge.apply(cheap, RANK)
+    for each in (cheap, exact):
+        backward(each)
+    expected = snapshot(exact) | {"model.embed_tokens.weight": snapshot(cheap)["model.embed_tokens.weight"]}
+    optimizer = torch.optim.SGD(adapters(model).values(), lr=0.0)
+    assert_close(step(model, optimizer), snapshot(exact), 1e-4)
+    assert_close(step(model, optimizer), expected, 1e-4)
 
 
 def test_the_correction_is_the_running_mean_of_exact_minus_cheap() -> None:

@@ -1,15 +1,22 @@
-"""What the package must never do with a file: unpickle it, run code from it, or hand it to a shell."""
+"""What the package must never do with a file: unpickle it, run code from it, hand it to a shell, or believe it."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import loge_kernels
-from loge_kernels import bench, triton_kernels
+from loge_kernels import bench, triton_kernels, verification
+from loge_kernels.cache import cached_factors
 
 _MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 _BUILTINS = {"eval", "exec", "compile", "__import__"}
@@ -70,3 +77,162 @@ def test_the_whole_package_is_searched() -> None:
     names = {path.name for path in sources()}
     assert {"cache.py", "models.py", "fidelity.py", "launch.py"} <= names
     assert len(names) > 100
+
+
+# What lies in the cache may have been put there by anybody
+
+
+FACTORS = {"format": "loge_kernels factors 1", "energy": 0.5}
+
+
+def write(path: Path, header: object, tensors: dict[str, torch.Tensor] | None = None) -> None:
+    if tensors is None:
+        tensors = {"left": torch.zeros(20, 4), "right": torch.zeros(4, 30)}
+    save_file(tensors, path, metadata={"loge": header if isinstance(header, str) else json.dumps(header)})
+
+
+def huge_header(path: Path) -> None:
+    """A length of 2**60 bytes, for a reader that would allocate them."""
+    path.write_bytes((2**60).to_bytes(8, "little") + b"{}")
+
+
+def overlapping(path: Path) -> None:
+    """A tensor whose bytes lie beyond the end of the file."""
+    header = {"left": {"dtype": "F32", "shape": [20, 4], "data_offsets": [0, 320]}}
+    header["right"] = {"dtype": "F32", "shape": [4, 30], "data_offsets": [320, 10**12]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(800))
+
+
+def not_finite(path: Path) -> None:
+    write(path, FACTORS, {"left": torch.full((20, 4), torch.nan), "right": torch.zeros(4, 30)})
+
+
+HOSTILE = {
+    "a pickle": lambda path: torch.save({"left": torch.zeros(20, 4)}, path),
+    "a huge header": huge_header,
+    "bytes beyond the end": overlapping,
+    "numbers that are none": not_finite,
+    "an energy that is none": lambda path: write(path, '{"format": "loge_kernels factors 1", "energy": NaN}'),
+    "an endless energy": lambda path: write(path, '{"format": "loge_kernels factors 1", "energy": 1e999}'),
+    "an energy above one": lambda path: write(path, FACTORS | {"energy": 1e30}),
+    "an energy of many digits": lambda path: write(path, FACTORS | {"energy": 10**400}),
+    "an energy that is a list": lambda path: write(path, FACTORS | {"energy": [0.5]}),
+    "a list": lambda path: write(path, [1, 2]),
+    "a deep nest": lambda path: write(path, "[" * 100_000),
+    "no JSON": lambda path: write(path, "{"),
+    "other tensors": lambda path: write(path, FACTORS, {"left": torch.zeros(20, 4)}),
+    "another dtype on the right": lambda path: write(
+        path, FACTORS, {"left": torch.zeros(20, 4), "right": torch.zeros(4, 30).half()}
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_factors_are_ignored(damage: Callable[[Path], None], tmp_path: Path, caplog: Any) -> None:
+    weight = torch.randn(20, 30)
+    good = cached_factors(weight, 4)
+    (path,) = (tmp_path / "cache" / "factors").iterdir()
+    damage(path)
+    again = cached_factors(weight, 4)
+    assert torch.equal(again.left, good.left)
+    assert again.energy == good.energy
+    assert f"ignoring the damaged cache file {path}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "null",
+        '{"verified": 7}',
+        '{"verified": null}',
+        '{"verified": {"reference": 1}}',
+        '{"verified": "every backend"}',
+        "[" * 100_000,
+        b"\xff\xfe\x00",
+        "1" * 10_000,
+    ],
+    ids=lambda text: repr(text[:20]),
+)
+def test_a_hostile_record_verifies_nothing(text: str | bytes, tmp_path: Path, caplog: Any) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir(exist_ok=True)
+    (folder / "verified.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    verification.is_verified.cache_clear()
+    assert not verification.is_verified("reference", torch.device("cpu"))
+    assert "ignoring the damaged file" in caplog.text
+    verification.record("reference", torch.device("cpu"))
+    assert verification.is_verified("reference", torch.device("cpu"))
+    verification.is_verified.cache_clear()
+
+
+def test_a_link_in_the_cache_is_replaced_and_not_written_through(tmp_path: Path) -> None:
+    """What it points to, a file of the user's, keeps its content and its permissions."""
+    weight = torch.randn(20, 30)
+    cached_factors(weight, 4)
+    (path,) = (tmp_path / "cache" / "factors").iterdir()
+    records = tmp_path / "cache" / "verified.json"
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    precious.chmod(0o644)
+    for link in (path, records):
+        link.unlink(missing_ok=True)
+        link.symlink_to(precious)
+    cached_factors(weight, 4)
+    verification.record("reference", torch.device("cpu"))
+    verification.is_verified.cache_clear()
+    assert precious.read_text() == "mine"
+    assert stat.S_IMODE(precious.stat().st_mode) == 0o644
+    for written in (path, records):
+        assert not written.is_symlink()
+        assert stat.S_IMODE(written.stat().st_mode) == 0o600
+
+
+@pytest.fixture
+def shared_umask() -> Iterator[None]:
+    """New files are everybody's, where nothing is done about it."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.parametrize("work", ["factors", "record", "table"])
+def test_everything_in_the_cache_is_its_owners(work: str, tmp_path: Path, monkeypatch: Any, shared_umask: None) -> None:
+    monkeypatch.setenv("LOGE_CACHE", str(tmp_path / "new" / "cache"))
+    if work == "factors":
+        cached_factors(torch.randn(20, 30), 4)
+    elif work == "record":
+        verification.record("reference", torch.device("cpu"))
+        verification.is_verified.cache_clear()
+    else:
+        tuning = pytest.importorskip("loge_kernels.triton_kernels.tuning")
+        tuning.write_entries("a_card", (), "a test")
+    found = [tmp_path / "new" / "cache", *(tmp_path / "new" / "cache").rglob("*")]
+    assert len(found) > 1
+    for path in found:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert mode == 0o700 if path.is_dir() else not mode & 0o077 or path.suffix == ".lock", path
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "[" * 100_000, "1" * 10_000, '{"schema": 1e999}', "\x00"], ids=lambda t: t[:9]
+)
+def test_a_hostile_table_is_ignored(text: str, tmp_path: Path, caplog: Any) -> None:
+    tuning = pytest.importorskip("loge_kernels.triton_kernels.tuning")
+    path = tuning.table_path("a_card")
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert tuning.read_table("a_card") == ()
+    assert f"ignoring the table of tuned configurations {path}" in caplog.text
+
+
+def test_the_lock_truncates_nothing(tmp_path: Path) -> None:
+    tuning = pytest.importorskip("loge_kernels.triton_kernels.tuning")
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    path = tuning.table_path("a_card")
+    path.parent.mkdir(parents=True)
+    path.with_suffix(".lock").symlink_to(precious)
+    tuning.write_entries("a_card", (), "a test")
+    assert precious.read_text() == "mine"

@@ -203,6 +203,41 @@ def test_dropped_layers_have_no_energy_to_report() -> None:
     assert "energy" not in printed
 
 
+def test_figures_in_the_log(tmp_path: Path) -> None:
+    seen = []
+
+    class Reader(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    trained = trainer(tmp_path, Reader())
+    trained.train()
+    entries = [entry for entry in trained.state.log_history if "loss" in entry]
+    assert [entry["loge_exact_steps"] for entry in entries] == [1, 1, 2, 2, 3, 3]
+    energies = [layer.factors.energy for layer in trained.model.modules() if getattr(layer, "factors", None)]
+    for entry, read in zip(entries, seen, strict=False):
+        assert entry["loge_energy"] == pytest.approx(sum(energies) / len(energies))
+        assert read["loge_exact_steps"] == entry["loge_exact_steps"]
+        assert "loge_refreshes" not in entry
+    # The first step of each kind is left out.
+    assert not {"loge_exact_step_s", "loge_cheap_step_s"} & set(entries[1])
+    last = entries[-1]
+    share = 1 - last["loge_cheap_step_s"] / last["loge_exact_step_s"]
+    assert last["loge_step_time_saving"] == pytest.approx(share / 2)
+    kept = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    assert "loge_step_time_saving" in kept[5]
+
+
+def test_refreshes_in_the_log(tmp_path: Path) -> None:
+    row = Rows()[0]["input_ids"][None]
+    policy = {"calibration": [{"input_ids": row, "labels": row}], "refresh_every": 2}
+    trained = trainer(tmp_path, policy=policy, max_steps=4)
+    trained.train()
+    entries = [entry for entry in trained.state.log_history if "loss" in entry]
+    assert [entry["loge_refreshes"] for entry in entries] == [0, 1, 1, 2]
+    assert not any("loge_exact_steps" in entry for entry in entries)
+
+
 def test_report_and_adapters(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained = trainer(tmp_path / "second", max_steps=1)
     trained.train()

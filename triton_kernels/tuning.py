@@ -55,7 +55,8 @@ def write_entries(slug: str, entries: Iterable[Entry], source: str) -> Path:
     path = table_path(slug)
     if path is None:
         raise ValueError("LOGE_CACHE=off: there is no cache to write tuned configurations to")
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in (path.parent.parent, path.parent):  # mkdir's mode is for the last level alone
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
         merged = {_class(entry): entry for entry in (*read_table(slug), *entries)}
         ordered = tuple(merged[key] for key in sorted(merged))
@@ -79,7 +80,7 @@ def _locked(path: Path) -> Iterator[None]:
     """An exclusive lock held by an open file: the system drops it with the process, so a crash leaves none behind."""
     import fcntl  # not on Windows, where Triton does not run either
 
-    with path.open("w") as file:
+    with path.open("a") as file:  # which leaves a file alone that it should not have met
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

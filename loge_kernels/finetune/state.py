@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
+from ..cache import DAMAGED
 from .files import explained, write_tensors
 from .options import FinetuneError
 from .training import Record
@@ -69,5 +70,5 @@ def _load(path: Path) -> Saved:
                 raise ValueError(f"format {header['format']!r}, not {_FORMAT!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         return Saved(Record(**header["record"]), header["shared"], tensors)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except DAMAGED as error:
         raise FinetuneError(f"--resume: {str(path)!r} is damaged ({error}); start anew without --resume") from error
