@@ -3,8 +3,9 @@
 The cheap activation gradient is biased, and more steps do not lift a static bias. On an exact step the adapter gradient
 of the same batch is taken twice over one graph, once through the factors and once exactly; their difference d enters a
 running mean m <- decay m + (1 - decay) d (m = d at the first), and every cheap step adds m to its gradient. Memory: one
-adapter gradient, and a second during an exact step; under torch.distributed a third while they are averaged. Time: one
-more cheap backward in every exact step, from the input of the output head down.
+adapter gradient, and a second during an exact step, whose first pass keeps the graph for the other, at the cost of
+three more tensors of the head's input; under torch.distributed a third while they are averaged. Time: one more cheap
+backward in every exact step, from the input of the output head down.
 
 The idea is a control variate with stale means, as in SVRG (Johnson and Zhang, NeurIPS 2013), on the difference of two
 gradients of one batch.
@@ -200,15 +201,21 @@ class _Hook:
         return type(self), ()
 
 
+# Between two graphs, because the one below is differentiated twice.
+_outside_graphs = torch.compiler.disable(
+    reason="a bias correction divides the graph: fullgraph=True needs correction=None"
+)
+
+
 class _TapInput(_Hook):
-    @torch.compiler.disable
+    @_outside_graphs
     def __call__(self, head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         correction = self._correction()
         return None if correction is None else tuple(correction.tap(value) for value in inputs)
 
 
 class _TapOutput(_Hook):
-    @torch.compiler.disable
+    @_outside_graphs
     def __call__(self, model: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         correction = self._correction()
         return None if correction is None else tree_map(correction.tap, output)
