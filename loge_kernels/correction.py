@@ -3,9 +3,10 @@
 The cheap activation gradient is biased, and more steps do not lift a static bias. On an exact step the adapter gradient
 of the same batch is taken twice over one graph, once through the factors and once exactly; their difference d enters a
 running mean m <- decay m + (1 - decay) d (m = d at the first), and every cheap step adds m to its gradient. Memory: one
-adapter gradient, and a second during an exact step; under torch.distributed a third while they are averaged. Time: one
-more cheap backward in every exact step, from the output of the backbone down: the head's backward is spared, and a loss
-that computes the logits by itself, from the hidden states and the head's weight, is none of its business.
+adapter gradient, and a second during an exact step, whose first pass keeps the graph for the other, at the cost of
+three more tensors of the hidden states; under torch.distributed a third while they are averaged. Time: one more cheap
+backward in every exact step, from the output of the backbone down: the head's backward is spared, and a loss that
+computes the logits by itself, from the hidden states and the head's weight, is none of its business.
 
 The idea is a control variate with stale means, as in SVRG (Johnson and Zhang, NeurIPS 2013), on the difference of two
 gradients of one batch.
@@ -235,15 +236,21 @@ class _Hook:
         return type(self), ()
 
 
+# Between two graphs, because the one below is differentiated twice.
+_outside_graphs = torch.compiler.disable(
+    reason="a bias correction divides the graph: fullgraph=True needs correction=None"
+)
+
+
 class _TapInput(_Hook):
-    @torch.compiler.disable
+    @_outside_graphs
     def __call__(self, head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         correction = self._correction()
         return None if correction is None else tuple(correction.tap(value) for value in inputs)
 
 
 class _TapOutput(_Hook):
-    @torch.compiler.disable
+    @_outside_graphs
     def __call__(self, model: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         correction = self._correction()
         return None if correction is None else tree_map(correction.tap, output)

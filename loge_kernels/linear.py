@@ -13,6 +13,7 @@ from .cache import cached_factors
 from .eight_bit import EightBitWeight
 from .factors import PROJECTIONS, Factors
 from .ops import linear
+from .watching import Watcher
 
 _ADDED = (
     "factors",
@@ -24,6 +25,7 @@ _ADDED = (
     "exact_fraction",
     "_between",
     "backend",
+    "watcher",
 )
 
 
@@ -44,6 +46,7 @@ class LoGELinear(nn.Linear):
     eight_bit: EightBitWeight | None
     _converted: bool
     _between: float | None  # exact_fraction outside exact steps, during one
+    watcher: Watcher | None  # of dY, in the steps that somebody wants to see
     lora_A: nn.Parameter | None  # [P, K]
     lora_B: nn.Parameter | None  # [N, P]
 
@@ -116,6 +119,7 @@ class LoGELinear(nn.Linear):
         self.exact_fraction = _share("exact_fraction", exact_fraction)
         self._between = None
         self.backend = None if backend is None else check_name(backend, "backend")
+        self.watcher = None
 
     def _add_adapter(self, lora_rank: int, lora_alpha: float) -> None:
         # As PEFT does: float32 adapters over a 16-bit base, A uniform (Kaiming), B zero.
@@ -179,9 +183,10 @@ class LoGELinear(nn.Linear):
             self._between, self.exact_fraction = None, kept
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._between is None:
+        if self._between is None and self.watcher is None:
             return self.__dict__
-        return {**self.__dict__, "exact_fraction": self._between, "_between": None}
+        between = self.exact_fraction if self._between is None else self._between
+        return {**self.__dict__, "exact_fraction": between, "_between": None, "watcher": None}
 
     def dense_weight(self) -> Tensor:
         """The weight [N, K] in a floating dtype."""
@@ -219,7 +224,7 @@ class LoGELinear(nn.Linear):
         self, input: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, dropout: float
     ) -> Tensor:
         """The forward with this adapter in the place of the layer's own; arguments as in `loge_kernels.linear`."""
-        return linear(
+        y = linear(
             input,
             self.weight,
             self.current_factors(),
@@ -232,6 +237,7 @@ class LoGELinear(nn.Linear):
             self.backend,
             self.eight_bit,
         )
+        return y if self.watcher is None else self.watcher(y)
 
     def adapter_obstacle(self, dtype: torch.dtype, input: Tensor | None = None) -> str | None:
         """Why an adapter in `dtype` cannot be given to `run`, with this input or ever (None), or None when it can."""

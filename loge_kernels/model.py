@@ -156,9 +156,8 @@ def _follow_steps(model: nn.Module, sites: list[Site], policy: Policy, request: 
         correction = BiasCorrection(model, policy.correction, group)
     layers: list[Any] = [site.linear for site in sites]
     if request.subspace == "gradient":
-        outer = [site.linear if site.adapter is None else site.adapter for site in sites]
         names = [site.name for site in sites]
-        refresher = Refresher(zip(names, layers, outer, strict=True), request.refresh_every, group)
+        refresher = Refresher(zip(names, layers, strict=True), request.refresh_every, group)
     if policy.exact_every is not None or refresher is not None:
         schedule.attach(model, schedule.Schedule(model, layers, policy.exact_every, correction, refresher))
 

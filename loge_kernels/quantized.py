@@ -100,7 +100,7 @@ class QuantizedLinear(LoGELinear):
             return f"activations are {seen} and the base multiplies in {inside}"
         return None if dtype in (inside, torch.float32) else f"adapter is {dtype} over products in {inside}"
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason="quantised layers run outside compiled graphs")
     def run(
         self, input: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, dropout: float
     ) -> Tensor:
@@ -117,7 +117,8 @@ class QuantizedLinear(LoGELinear):
             backend=requested(self.backend),
         )
         seed = draw_seed(input.device) if call.dropout > 0.0 else None
-        return _Quantized.apply(input, self.bias, *_frozen_operands(factors, input), lora_A, lora_B, seed, call)
+        y = _Quantized.apply(input, self.bias, *_frozen_operands(factors, input), lora_A, lora_B, seed, call)
+        return y if self.watcher is None else self.watcher(y)
 
     def exact_operands(self, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """For the dense product with dY [M, N]: the weight [N, K] in its dtype, or its 8-bit copy and scales [K]."""

@@ -21,11 +21,9 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from .autocast import without_autocast
 from .collectives import Group, mean_over_ranks
@@ -33,6 +31,7 @@ from .decompositions import one_thread
 from .factors import projection
 from .linear import LoGELinear
 from .ops import in_cheap_backward
+from .watching import Watcher
 
 logger = logging.getLogger("loge_kernels")
 
@@ -48,17 +47,15 @@ class Refresher:
     the default one.
     """
 
-    def __init__(
-        self, layers: Iterable[tuple[str, LoGELinear, nn.Module]], every: int | None, group: Group = None
-    ) -> None:
+    def __init__(self, layers: Iterable[tuple[str, LoGELinear]], every: int | None, group: Group = None) -> None:
         self._group = group
-        # Name, layer, and the module whose output carries its dY: itself, or PEFT's layer around it.
-        self._layers = [(name, weakref.ref(layer), weakref.ref(outer)) for name, layer, outer in layers]
+        self._layers = [(name, weakref.ref(layer)) for name, layer in layers]
+        # The same ones at every refresh, or a compiled model would be compiled anew for each.
+        self._watchers = {name: _watcher(weakref.ref(self), name) for name, _ in self._layers}
         self.every = every
         self.due = False
         self.refreshes = 0
         self._rows: dict[str, list[Tensor]] = {}
-        self._handles: list[RemovableHandle] = []
         self._warned = False
 
     def prepare(self, step: int) -> None:
@@ -71,10 +68,8 @@ class Refresher:
         if self.due:
             return
         self.due = True
-        for name, _, outer in self._layers:
-            module = outer()
-            if module is not None:
-                self._handles.append(module.register_forward_hook(_KeepRows(self, name)))
+        for name, layer in self._named():
+            layer.watcher = self._watchers[name]
 
     def finish_step(self) -> None:
         """After the optimizer step: new subspaces from the rows seen, if any."""
@@ -84,21 +79,19 @@ class Refresher:
         if not self._rows and not self._warned:
             self._warned = True
             logger.warning(
-                "a refresh saw no gradient (a compiled model? its graph has no hooks): the subspaces stay as they are"
+                "a refresh saw no gradient (no backward pass since the last optimizer step?): the subspaces stay as "
+                "they are"
             )
         self.refreshes += bool(self._rows)
-        for name, reference, _ in self._layers:
-            layer, rows = reference(), self._rows.pop(name, None)
-            if layer is not None:
-                self._refresh(layer, rows)
+        for name, layer in self._named():
+            self._refresh(layer, self._rows.pop(name, None))
         self._rows.clear()
 
     def detach(self) -> None:
         """Stop watching."""
         self.due = False
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for _, layer in self._named():
+            layer.watcher = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The directions in use and their shares, by layer."""
@@ -138,7 +131,7 @@ class Refresher:
             kept[:] = [torch.cat(kept)[::2]]
 
     def _named(self) -> Iterable[tuple[str, LoGELinear]]:
-        for name, reference, _ in self._layers:
+        for name, reference in self._layers:
             layer = reference()
             if layer is not None:
                 yield name, layer
@@ -197,18 +190,12 @@ def _shares(layer: LoGELinear) -> Tensor:
     return torch.full((factors.rank,), factors.energy / max(1, factors.rank), dtype=torch.float64)
 
 
-class _KeepRows:
-    """A forward hook that sends some of its output's gradient to a refresher."""
+def _watcher(refresher: weakref.ref[Refresher], name: str) -> Watcher:
+    """What sends a layer's dY to a refresher, without keeping it alive."""
 
-    def __init__(self, refresher: Refresher | None, name: str) -> None:
-        self._refresher = (lambda: None) if refresher is None else weakref.ref(refresher)
-        self._name = name
+    def keep(dy: Tensor) -> None:
+        receiver = refresher()
+        if receiver is not None:
+            receiver.keep(name, dy)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (None, self._name)  # a copy of the model watches nothing
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        refresher = self._refresher()
-        if refresher is not None and isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled():
-            output.register_hook(lambda dy: refresher.keep(self._name, dy))
+    return Watcher(keep)

@@ -18,14 +18,14 @@ VOCABULARY = 50
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def llama(dtype: torch.dtype = torch.float32, tied: bool = False, **options: Any) -> LlamaForCausalLM:
-    """Two layers, 64 wide; the same weights at every call."""
+def llama(dtype: torch.dtype = torch.float32, tied: bool = False, layers: int = 2, **options: Any) -> LlamaForCausalLM:
+    """64 wide; the same weights at every call."""
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=tied,

@@ -146,6 +146,58 @@ def captured_and_on_side_stream(backend: str) -> None:
             torch.testing.assert_close(result, wanted, rtol=2e-2, atol=1e-3)
 
 
+def layer(dropout: float) -> loge.LoGELinear:
+    linear = torch.nn.Linear(384, 512, device=CUDA, dtype=torch.bfloat16)
+    made = loge.LoGELinear.from_linear(linear, 64, 16, lora_dropout=dropout)
+    torch.nn.init.normal_(made.lora_B)
+    return made
+
+
+def test_a_captured_layer_draws_a_new_mask_at_each_replay() -> None:
+    module = layer(0.3)
+    x = torch.randn(300, 384, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    leaves = (x, module.lora_A, module.lora_B)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        y = module(x)
+        return y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    seen = []
+    for _ in range(2):
+        graph.replay()
+        seen.append([t.clone() for t in captured])
+    for first, second in zip(*seen, strict=True):
+        assert first.isfinite().all()
+        assert not torch.equal(first, second)
+
+
+def test_compiled_into_cuda_graphs() -> None:
+    module = layer(0.0)
+    compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
+    found = []
+    for function in (module, compiled):
+        for seed in range(3):  # the second call records the graph, the third replays it
+            torch.manual_seed(seed)
+            x = torch.randn(300, 384, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+            torch.compiler.cudagraph_mark_step_begin()
+            y = function(x)
+            result = y.detach().clone()
+            y.sum().backward()
+        assert x.grad is not None
+        found.append([result, x.grad, module.lora_A.grad, module.lora_B.grad])
+        module.zero_grad()
+    torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=2e-2)
+
+
 def test_offsets_beyond_32_bits(backend: str) -> None:
     M, N, K = 300_000, 8192, 64  # dY has 2.46e9 elements
     if torch.cuda.mem_get_info()[0] < 24 << 30:

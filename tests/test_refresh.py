@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,14 @@ def test_only_gradient_subspaces_are_refreshed_and_removing_stops_it() -> None:
     loge.apply(model, 16, calibration=batches(), refresh_every=1)
     loge.remove(model)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_copy_made_in_a_watched_step_watches_nothing() -> None:
+    model = lora()
+    loge.apply(model, 16, calibration=batches(), refresh_every=1)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(layer.watcher is None for layer in layers(twin).values())
+    assert all(layer.watcher is not None for layer in layers(model).values())
 
 
 @pytest.mark.parametrize("residual", [0.0, 0.25])

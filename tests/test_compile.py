@@ -1,0 +1,318 @@
+"""torch.compile: whole graphs, forward and backward, the same ones for every number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import loretta_models
+import pytest
+import torch
+from models import VOCABULARY, assert_close, llama, lora
+from peft import get_peft_model
+from switching import config as switch_config
+from switching import optimizer_of as switching_optimizer
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import loge_kernels as loge
+from loge_kernels.watching import Watcher
+
+SIZES = [(2, 10), (3, 12), (5, 7)]  # sequences, tokens
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def breaks() -> list[str]:
+    return list(counters["graph_break"])
+
+
+def stance(fixed: bool) -> Any:
+    """Where `fixed`, any further compilation raises."""
+    return torch.compiler.set_stance("fail_on_recompile") if fixed else nullcontext()
+
+
+def whole(function: Any, **options: Any) -> Any:
+    return torch.compile(function, **{"backend": "aot_eager", "fullgraph": True, "dynamic": True, **options})
+
+
+# The op and the module
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "low rank": {},
+    "dropout": {"dropout": 0.3},
+    "some rows exact": {"exact_fraction": 0.4},
+    "exact, in int8": {"exact_fraction": 1.0, "exact_dtype": "int8"},
+}
+
+
+@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
+def test_the_op_is_compiled_once(options: dict[str, Any]) -> None:
+    weight = torch.randn(20, 24)
+    factors = loge.factorize(weight, 8)
+
+    def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return loge.linear(x.sin(), weight, factors, None, A, B, 0.5, **options).cos()
+
+    compiled = whole(layer)
+    for count, lead in enumerate(SIZES):
+        torch.manual_seed(count)
+        dy = torch.randn(*lead, 20)
+        leaves = [torch.randn(*lead, 24), torch.randn(3, 24), torch.randn(20, 3)]
+        results = []
+        for function in (layer, compiled):
+            given = [leaf.clone().requires_grad_() for leaf in leaves]
+            torch.manual_seed(9)
+            with stance(count > 0):
+                y = function(*given)
+            y.backward(dy)
+            results.append([y.detach(), *(leaf.grad for leaf in given)])
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert graphs() == 1
+    assert not breaks()
+
+
+def test_the_module_is_compiled_once() -> None:
+    layer = loge.LoGELinear.from_linear(nn.Linear(24, 20), 8, lora_rank=3, lora_dropout=0.3)
+    nn.init.normal_(layer.lora_B)
+    compiled = whole(layer)
+    for count, lead in enumerate(SIZES):
+        found = []
+        for function in (layer, compiled):
+            torch.manual_seed(count)
+            x = torch.randn(*lead, 24, requires_grad=True)
+            with stance(count > 0):
+                y = function(x)
+            y.square().sum().backward()
+            found.append({"x": x.grad, "A": layer.lora_A.grad, "B": layer.lora_B.grad})
+            layer.zero_grad()
+        assert_close(*found)
+    assert graphs() == 1
+    assert not breaks()
+
+
+def test_a_dropout_mask_is_one_mask_in_a_compiled_step() -> None:
+    """By the mask that y shows, dA is its gradient: forward and backward drop the same."""
+    compiled_by_inductor(dropout=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_inductor(dropout: float) -> None:
+    compiled_by_inductor(dropout, backend="inductor")
+
+
+def compiled_by_inductor(dropout: float, **options: Any) -> None:
+    # With W = 0 and A = B = 1 the output is the dropped x, and dA its column sums in every row, for dY of ones.
+    K = 16
+    factors = loge.factorize(torch.randn(K, K), 4)
+    compiled = whole(lambda x, A, B: loge.linear(x, torch.zeros(K, K), factors, None, A, B, 1.0, dropout), **options)
+    for rows in (40, 56):
+        A, B = torch.eye(K, requires_grad=True), torch.eye(K, requires_grad=True)
+        x = (torch.rand(rows, K) + 0.5).requires_grad_()
+        y = compiled(x, A, B)
+        y.sum().backward()
+        dropped = (y == 0).float().mean().item()
+        assert abs(dropped - dropout) < 0.1
+        assert A.grad is not None
+        torch.testing.assert_close(A.grad, y.detach().sum(0).expand(K, K))
+
+
+# PEFT models
+
+
+def batch(size: tuple[int, int], seed: int = 0) -> dict[str, Tensor]:
+    ids = torch.randint(VOCABULARY, size, generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids}
+
+
+def gradients(call: Any, model: nn.Module, size: tuple[int, int], seed: int) -> dict[str, Tensor]:
+    """Of every trained parameter of `model`, where `call` is the model or its compiled form; `.grad` keeps them."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    call(**batch(size, seed)).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def adapted(layers: int = 1, **options: Any) -> Any:
+    targets = ["q_proj", "down_proj"]
+    return lora(llama(layers=layers), target_modules=targets, lora_dropout=0.3, **options).train()
+
+
+def applied(model: Any, rank: float | None = 0.25, **options: Any) -> Any:
+    loge.apply(model, rank, **options)
+    return model.train()
+
+
+def tensor_trains(config: Any) -> Any:
+    return loretta_models.moved(get_peft_model(llama(layers=1), config))
+
+
+def switched() -> Any:
+    torch.manual_seed(9)
+    return get_peft_model(llama(layers=1), switch_config(interval=1, freeze_steps=0))
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "low rank": lambda: applied(adapted()),
+    "frozen below": lambda: applied(adapted(2), freeze_below=1),
+    "loretta rep": lambda: applied(tensor_trains(loge.LorettaRepConfig(dropout=0.3))),
+    "loretta adp": lambda: applied(tensor_trains(loge.LorettaAdpConfig())),
+    "switchlora": lambda: applied(switched()),
+}
+
+
+def test_a_model_is_one_graph_for_every_batch() -> None:
+    model, other = MODELS["low rank"](), MODELS["low rank"]()
+    compiled = whole(model)
+    for count, size in enumerate(SIZES):
+        with stance(count > 0):
+            got = gradients(compiled, model, size, count)
+        assert_close(got, gradients(other, other, size, count))
+    assert graphs() == 1
+    assert not breaks()
+
+
+@pytest.mark.parametrize("name", list(MODELS)[1:])
+def test_other_methods_are_one_graph(name: str) -> None:
+    model, other = MODELS[name](), MODELS[name]()
+    make = switching_optimizer if name == "switchlora" else sgd
+    optimizers = [make(each) for each in (model, other)]
+    compiled = whole(model, dynamic=False)
+    for count in range(3):
+        with stance(count > 0):
+            got = gradients(compiled, model, SIZES[0], count)
+        assert_close(got, gradients(other, other, SIZES[0], count))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert graphs() == 1
+    assert not breaks()
+
+
+@pytest.mark.parametrize("exact_dtype", [None, pytest.param("int8", marks=pytest.mark.slow)])
+def test_a_schedule_of_exact_steps_is_two_graphs(exact_dtype: Any) -> None:
+    model, other = (applied(adapted(), exact_every=2, correction=None, exact_dtype=exact_dtype) for _ in range(2))
+    optimizers = [sgd(model), sgd(other)]
+    compiled = whole(model, dynamic=False)
+    for count in range(5):
+        with stance(count > 1):
+            got = gradients(compiled, model, SIZES[0], count)
+        assert_close(got, gradients(other, other, SIZES[0], count))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert graphs() == 2
+    assert not breaks()
+
+
+def test_a_bias_correction_divides_the_graph_at_the_head() -> None:
+    model, other = applied(adapted(), exact_every=2), applied(adapted(), exact_every=2)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="fullgraph=True needs correction=None"):
+        whole(model)(**batch((2, 10)))
+    torch._dynamo.reset()
+    counters.clear()
+    optimizers = [sgd(model), sgd(other)]
+    compiled = whole(model, fullgraph=False, dynamic=False)
+    for count in range(4):
+        with stance(count > 1):
+            got = gradients(compiled, model, SIZES[0], count)
+        assert_close(got, gradients(other, other, SIZES[0], count))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert graphs() == 2 + 2, "the layers twice, for exact and cheap steps; the head; the loss"
+    assert all("correction" in reason for reason in breaks())
+
+
+def test_refreshed_subspaces_follow_a_compiled_model() -> None:
+    """The refresh comes long after compilation, and twice; its steps are a second graph."""
+    statistics = loge.calibrate(adapted(), [batch((2, 10), 7)])
+    model, other = (applied(adapted(), calibration=statistics, refresh_every=2) for _ in range(2))
+    optimizers = [sgd(model), sgd(other)]
+    compiled = whole(model, dynamic=False)
+    factors = next(m for m in model.modules() if isinstance(m, loge.LoGELinear) and m.factors is not None).factors
+    for count in range(5):
+        before = factors.right.detach().clone()
+        with stance(count > 1):
+            got = gradients(compiled, model, SIZES[0], count)
+        assert_close(got, gradients(other, other, SIZES[0], count))
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.equal(factors.right, before) == (count % 2 == 0)
+    assert graphs() == 2
+    assert not breaks()
+
+
+def test_the_operator_behind_a_refresh() -> None:
+    kept: list[Tensor] = []
+    watcher = Watcher(kept.append)
+    y = torch.randn(3, 4, requires_grad=True)
+    torch.library.opcheck(torch.ops.loge_kernels.watched.default, (y, watcher._number))
+    kept.clear()
+    whole(lambda y: watcher(y * 2).sin())(y).backward(torch.ones(3, 4))
+    torch.testing.assert_close(kept, [(y * 2).cos()])
+    gone = Watcher(kept.append)._number
+    assert torch.equal(torch.ops.loge_kernels.seen(y, gone), y)
+    assert len(kept) == 1
+
+
+# CUDA graphs: what can be seen without a GPU
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises where a value, or a shape that depends on one, is read on the host, which no CUDA graph can hold."""
+
+    READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "allclose")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert not name.startswith(self.READS), f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_check_finds_a_host_read() -> None:
+    with NoHostReads(), pytest.raises(AssertionError, match="_local_scalar_dense waits"):
+        torch.ones(1).item()
+
+
+POLICIES: list[dict[str, Any]] = [
+    {},
+    {"exact_fraction": 0.3},
+    {"residual": 0.2},
+    {"exact_every": 2},
+    {"exact_every": 2, "residual": 0.2},
+    {"exact_every": 1.5, "exact_dtype": "int8"},
+]
+
+
+@pytest.mark.parametrize("options", POLICIES, ids=str)
+def test_a_step_reads_nothing_on_the_host(options: dict[str, Any]) -> None:
+    """Forward, backward, optimizer step, and what a schedule does after it."""
+    model = nn.Sequential(*(nn.Linear(48, 48) for _ in range(3))).requires_grad_(False)
+    model[0].weight.requires_grad_()
+    model.append(loge.LoGELinear.from_linear(nn.Linear(48, 48), 16, lora_rank=4, lora_dropout=0.2))
+    loge.apply(model, 16, targets=["1", "2"], **options)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    x = torch.randn(6, 48)
+    model(x).sum().backward()  # 8-bit copies are made, and checked, in the first step
+    optimizer.step()
+    for _ in range(3):
+        with NoHostReads():
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            optimizer.step()

@@ -1,0 +1,183 @@
+"""16 bits, float32 and autocast in one model: what PEFT computes, without its casts, in no more memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from models import LINEARS, VOCABULARY, assert_close, gradients, llama, lora, randomised
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import loge_kernels as loge
+from loge_kernels.bench.memory import with_peak_memory
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def autocast(dtype: torch.dtype | None) -> Any:
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+
+
+def built(base: torch.dtype, adapters: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A PEFT model with the base's numbers rounded to 16 bits, whatever it is held in."""
+    rounded = base if base in HALF else torch.bfloat16
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LINEARS, **options})
+    model = randomised(get_peft_model(llama(rounded), config)).to(base)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(rounded).to(adapters)
+    return model.train()
+
+
+def errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    assert set(got) == set(truth)
+    return {n: ((got[n].double() - t).norm() / t.norm()).item() for n, t in truth.items()}
+
+
+@pytest.mark.parametrize("factors", [None, 1.0], ids=["exact", "factors of full rank"])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=["float32 base", "16-bit base"])
+@pytest.mark.parametrize("dtype", HALF, ids=["bfloat16", "float16"])
+def test_autocast_is_as_good_as_pefts(dtype: torch.dtype, base: torch.dtype, factors: float | None) -> None:
+    """float32 activations come in (the embeddings' or the norms'), weights and adapters are in what `base` says."""
+    base = dtype if base == torch.bfloat16 else base
+    model, other, truth = built(base), built(base), gradients(built(torch.float64, torch.float64))
+    if dtype == torch.float16 and base == dtype:  # rounded to float16, not bfloat16
+        exact = built(base)
+        truth = gradients(exact.double())
+    loge.apply(model, 1.0)
+    if factors is not None:
+        for module in model.modules():
+            if isinstance(module, loge.LoGELinear) and module.converted:
+                module.factors = loge.factorize(module.weight, factors)
+    with autocast(dtype):
+        got, plain = gradients(model), gradients(other)
+    ours, theirs = errors(got, truth), errors(plain, truth)
+    for name in truth:
+        assert got[name].dtype == plain[name].dtype == torch.float32
+        assert ours[name] <= 2 * theirs[name] + 2**-8, (name, ours[name], theirs[name])
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_a_grad_scaler_steps_as_with_peft(overflows: bool) -> None:
+    model, other = built(torch.float32), built(torch.float32)
+    loge.apply(model, 1.0)
+    found = []
+    for each in (model, other):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60 if overflows else 2.0**12)
+        optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1)
+        before = {n: p.detach().clone() for n, p in each.named_parameters() if p.requires_grad}
+        for step in range(3):
+            ids = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = each(input_ids=ids, labels=ids).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        moved = {n: p.detach() - before[n] for n, p in each.named_parameters() if p.requires_grad}
+        found.append((scaler.get_scale(), moved))
+    (scale, moved), (expected_scale, expected) = found
+    assert scale == expected_scale
+    assert all(t.count_nonzero() == 0 for t in moved.values()) == overflows
+    if overflows:
+        assert_close(moved, expected, 0.0)
+    else:
+        assert_close(moved, expected, 0.02)
+
+
+# Casts
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of tensors with as many rows as there are tokens, by shape."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.shapes: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype != args[0].dtype and out.numel() >= self.tokens * 16:
+            self.shapes[tuple(out.shape)] += 1
+        return out
+
+
+def tokens(length: int) -> Tensor:
+    return torch.randint(VOCABULARY, (2, length), generator=torch.Generator().manual_seed(3))
+
+
+def step(model: nn.Module, ids: Tensor, dtype: torch.dtype | None = None) -> None:
+    with autocast(dtype):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+
+
+def casts(model: nn.Module, dtype: torch.dtype | None) -> int:
+    ids = tokens(96)
+    counted = Casts(ids.numel())
+    with counted:
+        step(model, ids, dtype)
+    return counted.shapes.total()
+
+
+@pytest.mark.parametrize("rank", [1.0, 0.25], ids=["exact", "low rank"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["plain", "autocast"])
+def test_float32_adapters_over_a_16_bit_base_cast_no_activation(dtype: torch.dtype | None, rank: float) -> None:
+    """The casts that are left are those of the model without adapters, trained in full: its norms' and its loss's."""
+    model, other, bare = built(torch.bfloat16), built(torch.bfloat16), llama(torch.bfloat16).train()
+    loge.apply(model, rank)
+    least, ours, theirs = (casts(each, dtype) for each in (bare, model, other))
+    assert 0 < ours <= least
+    assert theirs > 3 * least, "PEFT casts what every adapter reads and writes"
+
+
+def test_autocast_from_float32_casts_less_than_peft() -> None:
+    model, other = built(torch.float32), built(torch.float32)
+    loge.apply(model, 0.25)
+    assert casts(model, torch.bfloat16) < 0.7 * casts(other, torch.bfloat16)
+
+
+# Memory
+
+
+STACKS: dict[str, tuple[torch.dtype, torch.dtype | None, bool, float]] = {
+    "float32": (torch.float32, None, False, 0.0),
+    "float32, dropout": (torch.float32, None, False, 0.1),
+    "bfloat16": (torch.bfloat16, None, False, 0.0),
+    "bfloat16, dropout": (torch.bfloat16, None, False, 0.1),
+    "autocast": (torch.float32, torch.bfloat16, False, 0.0),
+    "checkpointed": (torch.float32, None, True, 0.0),
+    "checkpointed, bfloat16": (torch.bfloat16, None, True, 0.1),
+}
+
+
+def peak(model: nn.Module, checkpointed: bool, dtype: torch.dtype | None) -> int:
+    """Bytes that a step, not the first, holds at most beyond the model and its factors."""
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    ids = tokens(128)
+    step(model, ids, dtype)
+    model.zero_grad()
+    return with_peak_memory(lambda: step(model, ids, dtype), torch.device("cpu"))[1]
+
+
+@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("policy", [{"rank": 1.0}, {"rank": 0.25}, {"budget": 0.45}], ids=str)
+def test_peak_memory_is_at_most_pefts(stack: str, policy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factors and 8-bit copies were there before. `budget` begins with an exact step, which the correction
+    differentiates twice: that holds two more adapter gradients, and three more of the head's input."""
+    # 8-bit products on a CPU work through slabs of a fixed size, which is larger than these whole models.
+    monkeypatch.setattr("loge_kernels.eight_bit._SLAB", 1 << 12)
+    base, dtype, checkpointed, dropout = STACKS[stack]
+    model, other = (lora(llama(base), lora_dropout=dropout).train() for _ in range(2))
+    loge.apply(model, **policy)
+    gradient = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    hidden = tokens(128).numel() * 64 * base.itemsize
+    ours, theirs = peak(model, checkpointed, dtype), peak(other, checkpointed, dtype)
+    assert ours <= theirs + (2 * gradient + 3 * hidden if "budget" in policy else 0)
