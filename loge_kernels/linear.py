@@ -225,7 +225,8 @@ class LoGELinear(nn.Linear):
     @property
     def sharded(self) -> bool:
         """Whether FSDP holds this layer's parameters, or a tensor-parallel plan its weight."""
-        return getattr(self, "_is_fsdp_managed_module", False) or hasattr(self.weight, "placements")
+        managed = getattr(self, "_is_fsdp_managed_module", False)  # torch's mark, of FSDP1 and FSDP2
+        return managed or hasattr(self._parameters.get("weight"), "placements")
 
     def _follow_shards(self, factors: Factors) -> None:
         """Take the weight as FSDP gathered it for the one that the factors are of; ValueError where it is another."""
@@ -234,8 +235,8 @@ class LoGELinear(nn.Linear):
         if hasattr(self.weight, "placements"):
             raise ValueError(
                 f"the weight {tuple(self.weight.shape)} of this layer is a DTensor with placements "
-                f"{self.weight.placements}: tensor parallelism is not supported, and FSDP gathers weights in the "
-                "forward of its own modules alone"
+                f"{self.weight.placements}: FSDP gathers weights in the forward of the modules that it shards, and "
+                "tensor parallelism is not supported"
             )
         if not isinstance(self.weight, nn.Parameter):
             raise ValueError(
@@ -248,6 +249,16 @@ class LoGELinear(nn.Linear):
                 "weights before the model is sharded"
             )
         factors.bind(self.weight)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        split = name.startswith("factors.") or (hasattr(param, "placements") and not self.sharded)
+        if split and self._modules.get("factors") is not None:
+            # As torch's ColwiseParallel and RowwiseParallel do. FSDP puts its DTensors in by another way.
+            raise ValueError(
+                "a layer with factors cannot be split by a tensor-parallel plan: leave it out of the plan, or shard the "
+                "model by loge_kernels.fully_shard"
+            )
+        super().register_parameter(name, param)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         parent: Any = super()

@@ -22,6 +22,7 @@ from .linear import LoGELinear
 from .quantized import QuantizedLinear
 from .schedule import schedule_of
 
+
 def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, **arguments: Any) -> nn.Module:
     """Shard an applied model over the ranks with FSDP2, layer by layer, so that backward gathers factors and adapters
     but no frozen weight.
@@ -150,7 +151,10 @@ class _FrozenWeights(_Group):
         _as_fsdp(self).set_unshard_in_backward(reads)
 
     def _gather(self) -> None:
-        """Called in backward by a layer that a checkpoint computes again. The next step's backward will prefetch."""
+        """Called by a layer that finds its weight sharded: in backward a checkpoint computes it again. The next step's
+        backward will prefetch."""
+        if not _in_backward():
+            return
         self._recomputed = True
         _as_fsdp(self).set_unshard_in_backward(True)
         _as_fsdp(self).unshard()
