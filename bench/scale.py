@@ -261,8 +261,8 @@ def _print(report: dict[str, Any], options: ScaleOptions) -> None:
     machine = options.machine
     again = ", activation checkpointing" if options.checkpointing else ""
     console.print(
-        f"[bold]A model on paper, not measured[/bold]: {options.tokens} tokens a GPU, factors of rank {options.rank:g}, "
-        f"adapters of rank {options.lora_rank}{again}; nodes of {machine.node} GPUs, NVLink "
+        f"[bold]A model on paper, not measured[/bold]: {options.tokens} tokens a GPU, factors of rank "
+        f"{options.rank:g}, adapters of rank {options.lora_rank}{again}; nodes of {machine.node} GPUs, NVLink "
         f"{machine.nvlink / 1e9:.0f} GB/s, network {machine.network / 1e9:.0f} GB/s a GPU, "
         f"{machine.matmul / 1e12:.0f} TFLOP/s; perfect overlap, no latencies",
         highlight=False,

@@ -255,8 +255,8 @@ class LoGELinear(nn.Linear):
         if split and self._modules.get("factors") is not None:
             # As torch's ColwiseParallel and RowwiseParallel do. FSDP puts its DTensors in by another way.
             raise ValueError(
-                "a layer with factors cannot be split by a tensor-parallel plan: leave it out of the plan, or shard the "
-                "model by loge_kernels.fully_shard"
+                "a layer with factors cannot be split by a tensor-parallel plan: leave it out of the plan, or shard "
+                "the model by loge_kernels.fully_shard"
             )
         super().register_parameter(name, param)
 

@@ -93,8 +93,8 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
 class _Group(nn.Module):
     """Some parameters of one block as one group of FSDP's, which stands around the block's forward.
 
-    Its submodules are the block's linear layers while FSDP takes stock, and none afterwards: the block has them already,
-    and neither names nor state dicts change.
+    Its submodules are the block's linear layers while FSDP takes stock, and none afterwards: the block has them
+    already, and neither names nor state dicts change.
     """
 
     name: str  # in the block
@@ -136,8 +136,8 @@ class _FrozenWeights(_Group):
     name = "loge_frozen_weights"
 
     def members(self) -> set[nn.Parameter]:
-        held = [p for layer in self._layers for p in (layer.weight, layer.bias)]
-        return {p for p in held if p is not None and not p.requires_grad}
+        held = [entry for layer in self._layers for entry in layer.named_parameters(recurse=False)]
+        return {p for name, p in held if name in ("weight", "bias") and not p.requires_grad}
 
     def around(self, block: Any) -> None:
         super().around(block)
@@ -240,16 +240,16 @@ def _check(model: nn.Module) -> dict[str, LoGELinear]:
             raise ValueError(
                 f"layer {name!r} is quantised ({layer.label(layer)}): its weight cannot be sharded; use DDP"
             )
-        for argument, dtype in (
-            ("exact_dtype", layer.exact_dtype),
-            ("low_rank_dtype", None if layer.factors is None else layer.factors.low_rank_dtype),
-        ):
-            if dtype is not None:
-                raise ValueError(
-                    f"layer {name!r} has {argument}={dtype!r}, whose 8-bit copy every rank would keep whole: apply with "
-                    f"{argument}=None"
-                    + (" and exact_every= in the place of budget=" if argument == "exact_dtype" else "")
-                )
+        if layer.exact_dtype is not None:
+            raise ValueError(
+                f"layer {name!r} has exact_dtype={layer.exact_dtype!r}, whose 8-bit copy every rank would keep whole: "
+                "apply with exact_dtype=None, and with exact_every= in the place of budget="
+            )
+        if layer.factors is not None and layer.factors.low_rank_dtype is not None:
+            raise ValueError(
+                f"layer {name!r} has low_rank_dtype={layer.factors.low_rank_dtype!r}, whose 8-bit copies every rank "
+                "would keep whole: apply with low_rank_dtype=None"
+            )
     schedule = schedule_of(model)
     if schedule is not None and schedule.correction is not None:
         raise ValueError("the bias correction needs whole gradients: apply with correction=None before you shard")

@@ -121,6 +121,19 @@ def test_one_rank_is_enough() -> None:
     assert_close(got, gradients(expected))
 
 
+def test_factors_that_every_rank_keeps() -> None:
+    model = lora()
+    loge.apply(model, RANK)
+    factors = {p for name, p in model.named_parameters() if ".factors." in name}
+    loge.fully_shard(model, mesh=mesh(), ignored_params=factors)
+    gradients(model)
+    assert factors == {p for name, p in model.named_parameters() if ".factors." in name}
+    expected = lora()
+    loge.apply(expected, RANK)
+    got = {name: grad.full_tensor() for name, grad in gradients(model).items()}
+    assert_close(got, gradients(expected))
+
+
 def test_remove_after_sharding() -> None:
     model = lora()
     loge.apply(model, RANK)
