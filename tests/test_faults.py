@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import TIMEOUT, WORLD, on_two_ranks
+from ranks import WORLD, on_two_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
 import loge_kernels as loge
+from loge_kernels import atomic
 from loge_kernels.atomic import replacing
 
 STEPS = 8
@@ -93,13 +93,12 @@ def going_on(rank: int) -> list[float]:
 def test_a_rank_is_killed_in_mid_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "last.safetensors"
     monkeypatch.setenv("LOGE_TEST_FILE", str(file))
-    started = time.monotonic()
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
-    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+    with pytest.raises((ProcessExitedException, ProcessRaisedException), match="exit code 9|onnection") as failure:
         on_two_ranks(dying, first)
-    assert time.monotonic() - started < TIMEOUT.total_seconds()  # nobody waits for the dead one
+    assert "imed out" not in str(failure.value)  # the other rank does not wait for the dead one
     assert int(load_file(file)["step"]) == DIES_AT
     losses = torch.tensor(on_two_ranks(going_on, second))
     assert losses.shape == (WORLD, STEPS - DIES_AT)
@@ -107,10 +106,11 @@ def test_a_rank_is_killed_in_mid_step(tmp_path: Path, monkeypatch: pytest.Monkey
     torch.testing.assert_close(losses.mean(0), torch.tensor(whole[DIES_AT:]), rtol=1e-4, atol=1e-5)
 
 
+# Without the rest of the package, whose import takes longer than the test.
 WRITER = """
-import sys
+import runpy, sys
 from pathlib import Path
-from loge_kernels.atomic import replacing
+replacing = runpy.run_path(sys.argv[2])["replacing"]
 for number in range(10**6):
     with replacing(Path(sys.argv[1])) as temporary:
         temporary.write_bytes(bytes([number % 256]) * 3_000_000)
@@ -120,15 +120,13 @@ for number in range(10**6):
 def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "state.bin"
     for pause in (0.0, 0.013, 0.031):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path)], env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        deadline = time.monotonic() + 100
         path.unlink(missing_ok=True)
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path), atomic.__file__])
+        deadline = time.monotonic() + 60
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(pause)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait(timeout=60)
         data = path.read_bytes()
         assert len(data) == 3_000_000
@@ -141,7 +139,7 @@ def test_statistics_that_end_early(tmp_path: Path, damage: str) -> None:
     model = Tower()
     x = torch.randn(4, 32)
     loge.calibrate(model, [{"x": x}], loss=lambda m, batch: m(**batch).square().mean(), targets=["1"]).save(path)
-    assert loge.Statistics.load(path).tokens == 4
+    assert loge.Statistics.load(path).batches == 1
     data = path.read_bytes()
     path.write_bytes({"truncated": data[:-100], "empty": b"", "garbage": b"\xff" * len(data)}[damage])
     with pytest.raises(ValueError, match=r"statistics.safetensors' holds no statistics of loge_kernels.calibrate: "):
