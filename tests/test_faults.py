@@ -96,7 +96,7 @@ def test_a_rank_is_killed_in_mid_step(tmp_path: Path, monkeypatch: pytest.Monkey
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
-    with pytest.raises((ProcessExitedException, ProcessRaisedException), match="exit code 9|onnection") as failure:
+    with pytest.raises((ProcessExitedException, ProcessRaisedException), match=r"exit code 9|onnection") as failure:
         on_two_ranks(dying, first)
     assert "imed out" not in str(failure.value)  # the other rank does not wait for the dead one
     assert int(load_file(file)["step"]) == DIES_AT
