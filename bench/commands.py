@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -265,6 +266,41 @@ def bench_scratch(
             device=device,
         )
         write_json(json_file, scratch.run(options))
+        return True
+
+    leave(work)
+
+
+@bench_app.command("scale")
+def bench_scale(
+    models: Annotated[list[str] | None, typer.Argument(help="LLaMA-3-8B, LLaMA-3-70B; default: both.")] = None,
+    gpus: Annotated[list[str] | None, typer.Option(help="How many: a list; default 8,16,64,256,1024.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens a GPU and step.")] = 8192,
+    seq: Annotated[int, typer.Option(help="Tokens a sequence, for attention.")] = 4096,
+    rank: Annotated[str, typer.Option("--rank", "-R", help="R: an int, or a share of min(N, K).")] = "0.125",
+    lora_rank: Annotated[int, typer.Option("--lora-rank", "-P", help="P, on every linear of the blocks.")] = 16,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Compute blocks again in backward.")] = False,
+    network: Annotated[float, typer.Option(help="Between nodes: GB/s a GPU, each way.")] = 50.0,
+    json_file: JsonOption = None,
+) -> None:
+    """On paper, not measured: what PEFT under FSDP2, `loge.fully_shard` and DDP send and how long their steps take on
+    8 to 1024 GPUs, from counted collectives and published link speeds."""
+
+    def work() -> bool:
+        from . import scale
+
+        options = scale.ScaleOptions(
+            models=tuple(models or ()),
+            tokens=tokens,
+            seq=seq,
+            rank=number("rank", rank),
+            lora_rank=lora_rank,
+            checkpointing=checkpointing,
+            json=json_file,
+            machine=scale.Machine(network=network * 1e9),
+        )
+        counts: Any = tuple(numbers("gpus", gpus))
+        scale.run(replace(options, gpus=counts) if counts else options)
         return True
 
     leave(work)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .loretta import LorettaAdpConfig as LorettaAdpConfig
     from .loretta import LorettaRepConfig as LorettaRepConfig
     from .peft_methods import register_peft_methods as register_peft_methods
+    from .sharding import fully_shard as fully_shard
     from .switchlora import SwitchAdamW as SwitchAdamW
     from .switchlora import SwitchLoraConfig as SwitchLoraConfig
     from .switchlora.callback import SwitchLoraCallback as SwitchLoraCallback
@@ -68,6 +69,7 @@ _LAZY = {
     "SwitchAdamW": "switchlora",
     "SwitchLoraCallback": "switchlora.callback",
     "SwitchLoraConfig": "switchlora",
+    "fully_shard": "sharding",
     "register_peft_methods": "peft_methods",
 }
 

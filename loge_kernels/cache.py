@@ -66,7 +66,7 @@ def cached_factors(weight: Tensor, rank: int | float, method: str = "svd") -> Fa
 def fingerprint(weight: Tensor) -> str:
     """SHA-256, in hexadecimal, of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)} ".encode())
-    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -71,6 +71,7 @@ class Factors(nn.Module):
         self.residual = None if residual is None else nn.Parameter(residual, requires_grad=False)
         self.importance: Tensor | None = None  # [N], by which the rows were chosen
         self.shares: Tensor | None = None  # float64 [R], the energy along each direction, where it was measured
+        self.gather: Callable[[], None] | None = None  # brings sharded factors to a forward that casts them
         self.left_copy: EightBitWeight | None = None
         self.right_copy: EightBitWeight | None = None
         self.method = method
@@ -187,6 +188,11 @@ class Factors(nn.Module):
     def invalidate(self) -> None:
         """Declare the weight changed in a way that torch does not count."""
         self._version = _CHANGED
+
+    @property
+    def invalid(self) -> bool:
+        """Whether `invalidate` was called since these factors were computed."""
+        return self._version == _CHANGED
 
     @property
     def bound(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ _ADDED = (
     "_between",
     "backend",
     "watcher",
+    "gather",
 )
 
 
@@ -47,6 +49,7 @@ class LoGELinear(nn.Linear):
     _converted: bool
     _between: float | None  # exact_fraction outside exact steps, during one
     watcher: Watcher | None  # of dY, in the steps that somebody wants to see
+    gather: Callable[[], None] | None  # brings a sharded weight that a checkpoint reads in backward
     lora_A: nn.Parameter | None  # [P, K]
     lora_B: nn.Parameter | None  # [N, P]
 
@@ -120,6 +123,7 @@ class LoGELinear(nn.Linear):
         self._between = None
         self.backend = None if backend is None else check_name(backend, "backend")
         self.watcher = None
+        self.gather = None
 
     def _add_adapter(self, lora_rank: int, lora_alpha: float) -> None:
         # As PEFT does: float32 adapters over a 16-bit base, A uniform (Kaiming), B zero.
@@ -209,12 +213,64 @@ class LoGELinear(nn.Linear):
         factors = self.factors
         if factors is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return factors
+        if hasattr(factors.left, "ds_id"):
+            raise ValueError(
+                f"the factors of this {tuple(self.weight.shape)} layer are partitioned by DeepSpeed ZeRO-3, whose "
+                "backward gathers whole weights: use ZeRO stage 1 or 2, or loge_kernels.fully_shard"
+            )
         if not factors.stale(self.weight):
             if not factors.bound:
                 factors.bind(self.weight)  # this layer is a copy, its factors were copied with its weight
+        elif self.sharded:
+            self._follow_shards(factors)
         elif factors.follows_from_weight and (not self.weight.requires_grad or factors.replaced(self.weight)):
             self.refresh()
         return factors
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP holds this layer's parameters, or a tensor-parallel plan its weight."""
+        managed = getattr(self, "_is_fsdp_managed_module", False)  # torch's mark, of FSDP1 and FSDP2
+        return managed or hasattr(self._parameters.get("weight"), "placements")
+
+    def _follow_shards(self, factors: Factors) -> None:
+        """Take the weight as FSDP gathered it for the one that the factors are of; ValueError where it is another."""
+        if hasattr(self.weight, "placements") and self.gather is not None:
+            self.gather()
+        if hasattr(self.weight, "placements"):
+            raise ValueError(
+                f"the weight {tuple(self.weight.shape)} of this layer is a DTensor with placements "
+                f"{self.weight.placements}: FSDP gathers weights in the forward of the modules that it shards, and "
+                "tensor parallelism is not supported"
+            )
+        if not isinstance(self.weight, nn.Parameter):
+            raise ValueError(
+                "a layer with factors is inside a FullyShardedDataParallel (FSDP1), which flattens its parameters: "
+                "use loge_kernels.fully_shard (FSDP2)"
+            )
+        if factors.invalid:
+            raise ValueError(
+                "the weight of a layer has changed since it was sharded, and its factors cannot follow: load or merge "
+                "weights before the model is sharded"
+            )
+        factors.bind(self.weight)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        split = name.startswith("factors.") or (hasattr(param, "placements") and not self.sharded)
+        if split and self._modules.get("factors") is not None:
+            # As torch's ColwiseParallel and RowwiseParallel do. FSDP puts its DTensors in by another way.
+            raise ValueError(
+                "a layer with factors cannot be split by a tensor-parallel plan: leave it out of the plan, or shard "
+                "the model by loge_kernels.fully_shard"
+            )
+        super().register_parameter(name, param)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        parent: Any = super()
+        before = _shard(self.weight).clone() if self.sharded and self.factors is not None else None
+        parent._load_from_state_dict(*args, **kwargs)
+        if before is not None and not torch.equal(before, _shard(self.weight)):
+            self.invalidate()
 
     def forward(self, input: Tensor) -> Tensor:
         dropout = self.lora_dropout if self.training else 0.0
@@ -224,10 +280,11 @@ class LoGELinear(nn.Linear):
         self, input: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, dropout: float
     ) -> Tensor:
         """The forward with this adapter in the place of the layer's own; arguments as in `loge_kernels.linear`."""
+        factors = self.current_factors()  # before the weight is read, which it may gather
         y = linear(
             input,
             self.weight,
-            self.current_factors(),
+            factors,
             self.bias,
             lora_A,
             lora_B,
@@ -248,6 +305,11 @@ class LoGELinear(nn.Linear):
     def extra_repr(self) -> str:
         adapter = "" if self.lora_A is None else f", lora_rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"
         return super().extra_repr() + adapter
+
+
+def _shard(weight: Any) -> Tensor:
+    """This rank's part of a weight."""
+    return weight.to_local().detach() if hasattr(weight, "to_local") else weight.detach()
 
 
 def _probability(name: str, value: float) -> float:

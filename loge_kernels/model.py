@@ -142,9 +142,24 @@ def _convert(wrapped: nn.Module, targets: Targets, request: Request) -> Report:
     plan = make_plan(wrapped, chosen, targets, request)
     for site in chosen:
         site.convert_(plan.factors[site.name], request.exact_fraction, request.backend, plan.policy.exact_dtype)
+    _tell_ddp(model, [name for name, _ in model.named_parameters() if ".factors." in f".{name}"])
     with_factors = [site for site in chosen if plan.factors[site.name] is not None]
     _follow_steps(model, with_factors, plan.policy, request, group_of(wrapped))
     return Report(tuple(_row(site, plan) for site in sites), plan.policy)
+
+
+# Where DistributedDataParallel, when it is made, looks for what it is to leave alone.
+_LEFT_ALONE = "_ddp_params_and_buffers_to_ignore"
+
+
+def _tell_ddp(model: nn.Module, factors: list[str]) -> None:
+    """Have `DistributedDataParallel` leave the parameters of these names out of its first broadcast, which makes the
+    ranks' weights alike: factors follow from those."""
+    others = [name for name in getattr(model, _LEFT_ALONE, ()) if ".factors." not in f".{name}"]
+    if others or factors:
+        setattr(model, _LEFT_ALONE, others + factors)
+    elif hasattr(model, _LEFT_ALONE):
+        delattr(model, _LEFT_ALONE)
 
 
 def _follow_steps(model: nn.Module, sites: list[Site], policy: Policy, request: Request, group: Group) -> None:
@@ -177,6 +192,7 @@ def remove(model: nn.Module) -> None:
     for module in modules:
         if isinstance(module, LoGELinear) and module.converted:
             module.revert_()
+    _tell_ddp(unwrapped(model), [])
 
 
 def _row(site: Site, plan: Plan) -> LayerReport:

@@ -124,6 +124,8 @@ def linear(
     left_scale: Tensor | None = None
     right_scale: Tensor | None = None
     if factors is not None:
+        if factors.gather is not None and factors.left.dtype != x.dtype:
+            factors.gather()
         left, right, rows, residual = factors.left, factors.right, factors.rows, factors.residual
         if left.dtype != x.dtype:
             left, right = left.to(x.dtype), right.to(x.dtype)

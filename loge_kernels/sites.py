@@ -134,6 +134,15 @@ def _obstacle(
         return f"is a {type(module).__module__}.{type(module).__name__}, not a plain torch.nn.Linear"
     if "forward" in vars(module):
         return "its forward was replaced on the instance (an offloading hook?)"
+    if hasattr(module.weight, "ds_id"):
+        return "its weight is partitioned by DeepSpeed ZeRO-3: use stage 1 or 2, or loge_kernels.fully_shard"
+    if hasattr(module.weight, "placements"):
+        return (
+            f"its weight is a DTensor with placements {module.weight.placements}: apply before the model is sharded; "
+            "tensor parallelism is not supported"
+        )
+    if getattr(module, "_is_fsdp_managed_module", False):
+        return "is inside a FullyShardedDataParallel (FSDP1): apply first, and shard by loge_kernels.fully_shard"
     if module.weight.is_meta:
         return "its weight is on the meta device: load the model first"
     if quantized is not None:

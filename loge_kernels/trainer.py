@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -121,10 +121,18 @@ class LogeCallback(TrainerCallback, ExportableState):
         for folder in folders:
             if token is None or not (folder / FILE).is_file():
                 continue
-            with safe_open(folder / FILE, framework="pt", device="cpu") as file:
-                if (file.metadata() or {}).get("token") == token:
-                    schedule.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-                    return
+            try:
+                with safe_open(folder / FILE, framework="pt", device="cpu") as file:
+                    ours = (file.metadata() or {}).get("token") == token
+                    tensors = {name: file.get_tensor(name) for name in file.keys()} if ours else {}  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise ValueError(
+                    f"{folder / FILE} is damaged ({error}): resume from an earlier checkpoint, or delete it to go on "
+                    "with a schedule that begins anew"
+                ) from error
+            if ours:
+                schedule.load_state_dict(tensors)
+                return
         why = (
             "the checkpoint was made without LogeCallback"
             if token is None

@@ -24,7 +24,16 @@ def test_module_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [("info",), ("check",), ("bench", "linear"), ("bench", "step"), ("bench", "fidelity"), ("finetune",)]
+    "command",
+    [
+        ("info",),
+        ("check",),
+        ("bench", "linear"),
+        ("bench", "step"),
+        ("bench", "fidelity"),
+        ("bench", "scale"),
+        ("finetune",),
+    ],
 )
 def test_help(command: tuple[str, ...]) -> None:
     result = runner.invoke(app, [*command, "--help"], env={"COLUMNS": "200"})

@@ -26,6 +26,7 @@ from .progress import progress
 from .training import Record, Stop, Trainer, heldout_loss, stop_on_interrupt
 
 _PLANNING = 8  # training sequences that --freeze auto looks at
+KEEP_SECONDS = 60.0  # of training between two states on disk: what a killed run loses at most
 
 
 def run(options: FinetuneOptions, console: Console | None = None) -> dict[str, Any]:
@@ -91,10 +92,11 @@ class _Job:
         self.parameters = sum(p.numel() for p in loaded.model.parameters())
         self._attach(loaded.model, methods.REFERENCE)
         trainable = sum(p.numel() for p in self.start.values())
-        # Two adapters, and for each the weights, both moments of Adam and the first gradient; LoGE's correction.
-        need = 11 * 4 * trainable + 2**20
+        # Two adapters, and for each the weights, both moments of Adam and the first gradient; LoGE's correction. All of
+        # it twice: a state is written beside the one before it.
+        need = 2 * 11 * 4 * trainable + 2**20
         if any(method.name == "switchlora" for method in self.methods):
-            need += 8 * self.parameters  # its frozen weights change, and are saved with what was left of them
+            need += 2 * 8 * self.parameters  # its frozen weights change, and are saved with what was left of them
         files.need_space(self.out, need)
         self.corpus = data.load(self.options, loaded.tokenizer)
         where = str(self.device)
@@ -216,11 +218,15 @@ class _Job:
         what = f"{number}/{len(self.methods)} {method.title}"
         size = options.batch * options.seq
         with self.memory, progress(self.console, what, options.steps, size, len(record.losses)) as advance:
+            kept = time.monotonic()
             while not trainer.done:
                 trainer.step()
                 advance(f"loss {record.losses[-1]:.3f}", 1)
                 if stop.requested:
                     break
+                if method.resumable and not trainer.done and time.monotonic() - kept >= KEEP_SECONDS:
+                    self._keep(method, trainer)
+                    kept = time.monotonic()
         if self.memory.bytes is not None:
             record.peak_memory = max(self.memory.bytes, record.peak_memory or 0)
         record.kept_bytes = max(self._kept_bytes(), record.kept_bytes)

@@ -1,0 +1,70 @@
+"""Two gloo ranks on this machine, and what they sent each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, distributed
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WORLD = 2
+TIMEOUT = timedelta(seconds=120)  # a process that waits for a dead one fails, and the suite goes on
+
+
+def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
+    """What `work(rank)`, a module's function, returned on each rank: tensors, numbers and strings in containers."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    mp.spawn(_rank, (work, folder), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+def _rank(rank: int, work: Callable[[int], Any], folder: Path) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=TIMEOUT)
+    torch.save(work(rank), folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+class Sent(NamedTuple):
+    """One collective: torch's operator, the bytes of its whole tensor, whether autograd's backward called it."""
+
+    name: str
+    nbytes: int
+    backward: bool
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that run in the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[Sent] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = [t for t in args if isinstance(t, Tensor)] + [t for a in args if isinstance(a, list) for t in a]
+            largest = max((t.nbytes for t in tensors if isinstance(t, Tensor)), default=0)
+            in_backward = torch._C._current_graph_task_id() != -1
+            self.sent.append(Sent(func.overloadpacket.__name__, largest, in_backward))
+        return func(*args, **(kwargs or {}))
+
+    def total(self, name: str, backward: bool) -> int:
+        """Bytes of the collectives whose operator has `name` in it."""
+        return sum(s.nbytes for s in self.sent if name in s.name and s.backward == backward)
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    """The message of the ValueError that `call` raises in a rank, to be looked at where the test is; "" for none."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,242 @@
+"""Ranks that die, files that end early, processes that are killed: training goes on from what was saved last."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import WORLD, on_two_ranks
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.nn.parallel import DistributedDataParallel
+
+import loge_kernels as loge
+from loge_kernels import atomic
+from loge_kernels.atomic import replacing
+
+STEPS = 8
+DIES_AT = 5  # in this step's backward, on rank 1
+
+
+class Tower(nn.Module):
+    """Two layers that train around one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.layers[1].requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def train(wrap: Any, rows: slice, file: Path, saves: bool, on_step: Any = None) -> list[float]:
+    """Train from what `file` holds, if anything, to the last step; the losses of the steps that ran."""
+    model = Tower()
+    loge.apply(model, 4, exact_every=3, targets=["1"])
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.5)
+    schedule = loge.schedule_of(model)
+    assert schedule is not None
+    if file.exists():
+        state = load_file(file)
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(state.pop(name))
+        schedule.load_state_dict(state)
+    parallel = wrap(model)
+    losses = []
+    while schedule.step < STEPS:
+        if on_step is not None:
+            on_step(model, schedule.step)
+        x = torch.randn(4, 32, generator=torch.Generator().manual_seed(schedule.step))[rows]
+        loss = (parallel(x) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if saves:
+            with replacing(file) as temporary:
+                save_file({name: p.detach() for name, p in trained.items()} | schedule.state_dict(), temporary)
+    return losses
+
+
+def work(rank: int, dies: bool) -> list[float]:
+    def on_step(model: nn.Module, step: int) -> None:
+        if dies and rank == 1 and step == DIES_AT:
+            next(model.parameters()).register_hook(lambda gradient: os._exit(9))
+
+    file = Path(os.environ["LOGE_TEST_FILE"])
+    return train(DistributedDataParallel, slice(2 * rank, 2 * rank + 2), file, rank == 0, on_step)
+
+
+def dying(rank: int) -> list[float]:
+    return work(rank, dies=True)
+
+
+def going_on(rank: int) -> list[float]:
+    return work(rank, dies=False)
+
+
+def test_a_rank_is_killed_in_mid_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "last.safetensors"
+    monkeypatch.setenv("LOGE_TEST_FILE", str(file))
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    with pytest.raises((ProcessExitedException, ProcessRaisedException), match=r"exit code 9|onnection") as failure:
+        on_two_ranks(dying, first)
+    assert "imed out" not in str(failure.value)  # the other rank does not wait for the dead one
+    assert int(load_file(file)["step"]) == DIES_AT
+    losses = torch.tensor(on_two_ranks(going_on, second))
+    assert losses.shape == (WORLD, STEPS - DIES_AT)
+    whole = train(lambda model: model, slice(None), tmp_path / "none", saves=False)
+    torch.testing.assert_close(losses.mean(0), torch.tensor(whole[DIES_AT:]), rtol=1e-4, atol=1e-5)
+
+
+# Without the rest of the package, whose import takes longer than the test.
+WRITER = """
+import runpy, sys
+from pathlib import Path
+replacing = runpy.run_path(sys.argv[2])["replacing"]
+for number in range(10**6):
+    with replacing(Path(sys.argv[1])) as temporary:
+        temporary.write_bytes(bytes([number % 256]) * 3_000_000)
+"""
+
+
+def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "state.bin"
+    for pause in (0.0, 0.013, 0.031):
+        path.unlink(missing_ok=True)
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path), atomic.__file__])
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(pause)
+        process.kill()
+        process.wait(timeout=60)
+        data = path.read_bytes()
+        assert len(data) == 3_000_000
+        assert len(set(data)) == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])
+def test_statistics_that_end_early(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "statistics.safetensors"
+    model = Tower()
+    x = torch.randn(4, 32)
+    loge.calibrate(model, [{"x": x}], loss=lambda m, batch: m(**batch).square().mean(), targets=["1"]).save(path)
+    assert loge.Statistics.load(path).batches == 1
+    data = path.read_bytes()
+    path.write_bytes({"truncated": data[:-100], "empty": b"", "garbage": b"\xff" * len(data)}[damage])
+    with pytest.raises(ValueError, match=r"statistics.safetensors' holds no statistics of loge_kernels.calibrate: "):
+        loge.Statistics.load(path)
+
+
+# finetune
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    pytest.importorskip("peft")
+    pytest.importorskip("matplotlib")
+    import finetuning
+    import tiny_llama
+
+    monkeypatch.setenv("LOGE_CACHE", str(tmp_path / "cache"))
+    return finetuning.small_run(tiny_llama.save(tmp_path / "model"), tmp_path)
+
+
+def killed(monkeypatch: pytest.MonkeyPatch, options: Any, at: int) -> None:
+    """Run with a state on disk after every step, and end without a word in step `at`."""
+    import finetuning
+
+    from loge_kernels.finetune import job
+
+    class Killed(BaseException):
+        pass
+
+    step, count = torch.optim.AdamW.step, iter(range(1, 10**6))
+
+    def dying_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(count) == at:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "KEEP_SECONDS", 0.0)
+        patch.setattr(torch.optim.AdamW, "step", dying_step)
+        with contextlib.suppress(Killed):
+            finetuning.go(options)
+
+
+def losses(metrics: dict[str, Any]) -> dict[str, list[float]]:
+    return {name: method["losses"] for name, method in metrics["methods"].items()}
+
+
+def test_finetune_killed_and_its_state_damaged(
+    tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Goes on from the state before the last step; where the file on disk is damaged, from the one before that."""
+    import finetuning
+
+    from loge_kernels.finetune import FinetuneError
+
+    whole, _ = finetuning.go(tiny_run, out=tmp_path / "whole")
+    killed(monkeypatch, tiny_run, at=5)
+    path = Path(tiny_run.out) / "state" / "lora.safetensors"
+    resumed, _ = finetuning.go(tiny_run, resume=True)
+    assert losses(resumed) == losses(whole)
+    assert not path.parent.exists()
+
+    killed(monkeypatch, tiny_run, at=5)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1  # safetensors itself does not notice
+    path.write_bytes(data)
+    with caplog.at_level(logging.WARNING, "loge_kernels"):
+        resumed, _ = finetuning.go(tiny_run, resume=True)
+    (said,) = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
+    assert "its tensors are not those that were written" in said
+    assert "going on from the state before it, at step 3" in said
+    assert losses(resumed) == losses(whole)
+
+    killed(monkeypatch, tiny_run, at=5)
+    for file in path.parent.iterdir():
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(FinetuneError, match=r"lora.before.safetensors' is damaged .*; start anew without --resume"):
+        finetuning.go(tiny_run, resume=True)
+
+
+def test_a_trainers_schedule_that_ends_early(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from types import SimpleNamespace
+
+    from loge_kernels.trainer import FILE, LogeCallback
+
+    model = Tower()
+    loge.apply(model, 4, exact_every=3, targets=["1"])
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    callback = LogeCallback()
+    arguments = SimpleNamespace(output_dir=str(tmp_path), should_save=True, save_only_model=False)
+    callback.on_save(arguments, SimpleNamespace(global_step=4), None, model)
+    data = (folder / FILE).read_bytes()
+    (folder / FILE).write_bytes(data[:-7])
+    arguments.resume_from_checkpoint = str(folder)
+    with pytest.raises(ValueError, match=r"is damaged \(.*\): resume from an earlier checkpoint, or delete it"):
+        callback._resume(arguments, 4, callback.token, loge.schedule_of(model))
+    (folder / FILE).unlink()
+    callback._resume(arguments, 4, callback.token, loge.schedule_of(model))  # says that it begins anew

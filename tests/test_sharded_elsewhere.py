@@ -1,0 +1,161 @@
+"""Engines that take a weight apart by other rules: refused by name, before and after `apply`, or right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import assert_close, gradients, lora, tokens
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import loge_kernels as loge
+
+RANK = 16
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def mesh() -> Any:
+    return init_device_mesh("cpu", (1,))
+
+
+def layers_of(model: Any) -> Any:
+    return model.base_model.model.model.layers
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"up": nn.Linear(64, 96), "down": nn.Linear(96, 64)}).requires_grad_(False)
+
+
+PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+
+def test_tensor_parallel_layers_are_left_alone() -> None:
+    model = parallelize_module(mlp(), mesh(), PLAN)
+    with pytest.raises(ValueError, match=r"nothing to convert.*up its weight is a DTensor with placements \(Shard"):
+        loge.apply(model, RANK)
+
+
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_tensor_parallel_after_apply(name: str) -> None:
+    model = mlp()
+    loge.apply(model, RANK)
+    with pytest.raises(ValueError, match="a layer with factors cannot be split by a tensor-parallel plan"):
+        parallelize_module(model, mesh(), {name: PLAN[name]})
+
+
+def test_a_layer_called_beside_fsdps_forward() -> None:
+    model = lora()
+    loge.apply(model, RANK)
+    loge.fully_shard(model, mesh=mesh())
+    layer = layers_of(model)[0].mlp.up_proj.base_layer
+    with pytest.raises(ValueError, match=r"DTensor with placements \(Shard\(dim=0\),\): FSDP gathers weights in the"):
+        layer(torch.randn(3, 64, requires_grad=True))
+
+
+def test_fsdp2_before_apply() -> None:
+    model = lora()
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh())
+    with pytest.raises(ValueError, match=r"is a DTensor with placements \(Shard\(dim=0\),\): apply before"):
+        loge.apply(model, RANK)
+    with pytest.raises(ValueError, match="in the place of torch's"):
+        loge.fully_shard(model)
+
+
+def fsdp1(model: nn.Module) -> Any:
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def test_fsdp1_before_apply() -> None:
+    with pytest.raises(ValueError, match=r"inside a FullyShardedDataParallel \(FSDP1\): apply first"):
+        loge.apply(fsdp1(lora()), RANK)
+
+
+def test_fsdp1_after_apply() -> None:
+    model = lora()
+    loge.apply(model, RANK)
+    with pytest.raises(ValueError, match=r"FullyShardedDataParallel \(FSDP1\).*use loge_kernels.fully_shard"):
+        fsdp1(model)(input_ids=tokens(), labels=tokens())
+
+
+def partitioned(model: Any, part: Any = ".") -> Any:
+    """As ZeRO-3 leaves parameters between forwards: an id, and no values."""
+    for index, (name, p) in enumerate(model.named_parameters()):
+        if part in name:
+            p.ds_id = index
+            p.data = torch.empty(0, dtype=p.dtype)
+    return model
+
+
+def test_zero3_before_apply() -> None:
+    with pytest.raises(ValueError, match=r"q_proj its weight is partitioned by DeepSpeed ZeRO-3: use stage 1 or 2"):
+        loge.apply(partitioned(lora()), RANK)
+
+
+def test_zero3_after_apply() -> None:
+    model = lora()
+    loge.apply(model, RANK)
+    with pytest.raises(ValueError, match=r"layer are partitioned by DeepSpeed ZeRO-3, whose backward gathers whole"):
+        partitioned(model, ".factors.")(input_ids=tokens(), labels=tokens())
+
+
+def test_one_rank_is_enough() -> None:
+    model, expected = lora(), lora()
+    for one in (model, expected):
+        loge.apply(one, RANK)
+    loge.fully_shard(model, mesh=mesh())
+    got = {name: grad.full_tensor() for name, grad in gradients(model).items()}
+    assert_close(got, gradients(expected))
+
+
+def test_factors_that_every_rank_keeps() -> None:
+    model = lora()
+    loge.apply(model, RANK)
+    factors = {p for name, p in model.named_parameters() if ".factors." in name}
+    loge.fully_shard(model, mesh=mesh(), ignored_params=factors)
+    gradients(model)
+    assert factors == {p for name, p in model.named_parameters() if ".factors." in name}
+    expected = lora()
+    loge.apply(expected, RANK)
+    got = {name: grad.full_tensor() for name, grad in gradients(model).items()}
+    assert_close(got, gradients(expected))
+
+
+def test_remove_after_sharding() -> None:
+    model = lora()
+    loge.apply(model, RANK)
+    loge.fully_shard(model, mesh=mesh())
+    gradients(model)
+    loge.remove(model)
+    got = {name: grad.full_tensor() for name, grad in gradients(model).items()}
+    assert_close(got, gradients(lora()))
+
+
+def test_named_blocks() -> None:
+    def stack() -> Any:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+        for layer in model[1:]:
+            layer.requires_grad_(False)
+        loge.apply(model, RANK, targets="1|2")
+        return model
+
+    model, expected = stack(), stack()
+    loge.fully_shard(model, mesh=mesh(), blocks=[model[1], model[2]])
+    x = torch.randn(5, 64)
+    for one in (model, expected):
+        one(x).square().mean().backward()
+    assert_close({"w": model[0].weight.grad.full_tensor()}, {"w": expected[0].weight.grad})
