@@ -355,7 +355,9 @@ def bench_classify(
 def bench_pretrain(
     lr: Annotated[
         list[str] | None,
-        typer.Option(help="METHOD=RATE or METHOD=RATE,RATE of full, lora and switchlora, repeated; default: all."),
+        typer.Option(
+            help="METHOD=RATE or METHOD=RATE,RATE of full, lora, unswitched and switchlora, repeated; default: all."
+        ),
     ] = None,
     rest_lr: Annotated[
         float | None,

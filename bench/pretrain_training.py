@@ -16,7 +16,7 @@ from loge_kernels.finetune.training import heldout_loss, token_losses
 
 from .pretraining import learn_tokenizer, rate
 
-METHODS = ("full", "lora", "switchlora")
+METHODS = ("full", "lora", "unswitched", "switchlora")
 # The tokenizer learns from so many sequences' worth of characters.
 _CHARACTERS = 2_000_000
 
@@ -78,7 +78,7 @@ def build(method: str, options: Any, vocabulary: int, seed: int) -> nn.Module:
 
     import loge_kernels as loge
 
-    if method == "switchlora":
+    if method in ("switchlora", "unswitched"):
         switching = loge.SwitchLoraConfig(
             r=options.rank, interval=options.interval, ratio=options.ratio, total_steps=options.steps, seed=seed
         )

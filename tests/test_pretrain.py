@@ -24,7 +24,7 @@ from loge_kernels.bench.pretrain import PretrainOptions, best, order_holds
 def tiny(tmp_path: Path) -> PretrainOptions:
     (tmp_path / "text.py").write_text(TEXT)
     return PretrainOptions(
-        rates={"full": (1e-3,), "lora": (1e-3,), "switchlora": (1e-3,)},
+        rates={"full": (1e-3,), "lora": (1e-3,), "unswitched": (1e-3,), "switchlora": (1e-3,)},
         text=(tmp_path / "text.py",),
         vocab=280,
         hidden=32,
@@ -49,13 +49,13 @@ def run(options: PretrainOptions) -> dict:
 
 def test_every_method_starts_alike_and_is_kept(tiny: PretrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(tiny)
-    assert [row["method"] for row in result["rows"]] == ["full", "lora", "switchlora"]
+    assert [row["method"] for row in result["rows"]] == ["full", "lora", "unswitched", "switchlora"]
     assert len({round(row["curve"][0]["heldout"], 4) for row in result["rows"]}) == 1
-    assert [[point["step"] for point in row["curve"]] for row in result["rows"]] == [[0, 3, 6]] * 3
-    full, lora, switched = result["rows"]
+    assert [[point["step"] for point in row["curve"]] for row in result["rows"]] == [[0, 3, 6]] * 4
+    full, lora, unswitched, switched = result["rows"]
     assert full["trainable"] == full["parameters"]
-    assert lora["trainable"] == switched["trainable"] < full["trainable"]
-    assert (full["switched"], lora["switched"]) == (None, None)
+    assert lora["trainable"] == unswitched["trainable"] == switched["trainable"] < full["trainable"]
+    assert (full["switched"], lora["switched"], unswitched["switched"]) == (None, None, None)
     assert switched["switched"] > 0
     assert tiny.png is not None
     assert tiny.png.stat().st_size > 1000
