@@ -356,7 +356,7 @@ def bench_pretrain(
     lr: Annotated[
         list[str] | None,
         typer.Option(
-            help="METHOD=RATE or METHOD=RATE,RATE of full, lora, unswitched and switchlora, repeated; default: all."
+            help="METHOD=RATE or METHOD=RATE,RATE of full, lora, unswitched, switchlora; repeated; default: all."
         ),
     ] = None,
     rest_lr: Annotated[

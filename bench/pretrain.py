@@ -1,9 +1,9 @@
 """Pre-training from scratch: every parameter, LoRA, and SwitchLoRA, a small LLaMA on real text.
 
 Every run of a seed starts from the same model and sees the same batches. Embeddings, norms and head train at full rank
-in all of them. "unswitched" is SwitchLoRA's start and scale without its switches, which tells what these bring. A method
-is judged at the best of its learning rates; the order that SwitchLoRA's authors report, full at most SwitchLoRA,
-SwitchLoRA below LoRA, decides the exit status.
+in all of them. "unswitched" is SwitchLoRA's start and scale without its switches, which tells what these bring.
+A method is judged at the best of its learning rates; the order that SwitchLoRA's authors report, full at most
+SwitchLoRA, SwitchLoRA below LoRA, decides the exit status.
 
 A file given as `json` is kept up to date after every run, and what it holds is not run again.
 """

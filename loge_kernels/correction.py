@@ -60,18 +60,19 @@ class BiasCorrection:
         self._watched: dict[str, weakref.ref[Tensor]] = {}
         self._handles: list[RemovableHandle] = []
         self._warned = False
+        # What has all parameters below the tap, or all above it.
+        self._parted: weakref.ref[nn.Module] | None = None
+        # The tap at the head, until the backbone is seen: OPT and Bart call the decoder in it by itself.
+        self._substitute: RemovableHandle | None = None
         backbone, head = _backbone(model), _output_head(model)
-        parted: nn.Module | None = None  # has all parameters below the tap, or all above it
+        if head is not None and not _low_rank_layers(head):
+            self._parted = weakref.ref(head)
+            self._substitute = head.register_forward_pre_hook(_TapInput(self))
+            self._handles.append(self._substitute)
         if backbone is not None and _low_rank_layers(model) == _low_rank_layers(backbone):
-            parted = backbone
-            handle = backbone.register_forward_hook(_TapOutput(self))
-        elif head is not None and not _low_rank_layers(head):
-            parted = head
-            handle = head.register_forward_pre_hook(_TapInput(self))
-        else:
-            handle = model.register_forward_hook(_TapOutput(self))
-        self._handles.append(handle)
-        self._parted = None if parted is None else weakref.ref(parted)
+            self._handles.append(backbone.register_forward_hook(_TapBackbone(self)))
+        elif self._parted is None:
+            self._handles.append(model.register_forward_hook(_TapOutput(self)))
 
     def detach(self) -> None:
         """Take every hook back."""
@@ -169,6 +170,14 @@ class BiasCorrection:
         addend = self._scaled(mean).to(gradient.dtype)
         return gradient + (torch.where(first, addend, 0.0) if isinstance(first, Tensor) else addend)
 
+    def tap_backbone(self, backbone: nn.Module, output: Any) -> Any:
+        """The output of a backbone, which takes the place of the head."""
+        if self._substitute is not None:
+            self._substitute.remove()
+            self._substitute = None
+        self._parted = weakref.ref(backbone)
+        return tree_map(self.tap, output)
+
     def tap(self, value: Any) -> Any:
         """`value`, with the cheap pass before its backward if it is a tensor of an exact step."""
         if not (self.exact and torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad):
@@ -254,6 +263,13 @@ class _TapOutput(_Hook):
     def __call__(self, model: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         correction = self._correction()
         return None if correction is None else tree_map(correction.tap, output)
+
+
+class _TapBackbone(_Hook):
+    @_outside_graphs
+    def __call__(self, backbone: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        correction = self._correction()
+        return None if correction is None else correction.tap_backbone(backbone, output)
 
 
 class _OnGradient(_Hook):
