@@ -89,9 +89,11 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class BlockBytes:
-    """What one block holds, in bytes: frozen weights, factors, what is trained, norms."""
+    """What one block holds, in bytes: frozen weights, factors, what is trained, norms; `exact` is the part of the
+    weights that has no factors, because the dense product is cheaper."""
 
     weights: int
+    exact: int
     factors: int
     adapters: int
     norms: int
@@ -102,11 +104,16 @@ def block_bytes(
 ) -> BlockBytes:
     """Bytes of a block with adapters of rank `lora_rank` on every linear layer and factors of `rank` (an int, or a
     share of min(N, K)); a layer whose dense product is cheaper has none."""
-    linears = llama.linears()
-    factors = sum(R * (N + K) for (N, K), R in zip(linears, _ranks(llama, rank), strict=True) if R is not None)
+    linears, ranks = llama.linears(), _ranks(llama, rank)
+    factors = sum(R * (N + K) for (N, K), R in zip(linears, ranks, strict=True) if R is not None)
+    exact = sum(N * K for (N, K), R in zip(linears, ranks, strict=True) if R is None)
     adapters = sum(lora_rank * (N + K) for N, K in linears)
     return BlockBytes(
-        sum(N * K for N, K in linears) * base, factors * base, adapters * adapter, 2 * llama.hidden * base
+        sum(N * K for N, K in linears) * base,
+        exact * base,
+        factors * base,
+        adapters * adapter,
+        2 * llama.hidden * base,
     )
 
 
@@ -132,7 +139,9 @@ def traffic(method: Method, held: BlockBytes, checkpointing: bool = False) -> Tr
     if method.endswith("ddp"):
         return Traffic(0, 0, 2 * held.adapters)
     others = held.adapters + held.norms
-    backward = held.weights if method == "peft-fsdp2" else held.factors + (held.weights if checkpointing else 0)
+    backward = (
+        held.weights if method == "peft-fsdp2" else held.factors + (held.weights if checkpointing else held.exact)
+    )
     return Traffic(held.weights + others, backward + others, held.adapters)
 
 

@@ -30,7 +30,7 @@ def test_bytes_of_a_block_are_those_of_a_model(rank: float) -> None:
 
 
 def test_traffic() -> None:
-    held = scale.BlockBytes(weights=1000, factors=100, adapters=20, norms=3)
+    held = scale.BlockBytes(weights=1000, exact=0, factors=100, adapters=20, norms=3)
     assert scale.traffic("peft-fsdp2", held) == scale.Traffic(1023, 1023, 20)
     assert scale.traffic("loge-fsdp2", held) == scale.Traffic(1023, 123, 20)
     assert scale.traffic("loge-fsdp2", held, checkpointing=True) == scale.Traffic(1023, 1123, 20)
@@ -94,3 +94,10 @@ def test_bad_options(arguments: list[str], words: str) -> None:
     result = CliRunner().invoke(app, ["bench", "scale", *arguments])
     assert result.exit_code == 1
     assert words in result.output
+
+
+def test_weights_without_factors_are_gathered_in_backward() -> None:
+    held = scale.block_bytes(scale.LLAMAS["LLaMA-3-8B"], 0.9, 16)
+    assert held.factors == 0
+    ours, peft = (scale.traffic(method, held) for method in ("loge-fsdp2", "peft-fsdp2"))
+    assert ours == peft
