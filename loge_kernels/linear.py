@@ -28,6 +28,7 @@ _ADDED = (
     "backend",
     "watcher",
     "gather",
+    "shard_sums",
 )
 
 
@@ -50,6 +51,7 @@ class LoGELinear(nn.Linear):
     _between: float | None  # exact_fraction outside exact steps, during one
     watcher: Watcher | None  # of dY, in the steps that somebody wants to see
     gather: Callable[[], None] | None  # brings a sharded weight that a checkpoint reads in backward
+    shard_sums: Tensor | None  # of this rank's part of a weight that `fully_shard` sharded
     lora_A: nn.Parameter | None  # [P, K]
     lora_B: nn.Parameter | None  # [N, P]
 
@@ -124,6 +126,7 @@ class LoGELinear(nn.Linear):
         self.backend = None if backend is None else check_name(backend, "backend")
         self.watcher = None
         self.gather = None
+        self.shard_sums = None
 
     def _add_adapter(self, lora_rank: int, lora_alpha: float) -> None:
         # As PEFT does: float32 adapters over a 16-bit base, A uniform (Kaiming), B zero.
@@ -265,11 +268,18 @@ class LoGELinear(nn.Linear):
             )
         super().register_parameter(name, param)
 
+    def note_shard(self) -> None:
+        """Remember what this rank's part of a sharded weight holds: a later load of other values is then seen, also one
+        into the tensors of `state_dict()`, as distributed checkpoints do it."""
+        self.shard_sums = _sums(self.weight) if self.sharded and self.factors is not None else None
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         parent: Any = super()
-        before = _shard(self.weight).clone() if self.sharded and self.factors is not None else None
+        if self.shard_sums is None:
+            self.note_shard()  # sharded by torch's own `fully_shard`
+        before = self.shard_sums
         parent._load_from_state_dict(*args, **kwargs)
-        if before is not None and not torch.equal(before, _shard(self.weight)):
+        if before is not None and not torch.equal(before, _sums(self.weight)):
             self.invalidate()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -307,9 +317,10 @@ class LoGELinear(nn.Linear):
         return super().extra_repr() + adapter
 
 
-def _shard(weight: Any) -> Tensor:
-    """This rank's part of a weight."""
-    return weight.to_local().detach() if hasattr(weight, "to_local") else weight.detach()
+def _sums(weight: Any) -> Tensor:
+    """Two sums over this rank's part of a weight, which tell it from another: float64 [2]."""
+    mine = (weight.to_local() if hasattr(weight, "to_local") else weight).detach().double().flatten()
+    return torch.stack([mine.sum(), mine @ torch.arange(1, mine.numel() + 1, dtype=mine.dtype, device=mine.device)])
 
 
 def _probability(name: str, value: float) -> float:

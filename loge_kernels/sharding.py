@@ -11,12 +11,13 @@ A step that does read the dense weight in backward gathers it as torch does: an 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .factors import Factors
 from .freezing.frozen_module import is_frozen
 from .linear import LoGELinear
 from .quantized import QuantizedLinear
@@ -58,12 +59,11 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
     ignored = set(arguments.pop("ignored_params", None) or ())
     for layer in named.values():
         layer.current_factors()  # up to date while the weight is whole
-    schedule = schedule_of(model)
-    if schedule is not None and schedule.refresher is not None:
-        schedule.refresher.detach()
-        schedule.refresher = None  # it would need whole weights
-    _agree([p for layer in named.values() if layer.factors is not None for p in layer.factors.parameters()], mesh)
+    all_factors = [layer.factors for layer in named.values() if layer.factors is not None]
+    _agree([p for factors in all_factors for p in factors.parameters()], mesh)
     ignored |= {p for p in model.parameters() if p.numel() == 0}  # factors of rank 0: nothing to shard
+    for factors in all_factors:
+        _move_whole(factors, ignored, _device(mesh))
     previous: list[Any] = []
     for block in chosen:
         layers = _cheap_layers(block)
@@ -87,6 +87,12 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
                 stage.set_modules_to_backward_prefetch(previous)
         previous = stages
     shard(model, **arguments, ignored_params=ignored)
+    for layer in named.values():
+        layer.note_shard()
+    schedule = schedule_of(model)
+    if schedule is not None and schedule.refresher is not None:
+        schedule.refresher.detach()
+        schedule.refresher = None  # it would need whole weights
     return model
 
 
@@ -240,6 +246,11 @@ def _check(model: nn.Module) -> dict[str, LoGELinear]:
             raise ValueError(
                 f"layer {name!r} is quantised ({layer.label(layer)}): its weight cannot be sharded; use DDP"
             )
+        if layer.factors is not None and layer.weight.requires_grad:
+            raise ValueError(
+                f"layer {name!r} has factors of a weight that trains, which could not follow it: freeze the weight, or "
+                "leave the layer out of apply's targets"
+            )
         if layer.exact_dtype is not None:
             raise ValueError(
                 f"layer {name!r} has exact_dtype={layer.exact_dtype!r}, whose 8-bit copy every rank would keep whole: "
@@ -263,24 +274,36 @@ def _check(model: nn.Module) -> dict[str, LoGELinear]:
 
 def _blocks(model: nn.Module, blocks: Iterable[nn.Module] | None) -> list[nn.Module]:
     inside = {id(module) for module in model.modules()}
-    if blocks is not None:
-        given = list(blocks)
-        for block in given:
-            if not isinstance(block, nn.Module) or id(block) not in inside:
-                raise ValueError(f"blocks holds a {type(block).__name__} that is no module of model")
-        return given
     found: dict[int, nn.Module] = {}
+    for block in _members_of_lists(model) if blocks is None else blocks:
+        if not isinstance(block, nn.Module) or id(block) not in inside:
+            raise ValueError(f"blocks holds a {type(block).__name__} that is no module of model")
+        if not _runs(block):
+            raise ValueError(f"blocks holds a {type(block).__name__}, which has no forward: give its members")
+        found[id(block)] = block
+    if not any(_cheap_layers(block) for block in found.values()):
+        what = "no torch.nn.ModuleList whose members hold" if blocks is None else "blocks without"
+        raise ValueError(
+            f"this {type(model).__name__} has {what} converted layers: give blocks=, the modules to gather one after "
+            "another"
+        )
+    return list(found.values())
+
+
+def _members_of_lists(model: nn.Module) -> Iterator[nn.Module]:
+    """The members of every `nn.ModuleList` that lies in no member of another; of lists of lists, the innermost."""
     seen: set[int] = set()
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and id(module) not in seen:
-            seen.update(id(child) for child in module.modules())
-            found |= {id(block): block for block in module if next(block.parameters(), None) is not None}
-    if not any(_cheap_layers(block) for block in found.values()):
-        raise ValueError(
-            f"this {type(model).__name__} has no torch.nn.ModuleList whose members hold converted layers: give "
-            "blocks=, the modules to gather one after another"
-        )
-    return list(found.values())
+            for block in module:
+                if _runs(block) and next(block.parameters(), None) is not None:
+                    seen.update(id(child) for child in block.modules())
+                    yield block
+
+
+def _runs(module: nn.Module) -> bool:
+    """Whether it has a forward: containers have none."""
+    return getattr(type(module), "forward", None) is not nn.Module.forward or "forward" in vars(module)
 
 
 def _default_mesh() -> Any:
@@ -292,6 +315,22 @@ def _default_mesh() -> Any:
     accelerator = torch.accelerator.current_accelerator()
     kind = "cpu" if accelerator is None else accelerator.type
     return init_device_mesh(kind, (torch.distributed.get_world_size(),))
+
+
+def _device(mesh: Any) -> torch.device:
+    """This rank's device of the mesh, to which torch's `fully_shard` moves what it manages."""
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+def _move_whole(factors: Factors, ignored: set[nn.Parameter], device: torch.device) -> None:
+    """Bring to `device` what of the factors FSDP does not manage."""
+    if factors.rows is not None:
+        factors.rows = factors.rows.to(device)
+    for parameter in factors.parameters():
+        if parameter in ignored:
+            parameter.data = parameter.data.to(device)
 
 
 @torch.no_grad()

@@ -142,7 +142,7 @@ def _obstacle(
             "tensor parallelism is not supported"
         )
     if getattr(module, "_is_fsdp_managed_module", False):
-        return "is inside a FullyShardedDataParallel (FSDP1): apply first, and shard by loge_kernels.fully_shard"
+        return "is inside a sharded module (FSDP): apply first, and shard by loge_kernels.fully_shard"
     if module.weight.is_meta:
         return "its weight is on the meta device: load the model first"
     if quantized is not None:

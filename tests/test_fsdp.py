@@ -18,6 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
 import loge_kernels as loge
+from loge_kernels import sharding
 
 RANK = 16
 STEPS = 20
@@ -150,6 +151,13 @@ def changed_weights() -> dict[str, str]:
         model.load_state_dict(state)
         said[what] = error_of(lambda: model(input_ids=tokens(), labels=tokens()))
         state = {name: 2 * tensor if ".base_layer." in name else tensor for name, tensor in state.items()}
+    model = by_us(applied())
+    state = model.state_dict()
+    for name, tensor in state.items():  # as torch.distributed.checkpoint.load does
+        if ".base_layer." in name:
+            _local(tensor).detach().mul_(2.0)
+    model.load_state_dict(state)
+    said["in place"] = error_of(lambda: model(input_ids=tokens(), labels=tokens()))
     return said
 
 
@@ -279,6 +287,7 @@ def test_a_weight_that_changes_under_its_factors_is_told(ranks: list[dict[str, A
     for rank in ranks:
         assert rank["changed"]["same"] == ""
         assert "has changed since it was sharded" in rank["changed"]["other"]
+        assert "has changed since it was sharded" in rank["changed"]["in place"]
 
 
 def test_ranks_agree_on_factors(ranks: list[dict[str, Any]]) -> None:
@@ -326,8 +335,35 @@ def test_what_is_not_a_model_of_blocks() -> None:
         loge.fully_shard(plain)
     with pytest.raises(ValueError, match="blocks holds a Linear that is no module of model"):
         loge.fully_shard(plain, blocks=[nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match="blocks without converted layers"):
+        loge.fully_shard(plain, blocks=[])
+    holding = nn.Sequential(nn.ModuleList(plain))
+    with pytest.raises(ValueError, match="blocks holds a ModuleList, which has no forward: give its members"):
+        loge.fully_shard(holding, blocks=[holding[0]])
     with pytest.raises(ValueError, match="init_process_group"):
         loge.fully_shard(plain, blocks=list(plain))
+
+
+def test_a_weight_that_trains_cannot_be_sharded() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    loge.apply(model, RANK, targets=["0"])
+    with pytest.raises(ValueError, match="layer '0' has factors of a weight that trains"):
+        loge.fully_shard(model)
+
+
+def test_of_lists_of_lists_the_members_are_blocks() -> None:
+    model = nn.ModuleList([nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)]) for _ in range(2)])
+    model.requires_grad_(False)
+    loge.apply(model, RANK)
+    assert sharding._blocks(model, None) == [layer for pair in model for layer in pair]
+
+
+def test_rows_of_the_residual_move_with_the_rest() -> None:
+    factors = loge.factorize(torch.randn(64, 48), RANK).with_residual(torch.randn(64, 48), 8)
+    sharding._move_whole(factors, set(), torch.device("meta"))
+    assert factors.rows is not None
+    assert factors.rows.is_meta
+    assert not factors.left.is_meta
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 from models import LINEARS, VOCABULARY, assert_close, llama, lora, tokens
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import BertConfig, BertLMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import BertConfig, BertLMHeadModel, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 
 import loge_kernels as loge
 from loge_kernels import LoGELinear, cheap_backward, schedule_of
@@ -135,10 +135,27 @@ def inside_the_head() -> Any:
     return lora(BertLMHeadModel(config), target_modules=["query", "dense"])
 
 
+def decoder_alone() -> Any:
+    """A model that calls the decoder in its backbone and never the backbone."""
+    torch.manual_seed(7)
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        dropout=0.0,
+        init_std=0.15,
+    )
+    return lora(OPTForCausalLM(config), target_modules=["q_proj", "v_proj"])
+
+
 @pytest.mark.parametrize(
     ("build", "loss"),
     [
         (lora, through_the_module),
+        (decoder_alone, through_the_module),
         (lora, through_the_weight),
         (experts, through_the_module),
         (inside_the_head, through_the_module),

@@ -80,7 +80,7 @@ def fsdp1(model: nn.Module) -> Any:
 
 
 def test_fsdp1_before_apply() -> None:
-    with pytest.raises(ValueError, match=r"inside a FullyShardedDataParallel \(FSDP1\): apply first"):
+    with pytest.raises(ValueError, match=r"inside a sharded module \(FSDP\): apply first"):
         loge.apply(fsdp1(lora()), RANK)
 
 

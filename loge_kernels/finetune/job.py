@@ -93,10 +93,10 @@ class _Job:
         self._attach(loaded.model, methods.REFERENCE)
         trainable = sum(p.numel() for p in self.start.values())
         # Two adapters, and for each the weights, both moments of Adam and the first gradient; LoGE's correction. All of
-        # it twice: a state is written beside the one before it.
-        need = 2 * 11 * 4 * trainable + 2**20
+        # it three times: a state is written beside the last one and the one before.
+        need = 3 * 11 * 4 * trainable + 2**20
         if any(method.name == "switchlora" for method in self.methods):
-            need += 2 * 8 * self.parameters  # its frozen weights change, and are saved with what was left of them
+            need += 3 * 8 * self.parameters  # its frozen weights change, and are saved with what was left of them
         files.need_space(self.out, need)
         self.corpus = data.load(self.options, loaded.tokenizer)
         where = str(self.device)
