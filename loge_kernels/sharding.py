@@ -282,10 +282,11 @@ def _blocks(model: nn.Module, blocks: Iterable[nn.Module] | None) -> list[nn.Mod
             raise ValueError(f"blocks holds a {type(block).__name__}, which has no forward: give its members")
         found[id(block)] = block
     if not any(_cheap_layers(block) for block in found.values()):
-        what = "no torch.nn.ModuleList whose members hold" if blocks is None else "blocks without"
+        if blocks is not None:
+            raise ValueError("blocks holds no converted layer: give the modules that hold them, such as its layers")
         raise ValueError(
-            f"this {type(model).__name__} has {what} converted layers: give blocks=, the modules to gather one after "
-            "another"
+            f"this {type(model).__name__} has no torch.nn.ModuleList whose members hold converted layers: give blocks="
+            ", the modules to gather one after another"
         )
     return list(found.values())
 

@@ -335,7 +335,7 @@ def test_what_is_not_a_model_of_blocks() -> None:
         loge.fully_shard(plain)
     with pytest.raises(ValueError, match="blocks holds a Linear that is no module of model"):
         loge.fully_shard(plain, blocks=[nn.Linear(2, 2)])
-    with pytest.raises(ValueError, match="blocks without converted layers"):
+    with pytest.raises(ValueError, match="blocks holds no converted layer"):
         loge.fully_shard(plain, blocks=[])
     holding = nn.Sequential(nn.ModuleList(plain))
     with pytest.raises(ValueError, match="blocks holds a ModuleList, which has no forward: give its members"):

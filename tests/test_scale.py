@@ -21,8 +21,12 @@ TINY = scale.Llama(hidden=64, key_value=32, intermediate=96, layers=2, vocabular
 def test_bytes_of_a_block_are_those_of_a_model(rank: float) -> None:
     model = lora()
     loge.apply(model, rank)
-    found = {"weights": 0, "factors": 0, "adapters": 0, "norms": 0}
-    for name, p in model.base_model.model.model.layers[0].named_parameters():
+    found = {"weights": 0, "exact": 0, "factors": 0, "adapters": 0, "norms": 0}
+    block = model.base_model.model.model.layers[0]
+    for module in block.modules():
+        if isinstance(module, loge.LoGELinear) and module.factors is None:
+            found["exact"] += module.weight.nbytes
+    for name, p in block.named_parameters():
         kinds = {".factors.": "factors", ".base_layer.": "weights", "lora_": "adapters"}
         found[next((kind for part, kind in kinds.items() if part in name), "norms")] += p.nbytes
     held = scale.block_bytes(TINY, rank, lora_rank=4, base=4)
