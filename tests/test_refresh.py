@@ -239,6 +239,7 @@ def work(rank: int, folder: Path) -> None:
     steps(parallel, 2, 0.05, {"input_ids": mine, "labels": mine})
     torch.save((statistics.batches, calibrated, directions(model)), folder / f"{rank}.pt")
     distributed.destroy_process_group()
+    os._exit(0)  # DDP's reducer outlives the group, and its end waits for ever once in a while
 
 
 def empty_handed(rank: int, folder: Path) -> None:
