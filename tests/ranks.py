@@ -1,4 +1,4 @@
-"""Two gloo ranks on this machine, and what they sent each other."""
+"""Two gloo ranks on this machine, what they train, and what they sent each other."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.multiprocessing as mp
+from models import VOCABULARY
 from torch import Tensor, distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,8 +30,29 @@ def _rank(rank: int, work: Callable[[int], Any], folder: Path) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=TIMEOUT)
+    # `work` has returned, and what it wrapped is gone, before the group ends: DDP's reducer, destroyed afterwards, may
+    # wait for ever.
     torch.save(work(rank), folder / f"{rank}.pt")
     distributed.destroy_process_group()
+
+
+def batch(step: int) -> Tensor:
+    """Four sequences, of which each rank has two."""
+    return torch.randint(VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(step % 5))
+
+
+def train(model: Any, rows: slice, steps: int, lr: float = 1e-3, batch: Callable[[int], Tensor] = batch) -> list[float]:
+    """The loss of every step on these rows of its batch."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for step in range(steps):
+        ids = batch(step)[rows]
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
 class Sent(NamedTuple):

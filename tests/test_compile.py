@@ -190,18 +190,23 @@ def test_a_model_is_one_graph_for_every_batch() -> None:
     assert not breaks()
 
 
-@pytest.mark.parametrize("name", list(MODELS)[1:])
-def test_other_methods_are_one_graph(name: str) -> None:
-    model, other = MODELS[name](), MODELS[name]()
-    make = switching_optimizer if name == "switchlora" else sgd
-    optimizers = [make(each) for each in (model, other)]
-    compiled = whole(model, dynamic=False)
-    for count in range(3):
-        with stance(count > 0):
+def assert_trains_alike(
+    compiled: Any, model: Any, other: Any, optimizers: list[Any], steps: int, compiling_steps: int
+) -> None:
+    """The compiled model's gradients are those of `other`, and nothing is compiled after the first steps."""
+    for count in range(steps):
+        with stance(count >= compiling_steps):
             got = gradients(compiled, model, SIZES[0], count)
         assert_close(got, gradients(other, other, SIZES[0], count))
         for optimizer in optimizers:
             optimizer.step()
+
+
+@pytest.mark.parametrize("name", list(MODELS)[1:])
+def test_other_methods_are_one_graph(name: str) -> None:
+    model, other = MODELS[name](), MODELS[name]()
+    optimizers = [(switching_optimizer if name == "switchlora" else sgd)(each) for each in (model, other)]
+    assert_trains_alike(whole(model, dynamic=False), model, other, optimizers, 3, 1)
     assert graphs() == 1
     assert not breaks()
 
@@ -209,14 +214,7 @@ def test_other_methods_are_one_graph(name: str) -> None:
 @pytest.mark.parametrize("exact_dtype", [None, pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_schedule_of_exact_steps_is_two_graphs(exact_dtype: Any) -> None:
     model, other = (applied(adapted(), exact_every=2, correction=None, exact_dtype=exact_dtype) for _ in range(2))
-    optimizers = [sgd(model), sgd(other)]
-    compiled = whole(model, dynamic=False)
-    for count in range(5):
-        with stance(count > 1):
-            got = gradients(compiled, model, SIZES[0], count)
-        assert_close(got, gradients(other, other, SIZES[0], count))
-        for optimizer in optimizers:
-            optimizer.step()
+    assert_trains_alike(whole(model, dynamic=False), model, other, [sgd(model), sgd(other)], 5, 2)
     assert graphs() == 2
     assert not breaks()
 
@@ -227,14 +225,8 @@ def test_a_bias_correction_divides_the_graph_above_the_backbone() -> None:
         whole(model)(**batch((2, 10)))
     torch._dynamo.reset()
     counters.clear()
-    optimizers = [sgd(model), sgd(other)]
     compiled = whole(model, fullgraph=False, dynamic=False)
-    for count in range(4):
-        with stance(count > 1):
-            got = gradients(compiled, model, SIZES[0], count)
-        assert_close(got, gradients(other, other, SIZES[0], count))
-        for optimizer in optimizers:
-            optimizer.step()
+    assert_trains_alike(compiled, model, other, [sgd(model), sgd(other)], 4, 2)
     assert graphs() == 2 + 1, "the layers twice, for exact and cheap steps; head and loss"
     assert all("correction" in reason for reason in breaks())
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCABULARY, lora
-from ranks import on_two_ranks
+from models import lora
+from ranks import on_two_ranks, train
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,29 +19,10 @@ STEPS = 20
 POLICY: dict[str, Any] = {"exact_every": 3}  # with its correction, the default
 
 
-def batch(step: int) -> Tensor:
-    """Four sequences, of which each rank has two."""
-    return torch.randint(VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(step % 5))
-
-
 def applied(**options: Any) -> Any:
     model = lora()
     loge.apply(model, RANK, **options)
     return model
-
-
-def train(model: Any, rows: slice, steps: int) -> list[float]:
-    """The loss of every step."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    losses = []
-    for step in range(steps):
-        ids = batch(step)[rows]
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 def events_of_a_step(model: Any, rows: slice) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_two_ranks
+from ranks import on_two_ranks, train
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,17 +37,7 @@ def losses(policy: dict[str, Any], wrap: Callable[[Any], Any], rows: slice) -> l
     corpus = data.load(OPTIONS, loaded.tokenizer)
     model = models.attach_lora(loaded.model, OPTIONS)
     loge.apply(model, **policy)
-    wrapped = wrap(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
-    found = []
-    for step in range(STEPS):
-        ids = corpus.batch(step, WHOLE)[rows]
-        loss = wrapped(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
-    return found
+    return train(wrap(model), rows, STEPS, 5e-4, lambda step: corpus.batch(step, WHOLE))
 
 
 def fully_sharded(model: Any) -> Any:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from models import assert_close, gradients, llama, lora, tokens
+from ranks import on_two_ranks
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -56,21 +55,15 @@ def batches(rank: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": one, "labels": one} for one in (ids[:2] if rank == 0 else ids[2:])]
 
 
-def plan(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120)
-    )
+def plan(rank: int) -> tuple[dict[str, Any], str]:
     with pytest.raises(ValueError, match=r"batch 0|another rank") as failure:
         loge.plan_freezing(llama(), batches(0) if rank == 0 else [{"input_ids": tokens()}])
     found = loge.plan_freezing(llama(), batches(rank))
-    torch.save((found.to_dict(), str(failure.value)), f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
+    return found.to_dict(), str(failure.value)
 
 
 def test_every_rank_gets_the_plan_of_all_batches(tmp_path: Path) -> None:
-    mp.spawn(plan, (str(tmp_path),), nprocs=2)
-    (first, elsewhere), (second, here) = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
+    (first, elsewhere), (second, here) = on_two_ranks(plan, tmp_path)
     assert "batch 0 has no 'labels'" in here
     assert "planning failed on another rank" in elsewhere
     assert first == second

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCABULARY, lora, tokens
-from ranks import Collectives, error_of, on_two_ranks
+from models import lora, tokens
+from ranks import Collectives, error_of, on_two_ranks, train
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,25 +25,6 @@ STEPS = 20
 FEW = 4
 BF16 = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
 EXACT: dict[str, Any] = {"exact_every": 1.5, "correction": None}
-
-
-def batch(step: int) -> Tensor:
-    """Four sequences, of which each rank has two."""
-    return torch.randint(VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(step % 5))
-
-
-def train(model: Any, rows: slice, steps: int) -> list[float]:
-    """The loss of every step."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    losses = []
-    for step in range(steps):
-        ids = batch(step)[rows]
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 def applied(**options: Any) -> Any:

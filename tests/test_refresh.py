@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from models import lora, tokens
+from ranks import on_two_ranks
 from test_calibration import QUERY, batches
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import loge_kernels as loge
@@ -225,11 +223,7 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
         loge.apply(lora(), 16, **{"calibration": None if "subspace" in options else batches(), **options})
 
 
-def work(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    timeout = timedelta(seconds=60)
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timeout)
+def work(rank: int) -> tuple[int, list[Tensor], list[Tensor]]:
     model = lora()
     statistics = loge.calibrate(DistributedDataParallel(model), batches()[rank : rank + 1])
     loge.apply(model, 16, calibration=statistics, refresh_every=2)
@@ -237,31 +231,21 @@ def work(rank: int, folder: Path) -> None:
     mine = tokens()[rank : rank + 1]
     calibrated = directions(model)
     steps(parallel, 2, 0.05, {"input_ids": mine, "labels": mine})
-    torch.save((statistics.batches, calibrated, directions(model)), folder / f"{rank}.pt")
-    distributed.destroy_process_group()
-    os._exit(0)  # DDP's reducer outlives the group, and its end waits for ever once in a while
+    return statistics.batches, calibrated, directions(model)
 
 
-def empty_handed(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    timeout = timedelta(seconds=60)
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timeout)
+def empty_handed(rank: int) -> None:
     with pytest.raises(ValueError, match="batches is empty" if rank else "calibration failed on another rank"):
         loge.calibrate(lora(), [] if rank else batches())
     assert loge.calibrate(lora(), batches()[rank : rank + 1]).batches == 2
-    distributed.destroy_process_group()
 
 
 def test_an_empty_loader_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(empty_handed, (tmp_path,), nprocs=2)
+    on_two_ranks(empty_handed, tmp_path)
 
 
 def test_every_rank_calibrates_and_refreshes_alike(tmp_path: Path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(work, (tmp_path,), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = on_two_ranks(work, tmp_path)
     assert first[0] == second[0] == 2
     model = lora()
     loge.apply(model, 16, calibration=loge.calibrate(model, batches()[:2]))

@@ -101,15 +101,16 @@ def through_the_weight(model: Any) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
 
 
+_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_attention_heads": 4}
+
+
 def experts() -> Any:
     """Its loss has a part that does not come through the head: the balance of its routers."""
     torch.manual_seed(7)
     config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
+        **_SIZES,
         intermediate_size=96,
         num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         num_local_experts=4,
         output_router_logits=True,
@@ -123,11 +124,9 @@ def inside_the_head() -> Any:
     """A low-rank layer above the backbone: BERT's head has one below its output."""
     torch.manual_seed(7)
     config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
+        **_SIZES,
         intermediate_size=96,
         num_hidden_layers=1,
-        num_attention_heads=4,
         is_decoder=True,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -139,12 +138,10 @@ def decoder_alone() -> Any:
     """A model that calls the decoder in its backbone and never the backbone."""
     torch.manual_seed(7)
     config = OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
+        **_SIZES,
         word_embed_proj_dim=64,
         ffn_dim=96,
         num_hidden_layers=2,
-        num_attention_heads=4,
         dropout=0.0,
         init_std=0.15,
     )

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from models import assert_close, lora, tokens
+from ranks import WORLD, on_two_ranks
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import loge_kernels as loge
 
 STEPS = 4
-WORLD = 2
-TIMEOUT = timedelta(seconds=60)  # a process that waits for a dead one fails, and the suite goes on
 
 
 def train(model: Any, adapted: nn.Module, batches: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -34,14 +30,7 @@ def train(model: Any, adapted: nn.Module, batches: list[Tensor]) -> list[dict[st
     return seen
 
 
-def meet(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=TIMEOUT)
-
-
-def work(rank: int, folder: Path) -> None:
-    meet(rank, folder)
+def work(rank: int) -> list[dict[str, Tensor]]:
     sizes: list[int] = []
     all_reduce = distributed.all_reduce
 
@@ -57,40 +46,34 @@ def work(rank: int, folder: Path) -> None:
     seen = train(parallel, model, [tokens()[rank : rank + 1]])
     # One for each of the exact steps, of every trained parameter.
     assert sizes == [sum(p.numel() for p in model.parameters() if p.requires_grad)] * (STEPS // 2)
-    torch.save(seen, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+    return seen
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(work, (tmp_path,), nprocs=WORLD)
+    ranks = on_two_ranks(work, tmp_path)
     model = lora()
     loge.apply(model, 16, exact_every=2)
     expected = train(model, model, [tokens()[:1], tokens()[1:]])
-    for rank in range(WORLD):
-        for got, right in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
+    for rank in ranks:
+        for got, right in zip(rank, expected, strict=True):
             assert_close(got, right)
 
 
-def alone(rank: int, folder: Path) -> None:
-    meet(rank, folder)
+def alone(rank: int) -> list[dict[str, Tensor]]:
     groups = [distributed.new_group([each]) for each in range(WORLD)]  # both on both ranks, as torch wants it
     model = lora()
     parallel = DistributedDataParallel(model, process_group=groups[rank])
     mine = tokens()[rank : rank + 1]
     batches = [{"input_ids": mine, "labels": mine}]
     loge.apply(parallel, 16, exact_every=2, calibration=batches, refresh_every=3)
-    torch.save(train(parallel, model, [mine]), folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+    return train(parallel, model, [mine])
 
 
 def test_the_wrappers_process_group_is_the_one_that_is_averaged_over(tmp_path: Path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(alone, (tmp_path,), nprocs=WORLD)
-    for rank in range(WORLD):
+    for rank, seen in enumerate(on_two_ranks(alone, tmp_path)):
         model, mine = lora(), tokens()[rank : rank + 1]
         loge.apply(model, 16, exact_every=2, calibration=[{"input_ids": mine, "labels": mine}], refresh_every=3)
-        for got, right in zip(torch.load(tmp_path / f"{rank}.pt"), train(model, model, [mine]), strict=True):
+        for got, right in zip(seen, train(model, model, [mine]), strict=True):
             assert_close(got, right)
 
 
@@ -107,8 +90,7 @@ class Branches(nn.Module):
         return self.above(self.below[expert](x)).square().mean()
 
 
-def route(rank: int, folder: Path) -> None:
-    meet(rank, folder)
+def route(rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     model = Branches()
     loge.apply(model, subspace="dropped", exact_every=2)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
@@ -118,13 +100,10 @@ def route(rank: int, folder: Path) -> None:
     schedule = loge.schedule_of(model)
     assert schedule is not None
     assert schedule.correction is not None
-    torch.save((schedule.correction.means, mine), folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+    return schedule.correction.means, mine
 
 
 def test_ranks_that_reach_different_parameters(tmp_path: Path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(route, (tmp_path,), nprocs=WORLD)
-    (means, first), (others, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))
+    (means, first), (others, second) = on_two_ranks(route, tmp_path)
     assert_close(means, first | second)  # nothing comes through the dropped layer
     assert_close(others, means)

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import io
-import os
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from models import VOCABULARY
 from peft import PeftModel
+from ranks import on_two_ranks
 from switching import STEPS, assert_identical, optimizer_of, state_of, switching, train
-from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import loge_kernels as loge
-
-WORLD = 2
-TIMEOUT = timedelta(seconds=120)
 
 
 def parts_of(optimizer: Any) -> dict[str, torch.Tensor]:
@@ -163,23 +157,17 @@ def test_a_checkpoint_without_the_optimizer_is_warned_of(tmp_path: Path, caplog:
     assert "without the optimizer's state" in caplog.text
 
 
-def work(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=TIMEOUT)
+def work(rank: int) -> Any:
     torch.manual_seed(1000 + rank)
     model = switching()
     parallel = DistributedDataParallel(model)
     optimizer = optimizer_of(parallel)
     train(parallel, optimizer, rows=slice(rank, rank + 1))
     assert optimizer.switcher.switched > 50
-    torch.save((state_of(model), parts_of(optimizer)), folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+    return state_of(model), parts_of(optimizer)
 
 
 def test_two_ranks_switch_alike(tmp_path: Path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(work, (tmp_path,), nprocs=WORLD)
-    (model, state), (other, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))
+    (model, state), (other, others) = on_two_ranks(work, tmp_path)
     assert_identical(other, model)
     assert_identical(others, state)
