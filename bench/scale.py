@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loge_kernels.factors import resolve_rank
+from loge_kernels.triton_kernels.devices import KNOWN
 
 from .output import check_writable, duration, print_wide, size, write
 from .roofline import Formula, Work, backward_work, forward_work
@@ -65,13 +66,13 @@ LLAMAS = {
 class Machine:
     """GPUs and links; speeds in bytes/s and flop/s, each way.
 
-    matmul, copy: an H200's bf16 product and device copy, as measured (README, METHODS section 5). nvlink: 900 GB/s a
-    GPU in both directions together (NVIDIA H100 datasheet, NVLink 4). network: one 400 Gb/s port a GPU (NVIDIA DGX H100
-    datasheet, ConnectX-7 NDR InfiniBand). memory: the H200 datasheet's 141 GB.
+    matmul, copy: attainable on an H200, as the kernels' cost model has them. nvlink: 900 GB/s a GPU in both directions
+    together (NVIDIA H100 datasheet, NVLink 4). network: one 400 Gb/s port a GPU (NVIDIA DGX H100 datasheet, ConnectX-7
+    NDR InfiniBand). memory: the H200 datasheet's 141 GB.
     """
 
-    matmul: float = 790e12
-    copy: float = 4.3e12
+    matmul: float = KNOWN["NVIDIA H200"].tflops_16 * 1e12
+    copy: float = KNOWN["NVIDIA H200"].hbm_gbs * 1e9
     nvlink: float = 450e9
     network: float = 50e9
     node: int = 8
