@@ -1,4 +1,4 @@
-"""Linear layers whose backward pass is cheap: full weight forward, low-rank activation gradient, exact LoRA."""
+"""Linear layers whose backward pass is cheap: full weight forward, exact or low-rank activation gradient, LoRA."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,8 @@ from .freezing.plan import FreezePlan
 from .freezing.planning import plan_freezing
 from .linear import LoGELinear
 from .model import apply, remove
-from .ops import cheap_backward, linear
-from .policy import Policy
+from .ops import linear
 from .report import LayerReport, Report
-from .schedule import Schedule, refresh, schedule_of
 from .statistics import LayerStatistics, Statistics
 from .triton_kernels import explain
 
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
     from .switchlora import SwitchAdamW as SwitchAdamW
     from .switchlora import SwitchLoraConfig as SwitchLoraConfig
     from .switchlora.callback import SwitchLoraCallback as SwitchLoraCallback
-    from .trainer import LogeCallback as LogeCallback
 
 __version__ = "0.1.0"
 
@@ -41,29 +38,23 @@ __all__ = [
     "LayerReport",
     "LayerStatistics",
     "LoGELinear",
-    "Policy",
     "Report",
-    "Schedule",
     "Statistics",
     "apply",
     "backends",
     "calibrate",
-    "cheap_backward",
     "explain",
     "factorize",
     "freeze",
     "linear",
     "plan_freezing",
-    "refresh",
     "remove",
-    "schedule_of",
     "use_backend",
 ]
 
 
 # Imported on first use: they build on transformers or PEFT, which take seconds to import.
 _LAZY = {
-    "LogeCallback": "trainer",
     "LorettaAdpConfig": "loretta",
     "LorettaRepConfig": "loretta",
     "SwitchAdamW": "switchlora",

@@ -190,14 +190,14 @@ def obstacle(problem: BackwardProblem, name: str) -> str | None:
 def run_backward(problem: BackwardProblem, name: str) -> Gradients:
     """The gradients of `problem` by backend `name`, or by the preferred one that can run it when `name` is "auto".
 
-    An exact step (exact_fraction 1) is dense products, which PyTorch computes whatever the name. Raises ValueError with
-    the backend's reason when a named backend cannot run this problem.
+    Without factors dX is a dense product, which PyTorch computes whatever the name: a model may have both kinds of
+    layers. Raises ValueError with the backend's reason when a named backend cannot run this problem otherwise.
     """
-    if problem.left is not None and problem.exact_fraction == 1.0:
+    if problem.need_dx and problem.left is None:
         return reference.backward(problem)
     gradients = _choose(problem, name)(problem)
     if problem.rows is not None and gradients.dx is not None:
-        reference.add_residual_(gradients.dx, problem)
+        gradients.dx = reference.add_residual(gradients.dx, problem)
     return gradients
 
 

@@ -1,13 +1,15 @@
 """Factors on disk: a safetensors file per weight, keyed by the weight's content.
 
 The decomposition of a model takes minutes and depends on nothing but the weights, so it is kept under the user's cache
-directory: `$LOGE_CACHE`, or `loge_kernels` under `$XDG_CACHE_HOME` or `~/.cache`; `LOGE_CACHE=off` keeps nothing.
+directory: `$LOGE_CACHE`, or `loge_kernels` under `$XDG_CACHE_HOME` or `~/.cache`; `LOGE_CACHE=off`, or a user without a
+home directory, keeps nothing.
 Files are written whole or not at all, readable by their owner alone; a damaged one is ignored with a warning and
 written anew.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -30,13 +32,28 @@ _FORMAT = "loge_kernels factors 1"
 
 
 def cache_dir() -> Path | None:
-    """Where this package keeps what is expensive to compute again; None when `LOGE_CACHE=off`."""
+    """Where this package keeps what is expensive to compute again; None when `LOGE_CACHE=off`, or for want of a home
+    directory, which the logger says once."""
     chosen = os.environ.get("LOGE_CACHE")
     if chosen == "off":
         return None
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loge_kernels"
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loge_kernels"
+    except RuntimeError:  # neither HOME nor an entry for this user in the system's list, as in some containers
+        _tell_homeless(chosen)
+        return None
+
+
+@functools.cache
+def _tell_homeless(chosen: str | None) -> None:
+    place = f"LOGE_CACHE={chosen!r} needs one" if chosen else "neither HOME nor XDG_CACHE_HOME is set"
+    logger.warning(
+        "this user has no home directory, and %s: nothing is kept between runs, neither factors nor what "
+        "`loge_kernels check` has verified; set LOGE_CACHE to a folder, or to 'off'",
+        place,
+    )
 
 
 def make_private(directory: Path) -> None:
@@ -49,7 +66,7 @@ def make_private(directory: Path) -> None:
 def cached_factors(weight: Tensor, rank: int | float, method: str = "svd") -> Factors:
     """`factorize(weight, rank, method)`, from the cache where this content was factorised before.
 
-    Only "svd" is kept: "random" must differ from call to call.
+    Only "svd" is kept: "gradient" depends on more than the weight.
     """
     directory = cache_dir()
     if directory is None or method != "svd" or not torch.isfinite(weight).all():

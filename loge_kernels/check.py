@@ -28,18 +28,15 @@ from .problem import BackwardProblem
 from .reference import heaviest_rows
 from .verification import record
 
-Mode = Literal[
-    "low-rank", "exact", "exact rows", "exact step", "residual", "float8", "int8", "low-rank float8", "low-rank int8"
-]
+Mode = Literal["low-rank", "exact", "exact rows", "residual", "float8", "int8", "low-rank float8", "low-rank int8"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GRADIENTS = ("x", "weight", "bias", "lora_A", "lora_B")
 _SCALING = 0.7
 _DROPOUT = 0.25
 _EXACT_ROWS = 0.3
-_EXACT_FRACTION = {"exact rows": _EXACT_ROWS, "exact step": 1.0}
 _LOW_RANK_DTYPE = {f"low-rank {name}": name for name in eight_bit.DTYPES}
-_WITH_FACTORS = ("low-rank", "exact rows", "exact step", "residual", *_LOW_RANK_DTYPE)
+_WITH_FACTORS = ("low-rank", "exact rows", "residual", *_LOW_RANK_DTYPE)
 # (M, N, K, R, P): empty, one row, ragged everything, N < K and N > K, more than one tile of any kernel; and, for
 # kernels that want rows on 16-byte boundaries, full pipelines and slabs that blocks share.
 _SHAPES = (
@@ -135,7 +132,7 @@ def describe(case: Case) -> str:
 def grid() -> Iterator[Case]:
     """Every shape with every feature, all gradients; and on one shape every subset of the gradients."""
     modes: tuple[Mode, ...] = ("low-rank", "exact", "exact rows")
-    more: tuple[Mode, ...] = ("exact step", "residual", "float8", "int8", "low-rank float8", "low-rank int8")
+    more: tuple[Mode, ...] = ("residual", "float8", "int8", "low-rank float8", "low-rank int8")
     flags = (False, True)
     for shape, mode, adapter, bias, dropout, contiguous in itertools.product(
         _SHAPES, modes + more, flags, flags, flags, flags
@@ -283,7 +280,7 @@ def _problem(case: Case, inputs: dict[str, Tensor]) -> BackwardProblem:
         scaling=_SCALING,
         dropout=_DROPOUT if case.dropout else 0.0,
         seed=None,
-        exact_fraction=_EXACT_FRACTION.get(case.mode, 0.0),
+        exact_fraction=_EXACT_ROWS if case.mode == "exact rows" else 0.0,
         need_dx=need["x"],
         need_dweight=need["weight"],
         need_dbias=need["bias"],
@@ -314,14 +311,14 @@ def _through_op(case: Case, inputs: dict[str, Tensor], backend: str) -> dict[str
         leaves["x"],
         leaves["weight"],
         factors,
-        leaves.get("bias"),
-        leaves.get("lora_A"),
-        leaves.get("lora_B"),
-        _SCALING,
-        _DROPOUT if case.dropout else 0.0,
-        _EXACT_FRACTION.get(case.mode, 0.0),
-        backend,
-        case.mode if case.mode in eight_bit.DTYPES else None,
+        bias=leaves.get("bias"),
+        lora_A=leaves.get("lora_A"),
+        lora_B=leaves.get("lora_B"),
+        scaling=_SCALING,
+        dropout=_DROPOUT if case.dropout else 0.0,
+        exact_fraction=_EXACT_ROWS if case.mode == "exact rows" else 0.0,
+        backend=backend,
+        exact_dtype=case.mode if case.mode in eight_bit.DTYPES else None,
     )
     gradients = torch.autograd.grad(y, [leaves[name] for name in case.wanted], inputs["dy"])
     return {"y": y.detach(), **dict(zip(case.wanted, gradients, strict=True))}
@@ -357,8 +354,6 @@ def _autograd(case: Case, inputs: dict[str, Tensor], original: dict[str, Tensor]
 
 def _surrogate(case: Case, x: Tensor, weight: Tensor, inputs: dict[str, Tensor], original: dict[str, Tensor]) -> Tensor:
     """What stands for x Wᵀ where x's gradient is taken."""
-    if case.mode == "exact step":
-        return x @ weight.t()
     through = x @ inputs["right"].t() @ inputs["left"].t()
     if case.mode == "exact rows":
         heavy = torch.zeros(case.M, 1, dtype=torch.bool, device=x.device)

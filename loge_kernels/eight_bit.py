@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import functools
 import logging
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .products import float32_matmul
+from .weight_version import WeightVersion
 
 logger = logging.getLogger("loge_kernels")
 
@@ -38,7 +38,7 @@ _INT_ROWS = 32  # fewer rows than this are padded: torch._int_mm on CUDA wants m
 _announced: set[str] = set()
 
 
-class EightBitWeight(nn.Module):
+class EightBitWeight:
     """An 8-bit copy of a frozen weight or factor, made at its first use and anew whenever that has changed.
 
     `dtype` is "float8" or "int8"; `tensor` [N, K] in it, stored column by column, and `scale` float32 [K] are None
@@ -47,7 +47,6 @@ class EightBitWeight(nn.Module):
     """
 
     def __init__(self, dtype: str, argument: str = "exact_dtype") -> None:
-        super().__init__()
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"{argument}={dtype!r} is unknown; choose one of {', '.join(map(repr, DTYPES))}, or None")
         self.dtype = dtype
@@ -57,33 +56,29 @@ class EightBitWeight(nn.Module):
         """Drop the copy: for who changes the weight in a way that torch does not count (through `.data`)."""
         self.tensor: Tensor | None = None
         self.scale: Tensor | None = None
-        self._source: weakref.ref[Tensor] | None = None
-        self._version = 0
+        self._made_of = WeightVersion()
 
     def current(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """`tensor` [N, K] and `scale` [K] of `weight` [N, K] as it is now."""
         if self.tensor is None or self.scale is None or self._is_stale(weight):
-            tensor, scale = quantize_columns(weight.detach(), DTYPES[self.dtype])
             if torch.compiler.is_compiling():
-                return tensor, scale  # part of the graph: what it computes cannot be kept
-            self.tensor, self.scale = tensor, scale
-            self._source, self._version = weakref.ref(weight), weight._version
+                # Part of the graph: what it computes cannot be kept.
+                return quantize_columns(weight.detach(), DTYPES[self.dtype])
+            with torch.no_grad(), _disable_current_modes():  # a selective checkpoint would miss it in the recomputation
+                self.tensor, self.scale = quantize_columns(weight.detach(), DTYPES[self.dtype])
+            self._made_of.bind(weight)
         return self.tensor, self.scale
 
     def _is_stale(self, weight: Tensor) -> bool:
         if torch.compiler.is_compiling():
             return weight.requires_grad  # versions cannot be read; a frozen weight is taken as unchanged
-        return self._source is None or self._source() is not weight or self._version != weight._version
+        return self._made_of.changed(weight)
 
-    def extra_repr(self) -> str:
-        return self.dtype
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EightBitWeight:
-        self.invalidate()
-        return self
+    def __repr__(self) -> str:
+        return f"EightBitWeight({self.dtype!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tensor": None, "scale": None, "_source": None}
+        return {**self.__dict__, "tensor": None, "scale": None}
 
 
 def why_not(dtype: str, device: torch.device, N: int, K: int) -> str | None:
@@ -149,7 +144,7 @@ def multiply(dy: Tensor, tensor: Tensor, scale: Tensor) -> Tensor:
     if dy.is_cuda:
         return _on_cuda(dy, tensor, scale)
     # N = 1: torch._int_mm (2.13) misreads the strides (1, 1) of a single stored row.
-    integers = tensor.dtype == torch.int8 and tensor.shape[0] > 1 and _cpu_multiplies_int8()
+    integers = tensor.dtype == torch.int8 and tensor.shape[0] > 1 and cpu_multiplies_int8()
     operand = tensor if integers else tensor.to(torch.bfloat16)  # exact: bfloat16 has 8 significant bits
     out = torch.empty(dy.shape[0], tensor.shape[1], dtype=dy.dtype, device=dy.device)
     step = max(1, _SLAB // max(tensor.shape))
@@ -180,7 +175,12 @@ def _on_cuda(dy: Tensor, tensor: Tensor, scale: Tensor) -> Tensor:
 
 
 @functools.cache
-def _cpu_multiplies_int8() -> bool:
-    """Whether torch._int_mm is exact and fast on this CPU; without VNNI its 16-bit partial sums may saturate."""
+def cpu_multiplies_int8() -> bool:
+    """Whether torch._int_mm is exact and fast on this CPU. Its 16-bit partial sums saturate without VNNI, and where
+    ONEDNN_MAX_CPU_ISA keeps oneDNN from using it."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    if not any(capabilities.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8")):
+        return False
+    with _disable_current_modes():
+        largest = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
+        return bool((torch._int_mm(largest, largest.t()) == 64 * 127 * 127).all())

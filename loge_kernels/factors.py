@@ -6,90 +6,75 @@
 "svd" is the truncated singular value decomposition, left = U_r and right = S_r V_rᵀ (Zhang et al., Applied Sciences
 2025, 15(1), 82, section 4.1): full for small weights, randomised subspace iteration for large ones (Halko, Martinsson
 and Tropp, SIAM Review 2011, algorithm 4.4). "gradient" projects onto the subspace that keeps most of E‖dY W‖² for a
-given C = E[dYᵀ dY]. "random" projects onto a random subspace, a control for experiments. "dropped" has rank 0:
-nothing stands for W, and the gradient passes through the adapter and around the layer alone. The residual makes the
-rows that the factors miss most exact (CE-LoRA, arXiv 2502.01378).
+given C = E[dYᵀ dY]. The residual makes the rows that the factors miss most exact (CE-LoRA, arXiv 2502.01378).
 """
 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .autocast import without_autocast
 from .decompositions import gradient_directions, share, symmetric_root, truncated_svd
 from .eight_bit import EightBitWeight, announce, why_not
+from .weight_version import WeightVersion
 
-METHODS = ("svd", "gradient", "random", "dropped")
+METHODS = ("svd", "gradient")
 # left = W rightᵀ with orthonormal rows of right: a changed weight needs a new left alone.
-PROJECTIONS = ("gradient", "salience", "random")
+PROJECTIONS = ("gradient", "salience")
 
 RANK_STEP = 16  # tensor-core tiles: ranks given as a fraction are rounded to a multiple of this
-# 16-bit factors add up as many roundings, and "svd" directions fall as many edits behind, before they are renewed.
-_EDITS = 8
-_CHANGED = -1  # in the place of a version: the weight is known to have changed
 
 
-class Factors(nn.Module):
+class Factors:
     """A rank-R stand-in `left @ right` for a weight [N, K].
 
-    `left` [N, R] and `right` [R, K] are frozen parameters: they move with the module that holds them, DDP never
-    broadcasts them, and they stay out of its state dict. `rank` is R; `method` says how they were computed; `energy` is
-    the captured share ‖left·right‖² / ‖W‖² in [0, 1] (for "gradient", of E‖dY W‖²). `rows` int64 [Q], ascending, and
-    `residual` [Q, K], another frozen parameter, are None without a residual (`with_residual`). `low_rank_dtype`: what
+    No module and no parameters: `left` [N, R] and `right` [R, K] follow from the weight, so no optimizer, state dict or
+    broadcast holds them. The layer that holds the factors moves them with itself. `rank` is R; `method` says how they
+    were computed; `energy` is the captured share ‖left·right‖² / ‖W‖² in [0, 1] (for "gradient", of E‖dY W‖²). `rows`
+    int64 [Q], ascending, and `residual` [Q, K] are None without a residual (`with_residual`). `low_rank_dtype`: what
     the products with left and right run in, "float8", "int8" (`eight_bit`) or None for x's own dtype; the 8-bit copies
     take half as much memory again, are made at their first use and anew whenever left and right have changed.
     """
 
-    left: nn.Parameter
-    right: nn.Parameter
-    residual: nn.Parameter | None
+    gather: Callable[[], None] | None = None  # brings sharded factors to a forward that casts them
 
     def __init__(
         self,
         left: Tensor,
         right: Tensor,
         method: str = "given",
-        energy: float | Tensor = math.nan,
+        energy: float = math.nan,
         rows: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> None:
-        super().__init__()
         if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
             raise ValueError(
                 f"left has shape {tuple(left.shape)} and right {tuple(right.shape)}; expected [N, R] and [R, K]"
             )
-        self.left = nn.Parameter(left, requires_grad=False)
-        self.right = nn.Parameter(right, requires_grad=False)
         _check_residual(left, right, rows, residual)
+        self.left, self.right = left.detach(), right.detach()
         self.rows = rows
-        self.residual = None if residual is None else nn.Parameter(residual, requires_grad=False)
+        self.residual = None if residual is None else residual.detach()
         self.importance: Tensor | None = None  # [N], by which the rows were chosen
-        self.shares: Tensor | None = None  # float64 [R], the energy along each direction, where it was measured
-        self.gather: Callable[[], None] | None = None  # brings sharded factors to a forward that casts them
         self.left_copy: EightBitWeight | None = None
         self.right_copy: EightBitWeight | None = None
         self.method = method
-        self._energy = energy
-        self._source: weakref.ref[Tensor] | None = None
-        self._version = 0
+        self.energy = energy
+        self.made_of = WeightVersion()
         self._warned = False
-        self._edits = 0
 
     @property
     def rank(self) -> int:
         return self.left.shape[1]
 
     @property
-    def energy(self) -> float:
-        if isinstance(self._energy, Tensor):  # of a refresh, which does not wait for it
-            self._energy = min(self._energy.item(), 1.0)  # in this order NaN stays NaN
-        return self._energy
+    def tensors(self) -> list[Tensor]:
+        """left, right, and the residual if there is one."""
+        return [self.left, self.right] + ([] if self.residual is None else [self.residual])
 
     @property
     def low_rank_dtype(self) -> str | None:
@@ -135,10 +120,10 @@ class Factors(nn.Module):
         (N, R), K = self.left.shape, self.right.shape[1]
         return (R * (N + K) + (0 if self.rows is None else self.rows.shape[0] * K)) / (N * K)
 
-    def extra_repr(self) -> str:
+    def __repr__(self) -> str:
         rows = "" if self.rows is None else f"{self.rows.shape[0]} exact rows, "
         size = f"{self.left.shape[0]}x{self.right.shape[1]}, rank={self.rank}"
-        return f"{size}, {rows}{self.method}, energy={self.energy:.3f}"
+        return f"Factors({size}, {rows}{self.method}, energy={self.energy:.3f})"
 
     @torch.no_grad()
     @without_autocast
@@ -167,56 +152,26 @@ class Factors(nn.Module):
             scores *= importance.to(scores)
         rows = torch.topk(scores, count).indices.sort().values
         total = scores.sum()
-        carried = torch.where(total > 0, scores[rows].sum() / total, 0.0).clamp_max(1.0)
-        energy = 1.0 - (1.0 - self._energy) * (1.0 - carried)
-        made = Factors(self.left.detach(), self.right.detach(), self.method, energy)
-        # Not through the constructor, whose checks wait for the device.
-        made.rows = rows
-        made.residual = nn.Parameter(missing[rows].to(self.left.dtype), requires_grad=False)
-        made.importance, made.shares = importance, self.shares
+        carried = torch.where(total > 0, scores[rows].sum() / total, 0.0).clamp_max(1.0).item()
+        energy = 1.0 - (1.0 - self.energy) * (1.0 - carried)
+        residual = missing[rows].to(self.left.dtype)
+        made = Factors(self.left, self.right, self.method, energy, rows, residual)
+        made.importance = importance
         made.low_rank_dtype = self.low_rank_dtype
         return made.bind(weight)
 
-    # Staleness. A tensor counts its in-place changes in `_version`: optimizer steps, load_state_dict and merges that
-    # write the parameter bump it. Writes through `.data` do not; who makes them calls `invalidate`.
-
     def bind(self, weight: Tensor) -> Factors:
         """Remember that these factors are of `weight` as it is now."""
-        self._source, self._version, self._warned = weakref.ref(weight), weight._version, False
+        self.made_of.bind(weight)
+        self._warned = False
         return self
-
-    def invalidate(self) -> None:
-        """Declare the weight changed in a way that torch does not count."""
-        self._version = _CHANGED
-
-    @property
-    def invalid(self) -> bool:
-        """Whether `invalidate` was called since these factors were computed."""
-        return self._version == _CHANGED
-
-    @property
-    def bound(self) -> bool:
-        """Whether the weight behind these factors is known: not for factors given by hand, nor for copies."""
-        return self._source is not None
-
-    def stale(self, weight: Tensor) -> bool:
-        """Whether `weight` has changed, or was replaced, since these factors were computed."""
-        return self._version == _CHANGED or self.replaced(weight) or (self.bound and weight._version != self._version)
-
-    def replaced(self, weight: Tensor) -> bool:
-        """Whether these factors were computed from another tensor than `weight`."""
-        return self._source is not None and self._source() is not weight
 
     def newly_stale(self, weight: Tensor) -> bool:
         """True at the first call that finds `weight` changed in place, or declared changed.
 
         Another tensor than the one these factors were computed from (a cast, a copy) is taken at the caller's word.
         """
-        # Asked at every call: `replaced` and `stale` written out.
-        source = self._source
-        if self._warned or (source is not None and source() is not weight):
-            return False
-        if self._version != _CHANGED and (source is None or weight._version == self._version):
+        if self._warned or self.made_of.is_other(weight) or not self.made_of.changed(weight):
             return False
         self._warned = True
         return True
@@ -231,7 +186,7 @@ class Factors(nn.Module):
         if not self.follows_from_weight:
             raise ValueError("these factors were given by hand: make new ones from the weight as it is now")
         if self.method in PROJECTIONS and covariance is None:
-            fresh = projection(weight, self.right.detach(), self.method, self._energy)
+            fresh = projection(weight, self.right, self.method, self.energy)
         else:
             fresh = factorize(weight, self.rank, self.method, covariance)
         if self.rows is not None and covariance is not None:
@@ -243,51 +198,9 @@ class Factors(nn.Module):
         none, as many rows are chosen for it by the same importance."""
         if self.rows is not None and fresh.rows is None:
             fresh = fresh.with_residual(weight, self.rows.shape[0], self.importance)
-        self._set(fresh.left.data, fresh.right.data)
-        if self.rows is None or self.residual is None or fresh.rows is None or fresh.residual is None:
-            self.rows, self.residual = fresh.rows, fresh.residual
-        else:
-            self.rows.data, self.residual.data = fresh.rows, fresh.residual.data
-        self.importance = fresh.importance
-        self._energy = fresh._energy
-        self.bind(weight)
-
-    def _set(self, left: Tensor, right: Tensor) -> None:
-        self.left.data, self.right.data = left, right
-        for copy in (self.left_copy, self.right_copy):
-            if copy is not None:  # it cannot see a change through `.data`
-                copy.invalidate()
-
-    @torch.no_grad()
-    @without_autocast
-    def follow(self, weight: Tensor, columns: Tensor, rows: Tensor) -> None:
-        """Stand for `weight` [N, K] after it has changed by columns [N, q] · rows [q, K], q small, for little.
-
-        One of the two factors stays and the weight is projected onto it anew: `right` where the method is a projection
-        (left += columns · rows rightᵀ), for "svd" `left`, the left singular vectors (right += leftᵀ columns · rows).
-        Every 8th time it is projected in full, for "svd" after two steps of subspace iteration, so that neither
-        rounding nor the turning away of its directions adds up. Factors given by hand become stale.
-        """
-        self._edits += 1
-        if not self.follows_from_weight:
-            self.invalidate()
-            return
-        whole = self._edits % _EDITS == 0
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        W, columns, rows = weight.to(dtype), columns.to(dtype), rows.to(dtype)
-        left, right = self.left.to(dtype), self.right.to(dtype)
-        if self.method in PROJECTIONS:
-            left = W @ right.t() if whole else left.addmm(columns, rows @ right.t())
-        elif self.method == "svd":
-            if whole:
-                for _ in range(2):
-                    left = torch.linalg.qr(W @ right.t()).Q
-                    right = left.t() @ W
-            else:
-                right = right.addmm(left.t() @ columns, rows)
-        self._set(left.to(weight.dtype).contiguous(), right.to(weight.dtype).contiguous())
-        if self.rows is not None and self.residual is not None:
-            self.residual.data = torch.addmm(W[self.rows], left[self.rows], right, alpha=-1.0).to(weight.dtype)
+        self.left, self.right = fresh.left, fresh.right
+        self.rows, self.residual = fresh.rows, fresh.residual
+        self.importance, self.energy = fresh.importance, fresh.energy
         self.bind(weight)
 
     @property
@@ -295,24 +208,19 @@ class Factors(nn.Module):
         """Whether the weight is enough to recompute these factors: not for those given by hand."""
         return self.method in METHODS or self.method in PROJECTIONS
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A weak reference cannot be pickled; a copy is bound to its own weight again by the module that holds it.
-        weight = None if self._source is None else self._source()
-        stale = self._version == _CHANGED if self._source is None else weight is None or self.stale(weight)
-        return {**self.__dict__, "_source": None, "_version": _CHANGED if stale else 0}
+    def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Change every tensor as `torch.nn.Module._apply` changes parameters: a move, a cast, shared memory."""
+        self.left, self.right = fn(self.left), fn(self.right)
+        self.rows = None if self.rows is None else fn(self.rows)
+        self.residual = None if self.residual is None else fn(self.residual)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
-        super()._apply(fn, recurse)
-        if self.rows is not None:
-            # No parameter, which FSDP could not flatten with the others, and no buffer, which DDP would broadcast.
-            self.rows = fn(self.rows)
-        return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Factors follow from the weight: a checkpoint has the same keys with and without them."""
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to load, nothing missing."""
+def as_buffers(*tensors: Tensor | None) -> None:
+    """Mark tensors that a layer owns as `torch.nn.Buffer` does: what moves saved activations elsewhere, such as the
+    `OffloadActivations` of TRL and torchtune, leaves buffers where they are."""
+    for tensor in tensors:
+        if tensor is not None:
+            tensor._is_buffer = True  # type: ignore[attr-defined]
 
 
 def resolve_rank(rank: int | float, N: int, K: int, argument: str = "rank") -> int:
@@ -341,8 +249,7 @@ def factorize(weight: Tensor, rank: int | float, method: str = "svd", covariance
     Args:
         weight: [N, K], a floating dtype, finite.
         rank: an int in 1..min(N, K), or a float in (0, 1] of min(N, K), rounded to a multiple of 16.
-        method: "svd" (closest to the weight), "gradient" (closest for the dY that `covariance` describes) or "random"
-            (a control). "dropped" has rank 0 whatever `rank` says.
+        method: "svd" (closest to the weight) or "gradient" (closest for the dY that `covariance` describes).
         covariance: [N, N], C = E[dYᵀ dY]; for "gradient" only.
 
     Returns:
@@ -354,25 +261,20 @@ def factorize(weight: Tensor, rank: int | float, method: str = "svd", covariance
     """
     _check(weight, method, covariance)
     N, K = weight.shape
-    if method == "dropped":
-        return Factors(weight.new_empty(N, 0), weight.new_empty(0, K), method, 0.0).bind(weight)
     R = resolve_rank(rank, N, K)
     W = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     if method == "svd":
         left, right, energy = truncated_svd(W, R)
         factors = Factors(left.to(weight.dtype).contiguous(), right.to(weight.dtype).contiguous(), method, energy)
         return factors.bind(weight)
-    if method == "gradient":
-        assert covariance is not None
-        right, shares = gradient_directions(symmetric_root(covariance.to(W)) @ W, R)
-        return projection(weight, right, method, min(1.0, shares.sum().item()))
-    right = torch.linalg.qr(torch.randn(K, R, dtype=W.dtype, device=W.device)).Q.t()
-    return projection(weight, right, method)
+    assert covariance is not None
+    right, shares = gradient_directions(symmetric_root(covariance.to(W)) @ W, R)
+    return projection(weight, right, method, min(1.0, shares.sum().item()))
 
 
 @torch.no_grad()
 @without_autocast
-def projection(weight: Tensor, right: Tensor, method: str, energy: float | Tensor | None = None) -> Factors:
+def projection(weight: Tensor, right: Tensor, method: str, energy: float | None = None) -> Factors:
     """The factors W rightᵀ · right of `weight` [N, K] for orthonormal rows `right` [R, K], in the weight's dtype and
     bound to it. `energy` None: the captured share of ‖W‖²."""
     W = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from .backends import check_name
 from .cache import cached_factors
 from .eight_bit import EightBitWeight
+from .exact_every import ExactEvery
 from .factors import PROJECTIONS, Factors
 from .ops import linear
-from .watching import Watcher
 
 _ADDED = (
     "factors",
@@ -24,9 +24,8 @@ _ADDED = (
     "scaling",
     "lora_dropout",
     "exact_fraction",
-    "_between",
+    "exact_every",
     "backend",
-    "watcher",
     "gather",
     "shard_sums",
 )
@@ -39,7 +38,8 @@ class LoGELinear(nn.Linear):
     weight: when it has changed under them (a loaded state dict, a merged adapter), the next training forward computes
     them anew. For a trainable weight, which changes at every step, the layer warns once; call `refresh()` when they
     should follow. `exact_dtype` ("float8", "int8" or None) is what the frozen path's dense products run in; the 8-bit
-    copy of the weight is made at its first use, and anew whenever the weight has changed.
+    copy of the weight is made at its first use, and anew whenever the weight has changed. `exact_every`, shared by the
+    layers of a model, says in which training forwards the factors are not used.
 
     `LoGELinear(in_features, out_features)` alone is an exact layer without adapter; `from_linear` makes one from a
     pre-trained layer.
@@ -47,9 +47,9 @@ class LoGELinear(nn.Linear):
 
     factors: Factors | None
     eight_bit: EightBitWeight | None
+    exact_every: ExactEvery | None
     _converted: bool
-    _between: float | None  # exact_fraction outside exact steps, during one
-    watcher: Watcher | None  # of dY, in the steps that somebody wants to see
+    _was_frozen: bool  # the weight, when `apply` came
     gather: Callable[[], None] | None  # brings a sharded weight that a checkpoint reads in backward
     shard_sums: Tensor | None  # of this rank's part of a weight that `fully_shard` sharded
     lora_A: nn.Parameter | None  # [P, K]
@@ -70,6 +70,7 @@ class LoGELinear(nn.Linear):
     def from_linear(
         cls,
         linear: nn.Linear,
+        *,
         rank: int | float | None = 256,
         lora_rank: int = 16,
         lora_alpha: float = 32,
@@ -122,9 +123,8 @@ class LoGELinear(nn.Linear):
         self.scaling = 1.0
         self.lora_dropout = 0.0
         self.exact_fraction = _share("exact_fraction", exact_fraction)
-        self._between = None
+        self.exact_every = None
         self.backend = None if backend is None else check_name(backend, "backend")
-        self.watcher = None
         self.gather = None
         self.shard_sums = None
 
@@ -151,10 +151,11 @@ class LoGELinear(nn.Linear):
         assert isinstance(linear, cls)
         linear._adopt(factors, exact_fraction, backend, exact_dtype)
         linear._converted = True
+        linear._was_frozen = not linear.weight.requires_grad
 
     def revert_(self) -> None:
         """Undo `convert_`."""
-        for name in (*_ADDED, "_converted"):
+        for name in (*_ADDED, "_converted", "_was_frozen"):
             delattr(self, name)
         self.__class__ = nn.Linear  # type: ignore[assignment]
 
@@ -176,24 +177,36 @@ class LoGELinear(nn.Linear):
     def invalidate(self) -> None:
         """Declare the weight changed in a way that torch does not count (through `.data`)."""
         if self.factors is not None:
-            self.factors.invalidate()
+            self.factors.made_of.invalidate()
         if self.eight_bit is not None:
             self.eight_bit.invalidate()
 
-    def schedule_exact(self, exact: bool) -> None:
-        """Make the coming forwards exact, or what they were: for the schedule of a model. A copy or pickle of the layer
-        follows no schedule, and has the fraction that it has between exact steps."""
-        kept = self._between
-        if exact and kept is None:
-            self._between, self.exact_fraction = self.exact_fraction, 1.0
-        elif not exact and kept is not None:
-            self._between, self.exact_fraction = None, kept
+    def reads_weight(self) -> bool:
+        """Whether the backward of the forward under way reads the dense weight."""
+        if self.factors is None or self.exact_fraction > 0.0 or self._thawed():
+            return True
+        return self.exact_every is not None and self.exact_every.is_exact()
 
-    def __getstate__(self) -> dict[str, Any]:
-        if self._between is None and self.watcher is None:
-            return self.__dict__
-        between = self.exact_fraction if self._between is None else self._between
-        return {**self.__dict__, "exact_fraction": between, "_between": None, "watcher": None}
+    def _thawed(self) -> bool:
+        """Whether the weight was frozen when `apply` came and trains now, as in a copy that PEFT makes for
+        `modules_to_save`: its factors could not follow."""
+        # Under FSDP1 it is no parameter but a view of a flat one, which trains wherever one of its parts does.
+        trains = self.weight.requires_grad and isinstance(self.weight, nn.Parameter)
+        return trains and getattr(self, "_was_frozen", False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoGELinear:
+        super()._apply(fn, recurse)
+        if self.factors is not None:
+            self.factors.apply_(fn)
+        if self.eight_bit is not None:
+            self.eight_bit.invalidate()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Of a copy or a pickle, whose factors came with its weight: a change before its first forward is to be seen.
+        if self.factors is not None and not (self.factors.made_of.bound or self.factors.made_of.invalid):
+            self.factors.bind(self.weight)
 
     def dense_weight(self) -> Tensor:
         """The weight [N, K] in a floating dtype."""
@@ -212,22 +225,33 @@ class LoGELinear(nn.Linear):
             self.factors.bind(self.weight)  # which `weight` was made from
 
     def current_factors(self) -> Factors | None:
-        """The factors, made anew first when a frozen weight has changed under them."""
+        """The factors that this forward's backward uses, made anew first when a frozen weight has changed under them;
+        None for an exact one."""
         factors = self.factors
-        if factors is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if self.gather is not None and hasattr(self.weight, "placements"):
+            self.gather()
+        if factors is None or self._thawed() or (self.exact_every is not None and self.exact_every.is_exact()):
+            return None
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return factors
-        if hasattr(factors.left, "ds_id"):
+        if torch._C._are_functorch_transforms_active():
+            return factors  # the op refuses them
+        if hasattr(self.weight, "ds_id"):
             raise ValueError(
-                f"the factors of this {tuple(self.weight.shape)} layer are partitioned by DeepSpeed ZeRO-3, whose "
-                "backward gathers whole weights: use ZeRO stage 1 or 2, or loge_kernels.fully_shard"
+                f"the weight of this {tuple(factors.left.shape[:1] + factors.right.shape[1:])} layer with factors is "
+                "partitioned by DeepSpeed ZeRO-3, whose backward gathers whole weights: use ZeRO stage 1 or 2, or "
+                "loge_kernels.fully_shard"
             )
-        if not factors.stale(self.weight):
-            if not factors.bound:
-                factors.bind(self.weight)  # this layer is a copy, its factors were copied with its weight
+        made_of = factors.made_of
+        if not made_of.changed(self.weight):
+            if not made_of.bound:
+                factors.bind(self.weight)
         elif self.sharded:
             self._follow_shards(factors)
-        elif factors.follows_from_weight and (not self.weight.requires_grad or factors.replaced(self.weight)):
+        elif factors.follows_from_weight and (not self.weight.requires_grad or made_of.is_other(self.weight)):
             self.refresh()
+        if factors.left.device != self.weight.device:  # FSDP moves parameters by itself
+            factors.apply_(lambda tensor: tensor.to(self.weight.device))
         return factors
 
     @property
@@ -238,8 +262,6 @@ class LoGELinear(nn.Linear):
 
     def _follow_shards(self, factors: Factors) -> None:
         """Take the weight as FSDP gathered it for the one that the factors are of; ValueError where it is another."""
-        if hasattr(self.weight, "placements") and self.gather is not None:
-            self.gather()
         if hasattr(self.weight, "placements"):
             raise ValueError(
                 f"the weight {tuple(self.weight.shape)} of this layer is a DTensor with placements "
@@ -251,7 +273,7 @@ class LoGELinear(nn.Linear):
                 "a layer with factors is inside a FullyShardedDataParallel (FSDP1), which flattens its parameters: "
                 "use loge_kernels.fully_shard (FSDP2)"
             )
-        if factors.invalid:
+        if factors.made_of.invalid:
             raise ValueError(
                 "the weight of a layer has changed since it was sharded, and its factors cannot follow: load or merge "
                 "weights before the model is sharded"
@@ -259,8 +281,7 @@ class LoGELinear(nn.Linear):
         factors.bind(self.weight)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        split = name.startswith("factors.") or (hasattr(param, "placements") and not self.sharded)
-        if split and self._modules.get("factors") is not None:
+        if hasattr(param, "placements") and not self.sharded and getattr(self, "factors", None) is not None:
             # As torch's ColwiseParallel and RowwiseParallel do. FSDP puts its DTensors in by another way.
             raise ValueError(
                 "a layer with factors cannot be split by a tensor-parallel plan: leave it out of the plan, or shard "
@@ -291,20 +312,19 @@ class LoGELinear(nn.Linear):
     ) -> Tensor:
         """The forward with this adapter in the place of the layer's own; arguments as in `loge_kernels.linear`."""
         factors = self.current_factors()  # before the weight is read, which it may gather
-        y = linear(
+        return linear(
             input,
             self.weight,
             factors,
-            self.bias,
-            lora_A,
-            lora_B,
-            scaling,
-            dropout,
-            self.exact_fraction,
-            self.backend,
-            self.eight_bit,
+            bias=self.bias,
+            lora_A=lora_A,
+            lora_B=lora_B,
+            scaling=scaling,
+            dropout=dropout,
+            exact_fraction=self.exact_fraction,
+            backend=self.backend,
+            exact_dtype=self.eight_bit,
         )
-        return y if self.watcher is None else self.watcher(y)
 
     def adapter_obstacle(self, dtype: torch.dtype, input: Tensor | None = None) -> str | None:
         """Why an adapter in `dtype` cannot be given to `run`, with this input or ever (None), or None when it can."""
@@ -314,7 +334,8 @@ class LoGELinear(nn.Linear):
 
     def extra_repr(self) -> str:
         adapter = "" if self.lora_A is None else f", lora_rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"
-        return super().extra_repr() + adapter
+        factors = "" if self.factors is None else f", {self.factors}"
+        return super().extra_repr() + adapter + factors
 
 
 def _sums(weight: Any) -> Tensor:

@@ -8,19 +8,18 @@ for torch.compile and the autograd formula of `reference.py`. In eager mode the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .arguments import check
 from .autocast import autocast_dtype, without_autocast
 from .backends import requested, run_backward, run_forward
 from .dropout import draw_seed
 from .eight_bit import EightBitWeight, announce, as_bits, from_bits, why_not
-from .factors import Factors
+from .factors import Factors, as_buffers
 from .problem import BackwardProblem
 
 _LIBRARY = torch.library.Library("loge_kernels", "DEF")
@@ -38,36 +37,12 @@ _LIBRARY.define(
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dA, Tensor dB)"
 )
 
-# A plain global, not a thread's own: autograd runs the backward of CUDA tensors in threads of its own.
-_cheap_depth = 0
-
-
-@contextmanager
-def cheap_backward() -> Iterator[None]:
-    """Send the backward passes that run in the block through the factors, exact steps included.
-
-    A forward with factors and `exact_fraction=1.0` keeps what both products need, so one graph can be differentiated
-    twice: once in this block, `torch.autograd.grad(..., retain_graph=True)`, and once outside it, exactly. Layers
-    without factors and fractions below 1 are not affected. The block holds for the whole process, other threads
-    included, and may be nested.
-    """
-    global _cheap_depth
-    _cheap_depth += 1
-    try:
-        yield
-    finally:
-        _cheap_depth -= 1
-
-
-def in_cheap_backward() -> bool:
-    """Whether a `cheap_backward` block is active."""
-    return _cheap_depth > 0
-
 
 def linear(
     x: Tensor,
     weight: Tensor,
     factors: Factors | None,
+    *,
     bias: Tensor | None = None,
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
@@ -89,13 +64,16 @@ def linear(
         scaling: the adapter's factor s (PEFT's alpha / r).
         dropout: probability, in [0, 1), of zeroing an element of the adapter's input. The mask is a function of a
             seed drawn from torch's generator for x's device, so it is the same when checkpointing recomputes.
-        exact_fraction: share of the rows in [0, 1], those of largest ‖dY‖, whose dX is the dense product; 1 makes an
-            exact step, in which no factors are used (but see `cheap_backward`).
+        exact_fraction: share of the rows in [0, 1], those of largest ‖dY‖, whose dX is the dense product; at 1 no
+            factors are used.
         backend: a name of `backends()`, or None for the one in force (`use_backend`, LOGE_BACKEND, "auto").
         exact_dtype: None, or "float8" or "int8" to take the dense products of the frozen path in 8 bits, where
             there are any (no factors, or exact_fraction > 0). A name quantises the weight at each call; an
             `EightBitWeight` keeps the copy from call to call. Where the device or the shape does not allow it, the
             product is taken in x's dtype and the logger says so once.
+
+    Under `torch.export`, `torch.jit.trace` and the transforms of `torch.func` the call is plain PyTorch: the same
+    forward, the exact gradient.
 
     Returns:
         y [..., N] in x's dtype (autocast's, under autocast).
@@ -103,11 +81,24 @@ def linear(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or range; the message names it, its value and
             what would work; exact_dtype or low_rank_dtype with float64.
+        RuntimeError: factors inside a transform of `torch.func`, which would give another gradient than theirs.
 
     Source: Zhang et al., Applied Sciences 2025, 15(1), 82 (LoGE); formulae in `loge_kernels.reference`.
     """
-    if factors is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        _warn_when_stale(factors, weight)
+    if exact_fraction == 1.0:
+        factors = None
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return _plain(x, weight, bias, lora_A, lora_B, scaling, dropout)
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            if factors is not None and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "a layer with low-rank factors is inside a transform of torch.func, which cannot take their "
+                    "gradient: call loge_kernels.remove(model), or apply without rank="
+                )
+            return _plain(x, weight, bias, lora_A, lora_B, scaling, dropout)
+        if factors is not None and torch.is_grad_enabled():
+            _warn_when_stale(factors, weight)
     given = weight
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -161,6 +152,23 @@ def linear(
         requested(backend),
     )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """The layer in PyTorch's own operations."""
+    y = F.linear(x, weight, bias)
+    if lora_A is None or lora_B is None:
+        return y
+    xa = F.linear(F.dropout(x, dropout).to(lora_A.dtype), lora_A)
+    return y + (F.linear(xa, lora_B) * scaling).to(y.dtype)
 
 
 def _warn_when_stale(factors: Factors, weight: Tensor) -> None:
@@ -250,8 +258,6 @@ def _backward(
     need_dB: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if exact_fraction == 1.0 and left is not None and in_cheap_backward():
-        exact_fraction = 0.0
     left, right, dense = (None if t is None else from_bits(t) for t in (left, right, dense))
     problem = BackwardProblem(
         dy=dy,
@@ -367,6 +373,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         output = _forward(*inputs)
+        as_buffers(*inputs[2:10])
         _save(ctx, inputs, output)
         return output
 

@@ -13,11 +13,10 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from .allocation import Candidate, allocate
+from . import exact_dtype
 from .cache import cached_factors
 from .calibration import calibrate
 from .factors import Factors, resolve_rank
-from .policy import Policy, average_cost, dense_cost, exact_every_within, low_rank_cost, preferred_exact_dtype
 from .request import Request
 from .sites import Site, Targets
 from .statistics import Statistics
@@ -29,71 +28,87 @@ logger = logging.getLogger("loge_kernels")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """By layer name: `factors` (None: the exact product) and `costs`, dX in a cheap and in an exact step over the dense
-    product. `policy` says when steps are exact and what all of it costs on average. `allocated`: exact layers are so by
-    allocation, not because dense is cheaper at their rank."""
+class LayerPlan:
+    """One layer: its factors (None: the exact product), what exact products run in ("float8", "int8" or None for the
+    weight's dtype), and why, for the report."""
 
-    factors: dict[str, Factors | None]
-    costs: dict[str, tuple[float, float]]
-    policy: Policy
-    allocated: bool
+    factors: Factors | None
+    exact_dtype: str | None
+    reason: str
 
 
-def make_plan(model: nn.Module, sites: list[Site], targets: Targets, request: Request) -> Plan:
-    """The plan for `sites`, the layers to convert. Raises as `apply` does."""
-    exact_dtype = request.exact_dtype
-    if request.budget is not None and exact_dtype is None:
-        largest = max(sites, key=lambda site: site.outline.numel())
-        exact_dtype = preferred_exact_dtype(largest.outline)
+def make_plan(model: nn.Module, sites: list[Site], targets: Targets, request: Request) -> dict[str, LayerPlan]:
+    """The plan for `sites`, the layers to convert, by name. Raises as `apply` does."""
     for site in sites:
-        _check_weight(site, {"exact_dtype": exact_dtype, "low_rank_dtype": request.low_rank_dtype})
-    exact_costs = [dense_cost(site.outline, exact_dtype) for site in sites]
-    exact = _mean(sites, exact_costs)
-    factors: dict[str, Factors | None] = dict.fromkeys(site.name for site in sites)
-    if not (request.exact_every == 1.0 or (request.budget is not None and exact <= request.budget)):
-        directions = _directions(model, sites, targets, request)
-        ranks = _ranks(sites, exact_costs, directions, request)
-        for site, rank in _with_progress(list(zip(sites, ranks, strict=True))):
-            factors[site.name] = _factors(site, rank, directions, request)
-    costs = {}
-    for site, dense in zip(sites, exact_costs, strict=True):
-        made = factors[site.name]
-        costs[site.name] = (dense if made is None else low_rank_cost(made) + request.exact_fraction * dense), dense
-    cheap = _mean(sites, [costs[site.name][0] for site in sites])
-    all_exact = all(made is None for made in factors.values())
-    policy = _policy(request, exact_dtype, cheap, exact, all_exact)
-    return Plan(factors, costs, policy, request.allocation is not None)
+        _check_weight(site, request)
+    low_rank = _low_rank_layers(sites, request)
+    directions = _directions(model, [site for site in sites if site.name in low_rank], targets, request)
+    plans = {}
+    for site in _with_progress(sites):
+        exact, why = _exact_dtype(site, request)
+        factors, reason = None, why
+        if site.name in low_rank:
+            factors, reason = _factors(site, directions.get(site.name), request)
+            if factors is None:
+                reason = "; ".join(part for part in (reason, why) if part)
+            elif request.exact_every is None and request.exact_fraction == 0.0:
+                exact = None  # no product of this layer is ever exact
+        plans[site.name] = LayerPlan(factors, exact, reason)
+    return plans
 
 
-def _check_weight(site: Site, in_eight_bits: dict[str, str | None]) -> None:
+def _check_weight(site: Site, request: Request) -> None:
     weight = site.weight()
     if not torch.isfinite(weight).all():
         raise ValueError(f"the weight of layer {site.name!r} contains NaN or inf; the model is unchanged")
-    for argument, dtype in in_eight_bits.items():
-        if dtype is not None and weight.dtype == torch.float64:
+    for argument in ("exact_dtype", "low_rank_dtype"):
+        dtype = getattr(request, argument)
+        if dtype not in (None, exact_dtype.AUTO) and weight.dtype == torch.float64:
             raise TypeError(f"{argument}={dtype!r}: the weight of layer {site.name!r} is float64; give None")
+
+
+def _exact_dtype(site: Site, request: Request) -> tuple[str | None, str]:
+    if request.exact_dtype == exact_dtype.AUTO and site.quantized is not None:
+        return None, "dequantised in backward, and rounding it to 8 bits would be another pass"
+    return exact_dtype.choose(site.outline, request.exact_dtype)
+
+
+def _low_rank_layers(sites: list[Site], request: Request) -> set[str]:
+    """The layers whose dX goes through factors: below those that `exact_layers` keeps, counted from the output."""
+    if request.rank is None or request.exact_every == 1:
+        return set()
+    total = sum(site.outline.numel() for site in sites)
+    above = 0
+    chosen = set()
+    for site in reversed(sites):
+        if getattr(site.adapter, "edits_weight", False):
+            raise ValueError(
+                f"rank={request.rank!r}: the weight of layer {site.name!r} changes at every switch of SwitchLoRA, and "
+                "factors would be computed anew each time: apply without rank="
+            )
+        above += site.outline.numel()
+        if above > request.exact_layers * total * (1 + 1e-9):
+            chosen.add(site.name)
+    return chosen
 
 
 def _directions(model: nn.Module, sites: list[Site], targets: Targets, request: Request) -> dict[str, Subspace]:
     """What calibration chose for each layer; empty where the subspace needs none."""
-    if request.subspace not in FROM_CALIBRATION:
+    if request.directions not in FROM_CALIBRATION or not sites:
         return {}
     statistics = request.calibration
     if not isinstance(statistics, Statistics):
         assert statistics is not None
-        statistics = calibrate(model, statistics, targets, scores=request.subspace == "salience")
+        statistics = calibrate(model, statistics, targets, scores=request.directions == "salience")
     _tell_unseen(sites, statistics)
     chosen = {}
     for site in _with_progress(sites):
         if site.name not in statistics.layers:
             raise ValueError(f"calibration has nothing of layer {site.name!r}; calibrate with the same targets")
-        N, K = site.shape
-        # Beyond break-even no rank is taken; "energy" weighs all directions up to there.
-        limit = min(N, K, N * K // (N + K) + 1) if request.allocation == "energy" else _rank(site, request)
+        layer = statistics.layers[site.name]
         try:
             chosen[site.name] = subspace(
-                site.weight(), statistics.layers[site.name], request.subspace, limit, request.salience
+                site.weight(), layer, request.directions, _rank(site, request), request.salience
             )
         except ValueError as error:
             raise ValueError(f"layer {site.name!r}: {error}") from None
@@ -119,74 +134,23 @@ def _tell_unseen(sites: list[Site], statistics: Statistics) -> None:
 
 def _rank(site: Site, request: Request) -> int:
     N, K = site.shape
-    if request.subspace == "dropped":
-        return 0
-    return resolve_rank(min(request.rank, N, K) if isinstance(request.rank, int) else request.rank, N, K)
+    rank = request.rank
+    assert rank is not None
+    return resolve_rank(min(rank, N, K) if isinstance(rank, int) else rank, N, K)
 
 
-def _ranks(
-    sites: list[Site], exact_costs: list[float], directions: dict[str, Subspace], request: Request
-) -> list[int | None]:
-    """Each layer's rank; None where the exact product is asked for or costs less."""
-    if request.allocation is None or request.budget is None:
-        return [_rank(site, request) for site in sites]
-    budget = request.budget
-    if request.exact_every is not None:
-        # What is left for the cheap part of a step, as `policy.average_cost` counts it.
-        share = 1.0 / request.exact_every
-        exact = _mean(sites, exact_costs)
-        cheap_share = 1.0 if request.correction is not None else 1.0 - share
-        budget = (budget - share * exact) / cheap_share
-        if budget <= 0:
-            raise ValueError(
-                f"exact_every={request.exact_every:g} alone costs {share * exact:.3f} of the dense flops, and "
-                f"budget={request.budget:g}: give a larger one of the two"
-            )
-    candidates = []
-    for site, exact_cost in zip(sites, exact_costs, strict=True):
-        N, K = site.shape
-        found = directions.get(site.name)
-        worth = None if found is None else found.worth.cpu()
-        candidates.append(Candidate(N, K, exact_cost, worth, dense_cost(site.outline, request.low_rank_dtype)))
-    share = request.rank if isinstance(request.rank, float) else 1 / 8
-    return allocate(candidates, budget, request.allocation, share)
-
-
-def _factors(site: Site, rank: int | None, directions: dict[str, Subspace], request: Request) -> Factors | None:
-    """The site's factors, or None where the dense product is asked for or costs less."""
-    if rank is None:
-        return None
-    N, K = site.shape
+def _factors(site: Site, found: Subspace | None, request: Request) -> tuple[Factors | None, str]:
+    """The site's factors; None and the reason where the dense product costs less."""
+    (N, K), rank = site.shape, _rank(site, request)
     rows = math.ceil(request.residual * N)
     if rank * (N + K) + rows * K > N * K:
-        return None
+        return None, f"dense is cheaper at this rank (break-even at {N * K // (N + K)})"
     weight = site.weight()
-    found = directions.get(site.name)
-    made = cached_factors(weight, rank, request.subspace) if found is None else found.factors(weight, rank)
+    made = cached_factors(weight, rank, request.directions) if found is None else found.factors(weight, rank)
     if rows:
         made = made.with_residual(weight, rows, None if found is None else found.importance)
     made.low_rank_dtype = request.low_rank_dtype
-    return made
-
-
-def _policy(request: Request, exact_dtype: str | None, cheap: float, exact: float, all_exact: bool) -> Policy:
-    correction, every = request.correction, request.exact_every
-    if request.budget is not None and request.allocation is None:
-        every = exact_every_within(request.budget, cheap, exact, correction is not None)
-    every = None if every is None else float(every)
-    if every is not None and all_exact:
-        every = 1.0
-    if every is None or every == 1.0:
-        correction = None
-    low_rank_dtype = None if all_exact or every == 1.0 else request.low_rank_dtype
-    cost = average_cost(cheap, exact, every, correction is not None)
-    return Policy(every, exact_dtype, correction, cost, low_rank_dtype)
-
-
-def _mean(sites: list[Site], costs: list[float]) -> float:
-    """The layers' costs, weighted by their size."""
-    sizes = [site.outline.numel() for site in sites]
-    return sum(size * cost for size, cost in zip(sizes, costs, strict=True)) / sum(sizes)
+    return made, ""
 
 
 def _with_progress(items: list[T]) -> Iterable[T]:

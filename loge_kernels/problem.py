@@ -32,7 +32,7 @@ class BackwardProblem:
     scaling: float
     dropout: float  # probability of the adapter's input dropout; 0: none
     seed: Tensor | None  # int64 [2] (seed, offset) on dy's device; with dropout only
-    exact_fraction: float  # share of the rows, heaviest first, whose frozen path is dense; 1: no factors at all
+    exact_fraction: float  # share of the rows, heaviest first, whose frozen path is dense
     need_dx: bool
     need_dweight: bool
     need_dbias: bool

@@ -43,11 +43,22 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return (a @ b).to(dtype)
 
 
-def add_matmul_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`out += a @ b` in place, [I, L] += [I, J] @ [J, L]; all three share one dtype."""
+def add_matmul(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`out + a @ b`, [I, L] + [I, J] @ [J, L]; all three share one dtype. `out`, a fresh result of the caller's, is
+    used up: it is written in place where nobody can have kept it."""
     if a.device.type == "cpu" and slow_on_cpu(a.dtype):
-        return _blocked(a, b, out, add=True)
-    return out.addmm_(a, b)
+        return _blocked(a, b, out.clone() if _is_seen() else out, add=True)
+    return torch.addmm(out, a, b) if _is_seen() else out.addmm_(a, b)
+
+
+def add(out: Tensor, other: Tensor) -> Tensor:
+    """`out + other` in out's dtype; `out`, a fresh result of the caller's, is used up, as by `add_matmul`."""
+    return (out + other).to(out.dtype) if _is_seen() else out.add_(other)
+
+
+def _is_seen() -> bool:
+    """Whether a dispatch mode sees every operation and may keep its result, as a selective activation checkpoint."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def float32_matmul(a: Tensor, b: Tensor) -> Tensor:

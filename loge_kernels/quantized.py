@@ -29,11 +29,10 @@ from .autocast import autocast_dtype, without_autocast
 from .backends import requested, run_backward
 from .dropout import draw_seed
 from .eight_bit import DTYPES, announce, quantize_columns, why_not
-from .factors import Factors
+from .factors import Factors, as_buffers
 from .linear import LoGELinear
-from .ops import in_cheap_backward
 from .problem import BackwardProblem, Gradients
-from .reference import add_adapter_
+from .reference import add_adapter
 
 
 class QuantizedLinear(LoGELinear):
@@ -107,18 +106,22 @@ class QuantizedLinear(LoGELinear):
         trained = [t for t in (input, self.bias, lora_A, lora_B) if t is not None and t.requires_grad]
         if lora_A is None and not (trained and torch.is_grad_enabled()):
             return self.library_forward(input)
-        factors = self.current_factors()
+        if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"a quantised layer ({self.label(self)}) is inside torch.jit.trace or a transform of torch.func, which "
+                "cannot take its gradient: call loge_kernels.remove(model)"
+            )
+        factors = None if self.exact_fraction == 1.0 else self.current_factors()
         call = _Call(
             layer=self,
             dtype=self.product_dtype(input),
             scaling=float(scaling),
             dropout=float(dropout) if lora_A is not None else 0.0,
-            exact_fraction=float(self.exact_fraction) if factors is not None else 0.0,
+            exact_fraction=float(self.exact_fraction),
             backend=requested(self.backend),
         )
         seed = draw_seed(input.device) if call.dropout > 0.0 else None
-        y = _Quantized.apply(input, self.bias, *_frozen_operands(factors, input), lora_A, lora_B, seed, call)
-        return y if self.watcher is None else self.watcher(y)
+        return _Quantized.apply(input, self.bias, *_frozen_operands(factors, input), lora_A, lora_B, seed, call)
 
     def exact_operands(self, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """For the dense product with dY [M, N]: the weight [N, K] in its dtype, or its 8-bit copy and scales [K]."""
@@ -199,8 +202,9 @@ class _Quantized(torch.autograd.Function):
         if lora_A is not None and lora_B is not None:
             y = y.reshape(-1, y.shape[-1])
             adapter_input = x.reshape(-1, x.shape[-1]).to(call.dtype)
-            xa = _add_adapter_(y, adapter_input, lora_A, lora_B, call.scaling, call.dropout, seed)
+            y, xa = _add_adapter(y, adapter_input, lora_A, lora_B, call.scaling, call.dropout, seed)
             y = y.view(*x.shape[:-1], y.shape[-1])
+        as_buffers(left, right, rows, residual, left_scale, right_scale)
         need = ctx.needs_input_grad
         need_dx, need_dA, need_dB = need[0], need[8], need[9]
         ctx.save_for_backward(
@@ -235,8 +239,8 @@ class _Quantized(torch.autograd.Function):
 
 
 @without_autocast
-def _add_adapter_(y: Tensor, *rest: Any) -> Tensor:
-    return add_adapter_(y, *rest)
+def _add_adapter(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return add_adapter(*arguments)
 
 
 @without_autocast
@@ -246,9 +250,7 @@ def _differentiate(
     x, xa, left, right, rows, residual, left_scale, right_scale, lora_A, lora_B, seed = saved
     need_dx, need_dbias, need_dA, need_dB = need
     dy = dy.reshape(-1, dy.shape[-1]).to(call.dtype)
-    fraction = call.exact_fraction
-    if fraction == 1.0 and in_cheap_backward():
-        fraction = 0.0
+    fraction = 0.0 if left is None else call.exact_fraction
     if left_scale is None:
         left, right = (None if t is None else t.to(dy.dtype) for t in (left, right))
     weight, dense, dense_scale = None, None, None

@@ -16,10 +16,10 @@ The forward is exact. The backward sends the activation gradient of the frozen w
 
 With dropout the adapter's part of dX passes through the mask, `dX = T_R right + drop(T_P A)`. Without factors the
 frozen part is the dense `dY W`; with `exact_fraction` it is dense for the rows of largest ‖dY‖ and low-rank for the
-others; at `exact_fraction` 1 it is the dense product outright. Exact products take the adapter beside the weight or
+others. Exact products take the adapter beside the weight or
 merged into it, whichever is cheaper (`orders`). Dense products run in 8 bits where the problem carries an 8-bit copy of
 W (`eight_bit`), the products with left and right where these come in 8 bits, apart from the adapter's and with T in
-dY's dtype between them. Factors with a residual on rows J of W add `dY[:, J] · residual` (`add_residual_`).
+dY's dtype between them. Factors with a residual on rows J of W add `dY[:, J] · residual` (`add_residual`).
 
 Source: LoGE, Zhang et al., Applied Sciences 2025, 15(1), 82, section 4; LoRA, arXiv 2106.09685; the residual rows,
 CE-LoRA, arXiv 2502.01378.
@@ -36,7 +36,7 @@ from . import eight_bit
 from .dropout import drop
 from .orders import merged, merging_pays
 from .problem import BackwardProblem, Gradients
-from .products import add_matmul_, matmul
+from .products import add, add_matmul, matmul
 
 
 def forward(
@@ -53,27 +53,25 @@ def forward(
     if lora_A is not None and lora_B is not None and dropout == 0.0 and merging_pays(x.shape[0], x.shape[1], x.dtype):
         A = lora_A.to(x.dtype)
         y = matmul(x, merged(weight, A, (scaling * lora_B).to(x.dtype)).t())
-        return y if bias is None else y.add_(bias), matmul(x, A.t())
+        return y if bias is None else add(y, bias), matmul(x, A.t())
     y = matmul(x, weight.t())
     if bias is not None:
-        y += bias
+        y = add(y, bias)
     if lora_A is None or lora_B is None:
         return y, None
-    return y, add_adapter_(y, x, lora_A, lora_B, scaling, dropout, seed)
+    return add_adapter(y, x, lora_A, lora_B, scaling, dropout, seed)
 
 
-def add_adapter_(
+def add_adapter(
     y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float, seed: Tensor | None
-) -> Tensor:
-    """y [M, N] += s · xa Bᵀ, in place; returns xa [M, P]. The products are taken in x's dtype; y may have another."""
+) -> tuple[Tensor, Tensor]:
+    """y + s · xa Bᵀ [M, N] and xa [M, P]; y is used up. The products are taken in x's dtype; y may have another."""
     adapter_input = drop(x, seed, dropout) if dropout > 0.0 and seed is not None else x
     xa = matmul(adapter_input, lora_A.to(x.dtype).t())
     scaled_B = (scaling * lora_B).to(x.dtype).t()
     if y.dtype == x.dtype:
-        add_matmul_(y, xa, scaled_B)
-    else:
-        y += matmul(xa, scaled_B)
-    return xa
+        return add_matmul(y, xa, scaled_B), xa
+    return add(y, matmul(xa, scaled_B)), xa
 
 
 def backward(problem: BackwardProblem) -> Gradients:
@@ -83,7 +81,7 @@ def backward(problem: BackwardProblem) -> Gradients:
     scaled_B = None if p.lora_B is None else (p.scaling * p.lora_B).to(p.dy.dtype)
     lora_A = None if p.lora_A is None else p.lora_A.to(p.dy.dtype)
 
-    low_rank = p.left is not None and p.need_dx and p.exact_fraction < 1.0
+    low_rank = p.left is not None and p.need_dx
     projections = [p.left] if p.left is not None and low_rank and p.left_scale is None else []
     rank = sum(left.shape[1] for left in projections)
     merge = _merges(p) and not low_rank
@@ -124,7 +122,7 @@ def _merges(p: BackwardProblem) -> bool:
 
 def _input_gradient(p: BackwardProblem, T: Tensor | None, rank: int, lora_A: Tensor | None) -> Tensor:
     """dX [M, K]; T is dY [left | s·B] [M, rank + P], without left where that is in 8 bits, or None without columns."""
-    if p.right is not None and p.exact_fraction < 1.0:
+    if p.right is not None:
         masked = p.dropout > 0.0 and lora_A is not None
         if p.left_scale is not None:
             dx = _low_rank_in_eight_bits(p)
@@ -143,7 +141,7 @@ def _input_gradient(p: BackwardProblem, T: Tensor | None, rank: int, lora_A: Ten
         if p.dropout > 0.0 and p.seed is not None:
             dx += drop(matmul(T[:, rank:], lora_A), p.seed, p.dropout)
         else:
-            add_matmul_(dx, T[:, rank:], lora_A)
+            dx = add_matmul(dx, T[:, rank:], lora_A)
     return dx
 
 
@@ -165,14 +163,14 @@ def _dense(p: BackwardProblem, dy: Tensor) -> Tensor:
     return matmul(dy, p.weight)
 
 
-def add_residual_(dx: Tensor, p: BackwardProblem) -> Tensor:
-    """dX += dY[:, rows] · residual, in place on dX [M, K]; the rows of dX that are exact already stay as they are."""
+def add_residual(dx: Tensor, p: BackwardProblem) -> Tensor:
+    """dX + dY[:, rows] · residual [M, K]; dX is used up, and its rows that are exact already stay as they are."""
     assert p.rows is not None
     assert p.residual is not None
     selected = p.dy.index_select(1, p.rows)  # [M, Q]
     if p.exact_fraction > 0.0:
         selected.index_fill_(0, heaviest_rows(p.dy, p.exact_fraction), 0.0)
-    return add_matmul_(dx, selected, p.residual)
+    return add_matmul(dx, selected, p.residual)
 
 
 def heaviest_rows(dy: Tensor, fraction: float) -> Tensor:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from .policy import Policy
-
-LayerPath = Literal["fused", "base", "plain", "exact", "frozen", "skipped"]
+LayerPath = Literal["fused", "base", "plain", "frozen", "skipped"]
 
 _PATHS = {
-    "fused": "frozen weight and adapter in one op, low-rank dX",
-    "base": "frozen weight low-rank, adapter as PEFT computes it",
-    "plain": "frozen weight low-rank, no adapter",
-    "exact": "dense dX",
+    "fused": "frozen weight and adapter in one op",
+    "base": "frozen weight in our op, adapter as PEFT computes it",
+    "plain": "frozen weight in our op, no adapter",
     "frozen": "runs without autograd: no dX at all",
     "skipped": "not converted",
 }
@@ -25,53 +23,72 @@ _PATHS = {
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One linear layer: `shape` is (N, K); `rank` and `energy` are None without factors; `flops_saved` is the share of
-    the layer's dense dX flops (2·M·N·K) that the backward pass no longer spends, on average over the steps, with
-    products in 8 bits counted half."""
+    """One linear layer. `shape` is (N, K), or (experts, N, K).
+
+    dx: what its dX is computed in: "rank 256", "float8", "int8", the weight's dtype, or "-" where it is not ours.
+    rank, energy: of the factors, None without.   flops_saved: the share of the dense dX flops (2·M·N·K) that the
+    backward pass no longer spends, on average over the forwards; 8 bits save time and no flops.
+    """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+    path: LayerPath
+    dx: str
     rank: int | None
     energy: float | None
-    path: LayerPath
     reason: str
     flops_saved: float
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers the weight holds."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The layers that `apply` looked at, in the model's order, and when their frozen path is exact. `str()` gives a
-    table, `to_dict()` plain data."""
+    """The layers, in the model's order. `exact_every`: one training forward in so many has an exact backward, or None.
+    `str()` gives a table, `to_dict()` plain data."""
 
     layers: tuple[LayerReport, ...]
-    policy: Policy
+    exact_every: int | None = None
 
     @property
     def converted(self) -> tuple[LayerReport, ...]:
         return tuple(layer for layer in self.layers if layer.path not in ("skipped", "frozen"))
 
     @property
+    def share_converted(self) -> float:
+        """The share of all frozen linear weights, in numbers, whose backward is ours."""
+        return sum(layer.numbers for layer in self.converted) / max(1, sum(layer.numbers for layer in self.layers))
+
+    @property
     def flops_saved(self) -> float:
-        """Share of the dense dX flops of the converted and the frozen layers that is saved."""
-        counted = [layer for layer in self.layers if layer.path != "skipped"]
-        dense = [layer.shape[0] * layer.shape[1] for layer in counted]
-        saved = sum(cost * layer.flops_saved for cost, layer in zip(dense, counted, strict=True))
-        return saved / sum(dense) if dense else 0.0
+        """The share of the dense dX flops of all frozen linear weights that is saved."""
+        saved = sum(layer.numbers * layer.flops_saved for layer in self.layers)
+        return saved / max(1, sum(layer.numbers for layer in self.layers))
 
     def summary(self) -> str:
-        """One line: how many layers on which path, and the flops saved."""
-        counts: dict[str, int] = {}
-        for layer in self.layers:
-            counts[layer.path] = counts.get(layer.path, 0) + 1
-        paths = ", ".join(f"{count} {path}" for path, count in counts.items())
-        saved = f"{self.flops_saved:.0%} of their dense dX flops saved"
-        return f"{len(self.layers)} linear layers: {paths}; {saved}; {self.policy}"
+        """One line: how many layers on which path, and what their dX is computed in."""
+        paths = ", ".join(f"{count} {path}" for path, count in Counter(layer.path for layer in self.layers).items())
+        kinds = ", ".join(f"{count} in {dx}" for dx, count in Counter(layer.dx for layer in self.converted).items())
+        line = f"{len(self.layers)} linear layers: {paths} ({self.share_converted:.0%} of their weights converted)"
+        if kinds:
+            line += f"; dX: {kinds}"
+        if self.exact_every is not None:
+            line += f", exact in one forward of {self.exact_every}"
+        return line + (f"; {self.flops_saved:.0%} of the dense dX flops saved" if self.flops_saved > 0 else "")
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "layers": [asdict(layer) for layer in self.layers],
-            "policy": asdict(self.policy),
+            "exact_every": self.exact_every,
+            "share_converted": self.share_converted,
             "flops_saved": self.flops_saved,
+            "summary": self.summary(),
         }
 
     def __str__(self) -> str:
@@ -80,17 +97,17 @@ class Report:
         table = Table(
             title=self.summary(), caption=legend, title_justify="left", caption_justify="left", pad_edge=False
         )
-        for heading in ("layer", "N x K", "rank", "energy", "path", "flops saved", "reason"):
-            right = heading in ("N x K", "rank", "energy", "flops saved")
+        for heading in ("layer", "N x K", "path", "dX in", "energy", "flops saved", "reason"):
+            right = heading in ("N x K", "energy", "flops saved")
             table.add_column(heading, justify="right" if right else "left", overflow="fold")
         for layer in self.layers:
             table.add_row(
                 layer.name,
-                f"{layer.shape[0]} x {layer.shape[1]}",
-                "-" if layer.rank is None else str(layer.rank),
-                "-" if layer.energy is None else f"{layer.energy:.3f}",
+                " x ".join(map(str, layer.shape)),
                 layer.path,
-                f"{layer.flops_saved:.0%}",
+                layer.dx,
+                "-" if layer.energy is None else f"{layer.energy:.3f}",
+                f"{layer.flops_saved:.0%}" if layer.flops_saved > 0 else "-",
                 layer.reason,
             )
         console = Console(file=io.StringIO(), width=160)

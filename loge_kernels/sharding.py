@@ -5,8 +5,8 @@ backward reads factors and adapters alone, so `fully_shard` here keeps the froze
 own that backward leaves alone, prefetching included. With N·K elements of weight and R·(N + K) of factors, backward
 gathers R·(N + K) / (N·K) of the bytes, and nothing of an offloaded weight is copied to the device a second time.
 
-A step that does read the dense weight in backward gathers it as torch does: an exact one (`exact_every`,
-`exact_fraction`), and one whose layer is computed again (activation checkpointing).
+A backward that does read the dense weight gathers it as torch does: that of an exact forward (`exact_every`), one with
+exact rows (`exact_fraction`), and one that computes its layer again (activation checkpointing).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .factors import Factors
 from .freezing.frozen_module import is_frozen
 from .linear import LoGELinear
 from .quantized import QuantizedLinear
-from .schedule import schedule_of
 
 
 def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, **arguments: Any) -> nn.Module:
@@ -45,8 +45,8 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
 
     Raises:
         ValueError, TypeError: a model that is not applied or sharded already, one whose blocks are not known, a
-            quantised weight, an 8-bit copy (`exact_dtype`, `low_rank_dtype`), a bias correction or
-            `refresh_every`: the message says what to apply instead. The model is as it was.
+            quantised weight, an 8-bit copy (`exact_dtype`, `low_rank_dtype`): the message says what to apply instead.
+            The model is as it was.
 
     Source: Zhao et al., arXiv 2304.11277 (fully sharded data parallelism); its second version is torch's.
     """
@@ -60,16 +60,15 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
     for layer in named.values():
         layer.current_factors()  # up to date while the weight is whole
     all_factors = [layer.factors for layer in named.values() if layer.factors is not None]
-    _agree([p for factors in all_factors for p in factors.parameters()], mesh)
-    ignored |= {p for p in model.parameters() if p.numel() == 0}  # factors of rank 0: nothing to shard
     for factors in all_factors:
-        _move_whole(factors, ignored, _device(mesh))
+        factors.apply_(lambda tensor: tensor.to(_device(mesh)))
+        _agree(factors.tensors if factors.rows is None else [*factors.tensors, factors.rows], mesh)
+        _ShardedFactors.become_(factors)
     previous: list[Any] = []
     for block in chosen:
         layers = _cheap_layers(block)
         stages: list[Any] = []
-        for kind in (_FrozenWeights, _Factors):
-            group = kind(layers)
+        for group in (_FrozenWeights(layers), _Factors(layers)):
             mine = group.members() - ignored
             if mine:
                 # Freed after every forward: nothing reads them until backward gathers them, or ever.
@@ -85,31 +84,64 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
         if previous:
             for stage in stages:
                 stage.set_modules_to_backward_prefetch(previous)
+                if isinstance(stage, _FrozenWeights):
+                    stage.together = (stage, *(s for s in previous if isinstance(s, _FrozenWeights)))
         previous = stages
     shard(model, **arguments, ignored_params=ignored)
     for layer in named.values():
         layer.note_shard()
-    schedule = schedule_of(model)
-    if schedule is not None and schedule.refresher is not None:
-        schedule.refresher.detach()
-        schedule.refresher = None  # it would need whole weights
     return model
+
+
+class _Store(nn.Module):
+    """The tensors of factors as parameters, which is what FSDP shards. It belongs to a group, and to no block."""
+
+    def __init__(self, factors: Factors) -> None:
+        super().__init__()
+        self.left = nn.Parameter(factors.left, requires_grad=False)
+        self.right = nn.Parameter(factors.right, requires_grad=False)
+        residual = factors.residual
+        self.residual = None if residual is None else nn.Parameter(residual, requires_grad=False)
+
+
+class _ShardedFactors(Factors):
+    """Factors whose tensors are those of a `_Store`, as FSDP has them at the moment."""
+
+    store: _Store
+    left = property(lambda self: self.store.left)
+    right = property(lambda self: self.store.right)
+    residual = property(lambda self: self.store.residual)
+
+    @classmethod
+    def become_(cls, factors: Factors) -> None:
+        """Make plain factors such ones, in place."""
+        store = _Store(factors)
+        for name in ("left", "right", "residual"):
+            del factors.__dict__[name]
+        factors.__class__ = cls
+        factors.store = store  # type: ignore[attr-defined]
+
+    def apply_(self, fn: Any) -> None:
+        """FSDP moves what it shards."""
 
 
 class _Group(nn.Module):
     """Some parameters of one block as one group of FSDP's, which stands around the block's forward.
 
-    Its submodules are the block's linear layers while FSDP takes stock, and none afterwards: the block has them
-    already, and neither names nor state dicts change.
+    It has submodules while FSDP takes stock, and none afterwards: neither names nor state dicts change.
     """
 
     name: str  # in the block
 
     def __init__(self, layers: list[LoGELinear]) -> None:
         super().__init__()
-        self._modules.update({str(index): layer for index, layer in enumerate(layers)})
         self._layers = tuple(layers)  # a tuple of modules is no submodule
+        self._modules.update({str(index): module for index, module in enumerate(self.held())})
         self._run: Any = None
+
+    def held(self) -> Iterable[nn.Module]:
+        """The modules whose parameters it has while FSDP takes stock."""
+        return self._layers
 
     def members(self) -> set[nn.Parameter]:
         """The parameters that belong to the group, as they are now: whole or sharded."""
@@ -123,13 +155,8 @@ class _Group(nn.Module):
         block.forward = self._enter
         block.add_module(self.name, self)
 
-    def prepare(self) -> None:
-        """Before a forward that autograd follows."""
-
     @torch.compiler.disable
     def _enter(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and not _in_backward():
-            self.prepare()
         return self(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,7 +164,11 @@ class _Group(nn.Module):
 
 
 class _FrozenWeights(_Group):
-    """Gathered for the forward, and for a backward that reads the dense weight."""
+    """Gathered for the forward, and for a backward that reads the dense weight.
+
+    Several forwards may come before their backwards, and each has its own kind: a hook on the block's output, which
+    runs before FSDP's own, tells FSDP which it is.
+    """
 
     name = "loge_frozen_weights"
 
@@ -148,13 +179,25 @@ class _FrozenWeights(_Group):
     def around(self, block: Any) -> None:
         super().around(block)
         self._recomputed = False
+        self.together: tuple[_FrozenWeights, ...] = (self,)  # and those that FSDP gathers ahead in its backward
         for layer in self._layers:
             layer.gather = self._gather
 
-    def prepare(self) -> None:
-        reads = self._recomputed or any(map(_reads_weight, self._layers))
-        self._recomputed = False
-        _as_fsdp(self).set_unshard_in_backward(reads)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if torch.is_grad_enabled() and not _in_backward():
+            reads = self._recomputed or any(map(_reads_weight, self._layers))
+            self._recomputed = False
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: self._before_backward(reads))
+        return output
+
+    def _before_backward(self, reads: bool) -> None:
+        for stage in self.together:
+            _as_fsdp(stage).set_unshard_in_backward(reads)
+        if reads:
+            _as_fsdp(self).unshard()  # FSDP itself would not, after another forward's backward in the same pass
 
     def _gather(self) -> None:
         """Called by a layer that finds its weight sharded: in backward a checkpoint computes it again. The next step's
@@ -175,8 +218,12 @@ class _Factors(_Group):
 
     name = "loge_factors"
 
+    def held(self) -> Iterable[nn.Module]:
+        return [layer.factors.store for layer in self._layers if isinstance(layer.factors, _ShardedFactors)]
+
     def members(self) -> set[nn.Parameter]:
-        return {p for layer in self._layers if layer.factors is not None for p in layer.factors.parameters()}
+        found = {p for store in self.held() for p in store.parameters()}
+        return {p for p in found if p.numel() > 0}  # of rank 0 there is nothing to shard
 
     def around(self, block: Any) -> None:
         super().around(block)
@@ -219,8 +266,8 @@ def _as_fsdp(module: Any) -> Any:
 
 
 def _reads_weight(layer: nn.Module) -> bool:
-    """Whether the backward of the coming forward reads the dense weight."""
-    return not isinstance(layer, LoGELinear) or layer.factors is None or layer.exact_fraction > 0.0
+    """Whether the backward of the forward under way reads the dense weight; after `remove` it does."""
+    return not isinstance(layer, LoGELinear) or layer.reads_weight()
 
 
 def _cheap_layers(block: nn.Module) -> list[LoGELinear]:
@@ -238,8 +285,8 @@ def _check(model: nn.Module) -> dict[str, LoGELinear]:
     named = {name: module for name, module in model.named_modules() if isinstance(module, LoGELinear)}
     if not any(layer.factors is not None for layer in named.values()):
         raise ValueError(
-            f"no layer of this {type(model).__name__} has factors: call loge_kernels.apply(model, …) first, or torch's "
-            "own fully_shard"
+            f"no layer of this {type(model).__name__} has factors: call loge_kernels.apply(model, rank, …) first, or "
+            "torch's own fully_shard"
         )
     for name, layer in named.items():
         if isinstance(layer, QuantizedLinear):
@@ -254,21 +301,13 @@ def _check(model: nn.Module) -> dict[str, LoGELinear]:
         if layer.exact_dtype is not None:
             raise ValueError(
                 f"layer {name!r} has exact_dtype={layer.exact_dtype!r}, whose 8-bit copy every rank would keep whole: "
-                "apply with exact_dtype=None, and with exact_every= in the place of budget="
+                "apply with exact_dtype=None"
             )
         if layer.factors is not None and layer.factors.low_rank_dtype is not None:
             raise ValueError(
                 f"layer {name!r} has low_rank_dtype={layer.factors.low_rank_dtype!r}, whose 8-bit copies every rank "
                 "would keep whole: apply with low_rank_dtype=None"
             )
-    schedule = schedule_of(model)
-    if schedule is not None and schedule.correction is not None:
-        raise ValueError("the bias correction needs whole gradients: apply with correction=None before you shard")
-    if schedule is not None and schedule.refresher is not None and schedule.refresher.every is not None:
-        raise ValueError(
-            f"refresh_every={schedule.refresher.every} needs whole weights at each refresh: apply with "
-            "refresh_every=None before you shard"
-        )
     return named
 
 
@@ -325,19 +364,10 @@ def _device(mesh: Any) -> torch.device:
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
-def _move_whole(factors: Factors, ignored: set[nn.Parameter], device: torch.device) -> None:
-    """Bring to `device` what of the factors FSDP does not manage."""
-    if factors.rows is not None:
-        factors.rows = factors.rows.to(device)
-    for parameter in factors.parameters():
-        if parameter in ignored:
-            parameter.data = parameter.data.to(device)
-
-
 @torch.no_grad()
 def _agree(tensors: list[Tensor], mesh: Any) -> None:
     """Give every rank of `mesh` the values of its first: a rank keeps a piece of its own factors, and pieces of
-    different decompositions (random ones, or of another processor) would not fit together."""
+    different decompositions (of another processor) would not fit together."""
     device = torch.device(mesh.device_type)
     for tensor in tensors:
         if tensor.numel() == 0:

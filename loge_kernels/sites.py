@@ -20,6 +20,8 @@ Targets = str | Iterable[str] | None
 # Libraries whose layers are no `nn.Linear`, and whose kernels differ in how they give the weight back, if at all.
 _REFUSED = ("gptqmodel", "auto_gptq", "awq")
 
+_CONV1D = "transformers.pytorch_utils.Conv1D"  # GPT-2's linear layers
+
 # Names that transformers' encoders (and OPT) give to what lies between their layers and the head. A pooler sees one
 # token of each sequence, so there is nothing to save in it either.
 _ABOVE_LAYERS = {"pooler", "pre_classifier", "project_out"}
@@ -36,11 +38,19 @@ class Site:
     quantized: type[QuantizedLinear] | None = None  # what a quantised layer becomes
     frozen: bool = False  # an obstacle: no backward reaches it
     beside: str = ""  # the class of a layer around it that is left as it is
+    stack: tuple[int, ...] | None = None  # the shape of several weights in one parameter: an obstacle
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K): the shape of `linear.weight`, or of what a quantised one stands for."""
+        if _full_name(self.linear) == _CONV1D:
+            return self.linear.weight.shape[1], self.linear.weight.shape[0]
         return self.linear.out_features, self.linear.in_features
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """`shape`, or that of a stack of weights, for the report."""
+        return self.stack or self.shape
 
     @property
     def outline(self) -> Tensor:
@@ -95,7 +105,13 @@ def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
             inside_adapters.update(id(child) for child in module.original_module.modules())
     for name, module in model.named_modules():
         wrapped = around.get(id(module))
-        if not _is_linear(module) or (wrapped is None and id(module) in inside_adapters):
+        if wrapped is None and id(module) in inside_adapters:
+            continue
+        for path, shape in _stacks(name, module):
+            if wanted(path):
+                holder: Any = module
+                yield Site(path, holder, None, _STACKED, frozen=id(module) in frozen, stack=shape)
+        if not _is_linear(module):
             continue
         path, wrapper = wrapped or (name, None)
         if not wanted(path):
@@ -108,7 +124,7 @@ def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
         obstacle = _obstacle(path, module, quantized, head, explicit)
         beside = ""
         if wrapper is not None and adapter is None:
-            beside = f"its adapter is a {type(wrapper).__module__}.{type(wrapper).__name__}"
+            beside = f"its adapter is a {_full_name(wrapper)}"
             if obstacle is None and not getattr(wrapper, "keeps_weight", False):
                 obstacle = f"{beside}: factors could not follow the weight when that merges"
         yield Site(path, module, adapter, obstacle, quantized, beside=beside)
@@ -116,7 +132,26 @@ def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether this is a linear layer, or stands for one in a format that is refused by name."""
-    return isinstance(module, nn.Linear) or (_library(module) in _REFUSED and hasattr(module, "out_features"))
+    if isinstance(module, nn.Linear) or _full_name(module) == _CONV1D:
+        return True
+    return _library(module) in _REFUSED and hasattr(module, "out_features")
+
+
+_STACKED = "several weights in one parameter, as of experts: the model multiplies by them itself, without nn.Linear"
+
+
+def _stacks(name: str, module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Paths, PEFT's wrappers left out, and shapes of a module's own parameters that hold a weight for each expert."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return
+    for own, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() == 3 and min(parameter.shape) > 1 and parameter.is_floating_point():
+            path = [part for part in name.split(".") if part not in ("", "base_layer")]
+            yield ".".join([*path, own]), tuple(parameter.shape)
+
+
+def _full_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
 
 
 def _library(module: nn.Module) -> str:
@@ -130,8 +165,10 @@ def _obstacle(
         return "is a LoGELinear of its own"
     if _library(module) in _REFUSED:
         return f"is a {type(module).__name__} of {_library(module)}: GPTQ and AWQ layers keep their library's backward"
+    if _full_name(module) == _CONV1D:
+        return f"is a {_CONV1D}, whose weight is stored transposed, [K, N]: not supported"
     if quantized is None and type(module) is not nn.Linear:
-        return f"is a {type(module).__module__}.{type(module).__name__}, not a plain torch.nn.Linear"
+        return f"is a {_full_name(module)}, not a plain torch.nn.Linear"
     if "forward" in vars(module):
         return "its forward was replaced on the instance (an offloading hook?)"
     if hasattr(module.weight, "ds_id"):

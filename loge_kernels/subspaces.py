@@ -44,10 +44,8 @@ class Subspace:
 
     def factors(self, weight: Tensor, rank: int) -> Factors:
         """The factors of `weight` [N, K] on the `rank` most worthy directions."""
-        shares = self.energies[:rank]
-        made = projection(weight, self.right[:rank], self.method, min(1.0, shares.sum().item()))
-        made.shares = shares.cpu()
-        return made
+        energy = min(1.0, self.energies[:rank].sum().item())
+        return projection(weight, self.right[:rank], self.method, energy)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """The user's own table of tuned configurations: read with suspicion, written under a lock.
 
 `$LOGE_CACHE/triton/<device>.json`, or under `loge_kernels` in `$XDG_CACHE_HOME` or `~/.cache`; nowhere when
-`LOGE_CACHE=off`. Nothing is tuned inside a user's call: `bench --tune` measures and writes, everything else reads.
+`LOGE_CACHE=off`, or for a user without a home directory. Nothing is tuned inside a user's call: `bench --tune` measures
+and writes, everything else reads.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ _warned: set[Path] = set()
 
 
 def table_path(slug: str) -> Path | None:
-    """Where the user's table of a device lies; None when LOGE_CACHE=off."""
+    """Where the user's table of a device lies; None when LOGE_CACHE=off, or for want of a home directory."""
     chosen = os.environ.get("LOGE_CACHE")
     if chosen == "off":
         return None
-    base = Path(chosen).expanduser() if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        base = Path(chosen).expanduser() if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
     return (base if chosen else base / "loge_kernels") / "triton" / f"{slug}.json"
 
 
@@ -50,11 +54,14 @@ def write_entries(slug: str, entries: Iterable[Entry], source: str) -> Path:
     """Merge `entries` into the user's table and return its path; an entry replaces the one of the same class.
 
     Two processes may tune at once: the merge happens under a lock, and the file is replaced whole. Raises ValueError
-    when LOGE_CACHE=off, OSError when the directory cannot be written.
+    when there is none, OSError when the directory cannot be written.
     """
     path = table_path(slug)
     if path is None:
-        raise ValueError("LOGE_CACHE=off: there is no cache to write tuned configurations to")
+        raise ValueError(
+            "there is no cache to write tuned configurations to (LOGE_CACHE=off, or a user without a home directory): "
+            "set LOGE_CACHE to a folder"
+        )
     for folder in (path.parent.parent, path.parent):  # mkdir's mode is for the last level alone
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):

@@ -1,4 +1,4 @@
-"""Adding a low-rank product to a frozen weight without losing it to round-off, its factors following."""
+"""Adding a low-rank product to a frozen weight without losing it to round-off."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import without_autocast
-from ..linear import LoGELinear
 
 
 def needs_remainder(weight: Tensor) -> bool:
@@ -21,12 +20,9 @@ def add_product_(linear: nn.Linear, remainder: Tensor | None, columns: Tensor, r
 
     The product is taken in float64: exact next to the weight, and out of TF32's reach. `remainder` [N, K], in the
     weight's dtype, holds what the weight's rounding leaves over: after any number of edits the weight is the rounded
-    sum, and each edit loses the remainder's rounding alone, in bfloat16 2^-18 of the element. Low-rank factors of the
-    weight, if `linear` has them, follow (`Factors.follow`).
+    sum, and each edit loses the remainder's rounding alone, in bfloat16 2^-18 of the element.
     """
     weight = linear.weight
-    factors = linear.factors if isinstance(linear, LoGELinear) else None
-    follows = factors is not None and not factors.stale(weight)
     product = columns.double() @ rows.double()
     if remainder is None:
         weight.add_(product)
@@ -35,5 +31,3 @@ def add_product_(linear: nn.Linear, remainder: Tensor | None, columns: Tensor, r
         product += remainder
         weight.copy_(product)
         remainder.copy_(product.sub_(weight))
-    if follows and factors is not None:
-        factors.follow(weight, columns, rows)

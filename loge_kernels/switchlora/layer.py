@@ -20,6 +20,7 @@ class SwitchLoraLinear(LoraLinear):
     for 32 and 64 bits.
     """
 
+    edits_weight = True
     remainder: nn.Parameter | None
     adapter: str  # the one that is switched
     config: Any
