@@ -143,35 +143,33 @@ def finetune(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to train beside exact LoRA, a list: loge, loretta-rep, loretta-adp, switchlora, or lora with "
-            "--freeze; NAME:LR for a learning rate of its own. Default: loge.",
+            help="What to train beside PEFT's LoRA, a list: loge (exact), low-rank, loretta-rep, loretta-adp, "
+            "switchlora, or lora with --freeze; NAME:LR for a learning rate of its own. Default: loge,low-rank.",
         ),
     ] = None,
     freeze: Annotated[
         str | None,
         typer.Option(help="Freeze the first layers in these: auto, where calibration finds the boundary, or a number."),
     ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the dense backward flops to spend on exact steps in 8 bits, in turn with cheap ones; "
-            "default: 0.25, unless --rank, --subspace or --exact-every is given.",
-        ),
-    ] = None,
     rank: Annotated[
-        str | None,
-        typer.Option(help="Rank of the factors in cheap steps: an int, or a share of min(N, K); default: 0.125."),
-    ] = None,
+        str, typer.Option(help="low-rank: rank of the factors, an int or a share of min(N, K) in (0, 1].")
+    ] = "0.25",
     subspace: Annotated[
-        str | None,
-        typer.Option(help="svd, random or dropped; default: svd, or dropped where --budget comes without --rank."),
-    ] = None,
+        str,
+        typer.Option(
+            help="low-rank: which directions the factors keep: svd, or gradient or salience, for which the first "
+            "training sequences are looked at before training."
+        ),
+    ] = "gradient",
+    exact_layers: Annotated[
+        float, typer.Option(help="low-rank: share of the weights that stays exact, from the output downwards.")
+    ] = 0.5,
     exact_every: Annotated[
-        float | None, typer.Option(help="One step in so many is exact, instead of --budget.")
+        int | None, typer.Option(help="low-rank: one training forward in so many has an exact backward.")
     ] = None,
     exact_dtype: Annotated[
-        str | None, typer.Option(help="float8 or int8, of exact products; default: under a budget, what is fast here.")
-    ] = None,
+        str, typer.Option(help="loge, low-rank: exact products in auto (8 bits where faster), float8, int8 or none.")
+    ] = "auto",
     lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
     targets: Annotated[
         list[str] | None, typer.Option(help="Layers with adapters, by name; default: every linear of the blocks.")
@@ -187,18 +185,18 @@ def finetune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Fine-tune a real model on the same batches with exact LoRA and with other methods, LoGE first among them."""
+    """Fine-tune a real model with PEFT's LoRA and with other methods, LoGE first among them: a step of each in turn."""
     from .finetune import FinetuneOptions, Interrupted, run
 
     def work() -> bool:
         options = FinetuneOptions(
             model=model,
             text=tuple(text or ()),
-            method=tuple(split(method)) or ("loge",),
+            method=tuple(split(method)) or FinetuneOptions.method,
             freeze=int(freeze) if freeze is not None and freeze.lstrip("+-").isdigit() else freeze,
-            budget=budget,
-            rank=None if rank is None else number("rank", rank),
+            rank=number("rank", rank),
             subspace=subspace,
+            exact_layers=exact_layers,
             exact_every=exact_every,
             exact_dtype=exact_dtype,
             lora_rank=lora_rank,

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
+from ..linear import LoGELinear
 from . import models
-from .options import LORA, FinetuneOptions, split_method
+from .options import LOGE, LORA, LOW_RANK, FinetuneError, FinetuneOptions, split_method
 
 _TITLES = {
-    LORA: "LoRA (exact)",
-    "loge": "LoGE",
+    LORA: "LoRA (PEFT)",
+    LOGE: "LoGE",
+    LOW_RANK: "LoGE low rank",
     "loretta-rep": "LoRETTA rep",
     "loretta-adp": "LoRETTA adp",
     "switchlora": "SwitchLoRA",
 }
-# Methods with the same adapters train one after the other on one model, from the same start.
-_ADAPTERS = {"loge": LORA}
-_COLOURS = {"lora": "C0", "loge": "C1", "loretta-rep": "C2", "loretta-adp": "C4", "switchlora": "C5"}
+_COLOURS = {LORA: "C0", LOGE: "C1", LOW_RANK: "C3", "loretta-rep": "C2", "loretta-adp": "C4", "switchlora": "C5"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,12 @@ class Method:
     @property
     def key(self) -> str:
         """Its name in files and metrics."""
-        return self.name + ("-frozen" if self.frozen else "")
+        return ("low_rank" if self.name == LOW_RANK else self.name) + ("-frozen" if self.frozen else "")
 
     @property
     def title(self) -> str:
         title = _TITLES[self.name]
-        return title.removesuffix(" (exact)") + " + freezing" if self.frozen else title
+        return title.removesuffix(" (PEFT)") + " + freezing" if self.frozen else title
 
     @property
     def colour(self) -> str:
@@ -49,9 +50,14 @@ class Method:
         return "--" if self.frozen else "-"
 
     @property
-    def adapters(self) -> str:
-        """Whose adapters it trains."""
-        return _ADAPTERS.get(self.name, self.name)
+    def applied(self) -> bool:
+        """Whether it trains LoRA's adapters with our backward."""
+        return self.name in (LOGE, LOW_RANK)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether its gradient is of the same parameters as that of LoRA."""
+        return not self.frozen and (self.applied or self.name == LORA)
 
     @property
     def resumable(self) -> bool:
@@ -60,24 +66,29 @@ class Method:
         return self.name != "switchlora"
 
 
-REFERENCE = Method(LORA)
-
-
 def chosen(options: FinetuneOptions) -> tuple[Method, ...]:
-    """The runs of `options`, exact LoRA, by which the others are measured, first."""
+    """The runs of `options`, PEFT's LoRA, by which the others are measured, first."""
     wanted = [Method(name, options.freeze is not None, lr) for name, lr in map(split_method, options.method)]
-    exact = next((method for method in wanted if method.key == LORA), REFERENCE)
+    exact = next((method for method in wanted if method.key == LORA), Method(LORA))
     return (exact, *(method for method in wanted if method.key != LORA))
 
 
-def attach(model: Any, method: Method, options: FinetuneOptions) -> Any:
-    """`model` as a PEFT model with the adapters of `method`, the same for the same seed."""
-    if method.adapters == LORA:
-        return models.attach(model, models.lora_config(model, options), options.seed)
-    return models.attach(model, _config(model, method, options), options.seed)
+def attach(base: nn.Module, method: Method, options: FinetuneOptions) -> Any:
+    """A PEFT model with the adapters of `method`, the same for the same seed, over a copy of `base` that shares its
+    weights. SwitchLoRA, which changes them, gets its own."""
+    shared = {} if method.name == "switchlora" else {id(p): p for p in base.parameters()}
+    model = copy.deepcopy(base, dict(shared))
+    try:
+        return models.attach(model, _config(model, method, options), options.seed)
+    except FinetuneError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise FinetuneError(f"--method {method.name}: {error}") from error
 
 
 def _config(model: Any, method: Method, options: FinetuneOptions) -> Any:
+    if method.name == LORA or method.applied:
+        return models.lora_config(model, options)
     if method.name == "switchlora":
         from ..switchlora import SwitchLoraConfig
 
@@ -104,3 +115,15 @@ def optimizer(model: nn.Module, method: Method, options: FinetuneOptions) -> opt
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     return SwitchAdamW(parameters, lr=options.lr, weight_decay=0.0, model=model)
+
+
+def kept_bytes(model: nn.Module, optimizer: optim.Optimizer) -> int:
+    """What the method keeps beside weights, adapters and moments: factors, 8-bit copies, SwitchLoRA's candidates."""
+    kept: list[Tensor | None] = []
+    for layer in model.modules():
+        if isinstance(layer, LoGELinear):
+            kept += [] if layer.factors is None else layer.factors.tensors
+            kept += [] if layer.eight_bit is None else [layer.eight_bit.tensor, layer.eight_bit.scale]
+    switcher = getattr(optimizer, "switcher", None)
+    kept += [pool.candidates for place in getattr(switcher, "places", ()) for pool in (place.A, place.B)]
+    return sum(tensor.nbytes for tensor in kept if tensor is not None)

