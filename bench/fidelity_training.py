@@ -3,6 +3,7 @@ is run."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import math
@@ -21,10 +22,19 @@ from loge_kernels.finetune import FinetuneOptions, data, models
 from loge_kernels.finetune.progress import progress
 from loge_kernels.finetune.training import PARTS, Diverged, Record, Trainer, heldout_loss, token_losses
 
-from .fidelity_policies import LONGEST, FidelityPolicy, total_time
+from .paper_model import llama
+from .policies import LONGEST, Policy
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _TEXT_SEED = 20_250  # of the sequences that calibration takes away
+_SIZES = {
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "vocab": "vocab_size",
+}
 
 
 class Workbench:
@@ -59,6 +69,15 @@ class Workbench:
         self._statistics: dict[str, Any] = {}
         self._reference: tuple[int, dict[str, Tensor], dict[str, Tensor]] | None = None
 
+    def sizes(self) -> dict[str, Any] | None:
+        """The model's, for `on_paper.llama`; None where its config does not name them as a LLaMA's does."""
+        config = self.model.config
+        sizes: dict[str, Any] = {name: getattr(config, theirs, None) for name, theirs in _SIZES.items()}
+        with contextlib.suppress(ValueError):
+            llama(**sizes)
+            return sizes
+        return None
+
     def fingerprint(self) -> str:
         """SHA-256 of all text."""
         digest = hashlib.sha256()
@@ -85,7 +104,7 @@ class Workbench:
         models.start_again(self.model, self.options.seed)
         return self.evaluate(self.corpus(self.options.seed))
 
-    def run(self, policies: Sequence[FidelityPolicy], seed: int, checkpoints: Collection[int]) -> list[dict[str, Any]]:
+    def run(self, policies: Sequence[Policy], seed: int, checkpoints: Collection[int]) -> list[dict[str, Any]]:
         """Train with each of `policies` from the seed's start, held-out loss after the steps in `checkpoints` and the
         last one; then compare its gradient with the exact one. Rows as `fidelity` keeps them.
 
@@ -104,7 +123,7 @@ class Workbench:
                         try:
                             next(runs[index])
                         except StopIteration as end:
-                            rows[index] = end.value | {"together": len(runs) > 1}
+                            rows[index] = end.value | {"beside": [policy.text for policy in policies]}
                 turn = turn[::-1]  # no policy is always the one after the same other
         finally:
             for run in runs:
@@ -119,37 +138,30 @@ class Workbench:
         other.console = Console(quiet=True, force_terminal=False)  # one bar is enough
         return other
 
-    def _run(
-        self, policy: FidelityPolicy, seed: int, checkpoints: Collection[int]
-    ) -> Generator[None, None, dict[str, Any]]:
+    def _run(self, policy: Policy, seed: int, checkpoints: Collection[int]) -> Generator[None, None, dict[str, Any]]:
         """Yields before every step, returns the row."""
         corpus = self.corpus(seed, policy.steps(self.options.steps))
         reference = self._exact_gradient(corpus, seed)
         models.start_again(self.model, seed)
-        row: dict[str, Any] = {"policy": policy.text, "seed": seed, "status": "ok", "note": "", "cost": 1.0}
-        if policy.applied:
-            row |= self._apply(policy, seed)
+        row: dict[str, Any] = {"policy": policy.text, "seed": seed, "status": "ok", "note": ""}
+        row |= self._apply(policy, seed)
         try:
             row |= yield from self._train(policy, corpus, seed, checkpoints)
             row["gradient"] = self._compare(corpus, *reference)
         finally:
             loge.remove(self.model)
-        row["total_time"] = total_time(row["cost"]) * row["steps"] / self.options.steps
         return row
 
-    def _apply(self, policy: FidelityPolicy, seed: int) -> dict[str, Any]:
-        arguments = dict(policy.arguments)
-        if policy.calibration is not None:
-            arguments["calibration"] = self._calibrated(policy.calibration)
+    def _apply(self, policy: Policy, seed: int) -> dict[str, Any]:
+        calibration = None if policy.calibration is None else self._calibrated(policy.calibration)
         started = time.perf_counter()
-        torch.manual_seed(seed)  # of the "random" subspace
-        try:
-            report = loge.apply(self.model, **arguments)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"--policy {policy.text!r}: {error}") from error
+        torch.manual_seed(seed)  # of random directions
+        report = policy.apply(self.model, calibration)
         seconds = time.perf_counter() - started
+        if report is None:
+            return {"summary": "", "apply_seconds": 0.0}
         self._say(f"{policy.text}: {report.summary()} ({seconds:.0f} s)")
-        return {"cost": report.policy.cost, "summary": report.summary(), "apply_seconds": round(seconds, 2)}
+        return {"summary": report.summary(), "apply_seconds": round(seconds, 2)}
 
     def _calibrated(self, kind: str) -> Any:
         """Statistics of the model at its start, gathered once."""
@@ -168,7 +180,7 @@ class Workbench:
             yield {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
 
     def _train(
-        self, policy: FidelityPolicy, corpus: data.Corpus, seed: int, checkpoints: Collection[int]
+        self, policy: Policy, corpus: data.Corpus, seed: int, checkpoints: Collection[int]
     ) -> Generator[None, None, dict[str, Any]]:
         steps = policy.steps(self.options.steps)
         options = replace(self.options, steps=steps, seed=seed)
@@ -192,9 +204,10 @@ class Workbench:
                     if not math.isfinite(loss):
                         row |= {"status": "diverged", "note": f"the held-out loss became {loss} at step {done}"}
                         break
-                    curve.append({"step": done, "seconds": round(sum(record.step_seconds), 3), "heldout": loss})
+                    times = {"seconds": round(sum(record.step_seconds), 3), "cpu_seconds": round(sum(processor), 3)}
+                    curve.append({"step": done, **times, "heldout": loss})
                 advance(f"loss {record.losses[-1]:.3f}", 1)
-        # Seconds of all cores: on a machine with other work they say more than the clock.
+        # CPU: seconds of all cores; on a machine with other work they say more than the clock.
         return row | {"steps": steps, "curve": curve, **measured(record), "cpu_seconds": processor}
 
     def _rate(self, step: int, steps: int) -> float:
@@ -222,12 +235,14 @@ class Workbench:
         return self._reference[1:]
 
     def _compare(self, corpus: data.Corpus, start: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Any]:
-        """The gradient of a cheap step, without correction, against the exact one, from adapters `start`."""
+        """The gradient of a low-rank step against the exact one, from adapters `start`; no step is exact afterwards."""
         with torch.no_grad():
             for name, p in self._trained().items():
                 p.copy_(start[name])
-        with loge.cheap_backward():
-            return compare(self._gradient(corpus), exact)
+        for layer in self.model.modules():
+            if isinstance(layer, loge.LoGELinear):
+                layer.exact_every = None
+        return compare(self._gradient(corpus), exact)
 
     def _gradient(self, corpus: data.Corpus) -> dict[str, Tensor]:
         """The adapters' gradient on the first held-out sequences, a batch of them."""
@@ -245,12 +260,9 @@ class Workbench:
 
 
 def measured(record: Record) -> dict[str, Any]:
-    """Losses and seconds of every step, and the medians."""
-    values: dict[str, Any] = {"losses": [round(loss, 5) for loss in record.losses]}
-    values |= {f"{part}_seconds": [round(each, 5) for each in getattr(record, part)] for part in PARTS}
-    if record.losses:
-        values["typical_seconds"] = {part: round(record.typical(part), 5) for part in ("step", *PARTS)}
-    return values
+    """Losses and seconds of every step."""
+    values = {f"{part}_seconds": [round(each, 5) for each in getattr(record, part)] for part in PARTS}
+    return {"losses": [round(loss, 5) for loss in record.losses], **values}
 
 
 def compare(gradient: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Any]:

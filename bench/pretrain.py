@@ -15,18 +15,20 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from typer import Option
 
-from loge_kernels.command_line import check_counts
+from loge_kernels.command_line import check_counts, numbers
 from loge_kernels.finetune.options import choose_device
 
 from . import output
 from .environment import describe
+from .options import Device, Resumed, Text
 from .pretrain_training import METHODS, read_text, train
 
 # Factors of two around the best of each.
@@ -38,40 +40,55 @@ RATES: dict[str, Sequence[float]] = {
 }
 
 
+def read_rates(values: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """METHOD=RATE,RATE as it is typed, for `PretrainOptions.rates`."""
+    found: dict[str, tuple[float, ...]] = {}
+    for value in values:
+        method, equals, rates = value.partition("=")
+        if not equals:
+            raise ValueError(f"--lr {value!r}: give METHOD=RATE, such as full=1e-3")
+        found[method] = found.get(method, ()) + tuple(float(rate) for rate in numbers("lr", [rates]))
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PretrainOptions:
-    """What is trained, on what, for how long.
+    """What is trained, on what, for how long."""
 
-    rates: learning rates of the blocks' matrices or adapters to try, by method; a method that is not named is not run;
-    none: the defaults.   rest_lr: the learning rate of embeddings, norms and head, in every method; None: that of the
-    run, as in the paper.   seeds: each run is made with each.   text: files; none: the standard library's.   vocab:
-    size of the BPE trained on it.
-    hidden, intermediate, layers, heads: the model's.   rank: of both adapters.   interval, ratio: SwitchLoRA's, whose
-    paper has 40 and 0.1 for 40,000 steps.   warmup: steps in which the learning rate rises; a cosine to a tenth
-    follows.   checkpoints: how often the held-out loss of `heldout` sequences is taken.
-    """
-
-    rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    rest_lr: float | None = None
-    seeds: Sequence[int] = (0,)
-    text: Sequence[Path] = ()
-    vocab: int = 512
-    hidden: int = 400
-    intermediate: int = 1080
-    layers: int = 5
-    heads: int = 5
-    rank: int = 4
-    interval: float = 20
-    ratio: float = 0.5
-    steps: int = 400
-    batch: int = 2
-    seq: int = 128
-    warmup: int = 20
-    checkpoints: int = 5
-    heldout: int = 32
-    device: str = "auto"
-    json: Path | None = None
-    png: Path | None = None
+    rates: Annotated[
+        Mapping[str, Sequence[float]],
+        Option(
+            "--lr",
+            help="METHOD=RATE or METHOD=RATE,RATE of full, lora, unswitched, switchlora, for the blocks' matrices or "
+            "adapters; repeated; a method that is not named is not run; default: all.",
+        ),
+        read_rates,
+    ] = field(default_factory=dict)
+    rest_lr: Annotated[
+        float | None,
+        Option(help="Learning rate of embeddings, norms and head in all; default: that of the run, as in the paper."),
+    ] = None
+    seeds: Annotated[Sequence[int], Option("--seed", help="Of the model and the batches: a list.")] = (0,)
+    text: Text = ()
+    vocab: Annotated[int, Option(help="Size of the vocabulary, made from the text.")] = 512
+    hidden: Annotated[int, Option(help="Width of the model.")] = 400
+    intermediate: Annotated[int, Option(help="Width of its MLP.")] = 1080
+    layers: Annotated[int, Option(help="Blocks.")] = 5
+    heads: Annotated[int, Option(help="Attention heads.")] = 5
+    rank: Annotated[int, Option(help="Of the adapters, on every linear of the blocks.")] = 4
+    interval: Annotated[
+        float, Option(help="Steps between two switches of a vector, at the start; the paper has 40, of 40,000 steps.")
+    ] = 20
+    ratio: Annotated[float, Option(help="Share of the steps after which 0.3 of the switching is left.")] = 0.5
+    steps: Annotated[int, Option(help="Optimizer steps of each run.")] = 400
+    batch: Annotated[int, Option(help="Sequences a step.")] = 2
+    seq: Annotated[int, Option(help="Tokens a sequence.")] = 128
+    warmup: Annotated[int, Option(help="Steps in which the learning rate rises; a cosine to a tenth follows.")] = 20
+    checkpoints: Annotated[int, Option(help="How often the held-out loss is taken in a run.")] = 5
+    heldout: Annotated[int, Option(help="Held-out sequences.")] = 32
+    device: Device = "auto"
+    json: Resumed = None
+    png: Annotated[Path | None, Option(help="Draw the held-out loss against the steps.")] = None
 
     @property
     def torch_device(self) -> torch.device:

@@ -4,36 +4,44 @@ measured.
 Per block, N·K the sizes of its linear layers, in bytes of the base's dtype, what each GPU receives with n GPUs is
 (n - 1) / n of
 
-                          forward gathers       backward gathers          backward reduces
-    PEFT under FSDP2      weights + adapters    weights + adapters        adapters' gradients
-    loge.fully_shard      weights + adapters    factors + adapters        adapters' gradients
-    DDP                   -                     -                         adapters' gradients, twice
+                             forward gathers       backward gathers        backward reduces
+    exact under FSDP2        weights + adapters    weights + adapters      adapters' gradients
+    low rank, fully_shard    weights + adapters    factors + adapters      adapters' gradients
+    DDP                      -                     -                       adapters' gradients, twice
 
 (norms count with the adapters). These are the bytes that tests count on two ranks. Activation checkpointing computes
-the forward again in backward, and makes loge.fully_shard gather the weights there as well.
+the forward again in backward, and makes loge.fully_shard gather the weights there as well. 8-bit copies of weights are
+for DDP alone: every GPU holds them whole.
 
-Time: a block takes the longer of its arithmetic (the roofline of `roofline.py` on `Machine`'s ceilings, attention
-added) and its collectives: perfect overlap, and links at their full speed. Both are optimistic, for every method alike.
+Time: a block takes the longer of its kernels (`on_paper`) and its collectives: perfect overlap, and links at their full
+speed. Both are optimistic, for every method alike.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from typer import Argument, Option
 
+from loge_kernels.command_line import check_counts
 from loge_kernels.factors import resolve_rank
-from loge_kernels.triton_kernels.devices import KNOWN
 
-from .output import check_writable, duration, print_wide, size, write
-from .roofline import Formula, Work, backward_work, forward_work
+from .on_paper import PaperPolicy, predict
+from .options import Json
+from .output import check_writable, duration, print_wide, size, without_files, write
+from .shapes import LLAMAS, Llama
 
-Method = Literal["peft-fsdp2", "loge-fsdp2", "peft-ddp", "loge-ddp"]
-METHODS: tuple[Method, ...] = ("peft-fsdp2", "loge-fsdp2", "peft-ddp", "loge-ddp")
+POLICIES = {
+    "peft": PaperPolicy("peft", peft=True),
+    "exact": PaperPolicy("exact"),
+    "apply": PaperPolicy("apply", exact_dtype="auto"),
+}
+METHODS = ("peft-fsdp2", "exact-fsdp2", "low-rank-fsdp2", "peft-ddp", "apply-ddp", "low-rank-ddp")
 
 _BASE = 2  # bytes of an element: bfloat16
 _ADAPTER = 4  # float32, as PEFT makes adapters over a 16-bit base
@@ -41,38 +49,14 @@ _TRAINED = 16  # bytes of a trained element: itself, its gradient and AdamW's tw
 
 
 @dataclass(frozen=True, slots=True)
-class Llama:
-    """Sizes of a LLaMA, from its published config; `key_value` is the width of all key (or value) heads."""
-
-    hidden: int
-    key_value: int
-    intermediate: int
-    layers: int
-    vocabulary: int
-
-    def linears(self) -> list[tuple[int, int]]:
-        """[N, K] of every linear layer of a block."""
-        h, kv, i = self.hidden, self.key_value, self.intermediate
-        return [(h, h), (kv, h), (kv, h), (h, h), (i, h), (i, h), (h, i)]
-
-
-LLAMAS = {
-    "LLaMA-3-8B": Llama(4096, 1024, 14336, 32, 128256),
-    "LLaMA-3-70B": Llama(8192, 1024, 28672, 80, 128256),
-}
-
-
-@dataclass(frozen=True, slots=True)
 class Machine:
-    """GPUs and links; speeds in bytes/s and flop/s, each way.
+    """H200s and links; speeds in bytes/s, each way.
 
-    matmul, copy: attainable on an H200, as the kernels' cost model has them. nvlink: 900 GB/s a GPU in both directions
-    together (NVIDIA H100 datasheet, NVLink 4). network: one 400 Gb/s port a GPU (NVIDIA DGX H100 datasheet, ConnectX-7
-    NDR InfiniBand). memory: the H200 datasheet's 141 GB.
+    nvlink: 900 GB/s a GPU in both directions together (NVIDIA H100 datasheet, NVLink 4). network: one 400 Gb/s port a
+    GPU (NVIDIA DGX H100 datasheet, ConnectX-7 NDR InfiniBand). memory: the H200 datasheet's 141 GB.
     """
 
-    matmul: float = KNOWN["NVIDIA H200"].tflops_16 * 1e12
-    copy: float = KNOWN["NVIDIA H200"].hbm_gbs * 1e9
+    gpu: str = "H200"
     nvlink: float = 450e9
     network: float = 50e9
     node: int = 8
@@ -83,9 +67,6 @@ class Machine:
         so that the ports of a node share what enters it."""
         link = self.nvlink if gpus <= self.node else min(self.nvlink, self.node * self.network)
         return nbytes * (gpus - 1) / gpus / link
-
-    def seconds(self, work: Work) -> float:
-        return max(work.flops / self.matmul, work.moved_bytes / self.copy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,86 +116,90 @@ class Traffic:
     reduced: int
 
 
-def traffic(method: Method, held: BlockBytes, checkpointing: bool = False) -> Traffic:
+def traffic(method: str, held: BlockBytes, checkpointing: bool = False) -> Traffic:
     """What one block sends; a DDP all-reduce counts as a reduce-scatter and an all-gather."""
     if method.endswith("ddp"):
         return Traffic(0, 0, 2 * held.adapters)
     others = held.adapters + held.norms
-    backward = (
-        held.weights if method == "peft-fsdp2" else held.factors + (held.weights if checkpointing else held.exact)
-    )
+    backward = held.weights
+    if method.startswith("low-rank"):
+        backward = held.factors + (held.weights if checkpointing else held.exact)
     return Traffic(held.weights + others, backward + others, held.adapters)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleOptions:
-    """See `python -m loge_kernels bench scale --help`."""
+    """The models, the GPUs, the step."""
 
-    models: tuple[str, ...] = ()
-    gpus: tuple[int, ...] = (8, 16, 64, 256, 1024)
-    tokens: int = 8192
-    seq: int = 4096
-    rank: int | float = 1 / 8
-    lora_rank: int = 16
-    checkpointing: bool = False
-    json: Path | None = None
-    machine: Machine = field(default_factory=Machine)
+    models: Annotated[Sequence[str], Argument(help="LLaMA-3-8B, LLaMA-3-70B; default: both.")] = ()
+    gpus: Annotated[Sequence[int], Option(help="How many: a list.")] = (8, 16, 64, 256, 1024)
+    tokens: Annotated[int, Option(help="Tokens a GPU and step.")] = 8192
+    seq: Annotated[int, Option(help="Tokens a sequence, for attention; at most --tokens.")] = 4096
+    rank: Annotated[int | float, Option("--rank", "-R", help="R: an int, or a share of min(N, K).")] = 1 / 8
+    exact_layers: Annotated[float, Option(help="Share of the weights whose backward is exact in low-rank rows.")] = 0.0
+    lora_rank: Annotated[int, Option("--lora-rank", "-P", help="P, on every linear of the blocks.")] = 16
+    checkpointing: Annotated[bool, Option("--checkpointing", help="Compute blocks again in backward.")] = False
+    network: Annotated[float, Option(help="Between nodes: GB/s a GPU, each way.")] = 50.0
+    json: Json = None
+
+    @property
+    def machine(self) -> Machine:
+        return Machine(network=self.network * 1e9)
+
+    @property
+    def sequences(self) -> int:
+        return max(1, self.tokens // self.seq)
+
+    def policy(self, method: str) -> PaperPolicy:
+        known = POLICIES.get(method.rsplit("-", 1)[0])
+        return known or PaperPolicy("low rank", rank=self.rank, exact_layers=self.exact_layers)
+
+    def check(self) -> list[str]:
+        """The names of the models. Raises ValueError where a value cannot work."""
+        known = {name.lower(): name for name in LLAMAS}
+        for model in self.models:
+            if model.lower() not in known:
+                raise ValueError(f"model {model!r} is not known; choose of {', '.join(LLAMAS)}")
+        check_counts(self, "tokens", "seq", "lora_rank")
+        if self.tokens > self.seq and self.tokens % self.seq:
+            raise ValueError(f"--tokens {self.tokens}: give a multiple of --seq {self.seq}")
+        node = self.machine.node
+        for count in self.gpus:
+            if count < 2 or (count > node and count % node):
+                raise ValueError(f"--gpus {count}: give 2 to {node} GPUs, or a multiple of {node}")
+        if not self.network > 0:
+            raise ValueError(f"--network {self.network:g}: give GB/s above 0")
+        check_writable(self.json)
+        return [known[model.lower()] for model in self.models] or list(LLAMAS)
 
 
 def run(options: ScaleOptions) -> dict[str, Any]:
     """Print the table; returns, and writes to `options.json`, the report. Raises ValueError for bad options."""
-    names = _names(options.models)
-    for option in ("tokens", "seq", "lora_rank"):
-        if getattr(options, option) < 1:
-            raise ValueError(f"--{option.replace('_', '-')} {getattr(options, option)}: give at least 1")
-    for count in options.gpus:
-        if not isinstance(count, int) or count < 2 or (count > options.machine.node and count % options.machine.node):
-            raise ValueError(
-                f"--gpus {count}: give 2 to {options.machine.node} GPUs, or a multiple of {options.machine.node}"
-            )
-    if not options.machine.network > 0:
-        raise ValueError(f"--network {options.machine.network / 1e9:g}: give GB/s above 0")
-    check_writable(options.json)
-    rows = [
-        _row(name, LLAMAS[name], count, method, options)
-        for name in names
-        for count in options.gpus
-        for method in METHODS
-    ]
+    names = options.check()
+    rows = [_row(name, count, method, options) for name in names for count in options.gpus for method in METHODS]
     for row in rows:
         base = next(r for r in rows if (r["model"], r["gpus"], r["method"]) == (row["model"], row["gpus"], METHODS[0]))
         row["speedup"] = base["seconds"] / row["seconds"]
-    report = {"benchmark": "scale", "measured": False, "options": _plain(options), "rows": rows}
+    settings = without_files(asdict(options)) | {"machine": asdict(options.machine)}
+    report = {"benchmark": "scale", "measured": False, "options": settings, "rows": rows}
     _print(report, options)
     write(report, options.json)
     return report
 
 
-def _names(models: tuple[str, ...]) -> list[str]:
-    known = {name.lower(): name for name in LLAMAS}
-    for model in models:
-        if model.lower() not in known:
-            raise ValueError(f"model {model!r} is not known; choose of {', '.join(LLAMAS)}")
-    return [known[model.lower()] for model in models] or list(LLAMAS)
-
-
-def _plain(options: ScaleOptions) -> dict[str, Any]:
-    return {name: value for name, value in asdict(options).items() if name != "json"}
-
-
-def _row(name: str, llama: Llama, gpus: int, method: Method, options: ScaleOptions) -> dict[str, Any]:
-    machine = options.machine
+def _row(name: str, gpus: int, method: str, options: ScaleOptions) -> dict[str, Any]:
+    machine, llama = options.machine, LLAMAS[name]
     held = block_bytes(llama, options.rank, options.lora_rank)
+    # Exact blocks and low-rank ones, on average.
+    exact = held.exact + options.exact_layers * (held.weights - held.exact)
+    held = replace(held, exact=round(exact), factors=round(held.factors * (1 - options.exact_layers)))
     sent = traffic(method, held, options.checkpointing)
-    forward, backward = _block_seconds(llama, method, options)
-    head_forward, head_backward = _head_seconds(llama, options)
+    forward, backward, rest = _compute(llama, method, options)
     gather = machine.gather_seconds
     collectives = gather(sent.forward, gpus), gather(sent.backward, gpus) + gather(sent.reduced, gpus)
-    compute = llama.layers * (forward + backward) + head_forward + head_backward
     # Embedding and head are gathered once, as FSDP2's root keeps them; nothing overlaps the first gather.
     ends = 0.0 if method.endswith("ddp") else gather(2 * llama.vocabulary * llama.hidden * _BASE, gpus)
-    blocks = max(forward, collectives[0]) + max(backward, collectives[1])
-    seconds = llama.layers * blocks + head_forward + head_backward + ends
+    blocks = max(forward, llama.layers * collectives[0]) + max(backward, llama.layers * collectives[1])
     memory = _resident(llama, method, held, gpus)
     received = llama.layers * (sent.forward + sent.backward + sent.reduced) * (gpus - 1) / gpus
     return {
@@ -225,41 +210,30 @@ def _row(name: str, llama: Llama, gpus: int, method: Method, options: ScaleOptio
         "backward_bytes": llama.layers * sent.backward,
         "reduced_bytes": llama.layers * sent.reduced,
         "received_bytes": round(received),
-        "compute_seconds": compute,
+        "compute_seconds": forward + backward + rest,
         "collective_seconds": llama.layers * sum(collectives) + ends,
-        "seconds": seconds,
+        "seconds": blocks + rest + ends,
         "resident_bytes": round(memory),
         "fits": memory < machine.memory,
     }
 
 
-def _block_seconds(llama: Llama, method: Method, options: ScaleOptions) -> tuple[float, float]:
-    machine, M, P = options.machine, options.tokens, options.lora_rank
-    forward = sum(machine.seconds(forward_work("exact", M, N, K, P, _BASE)) for N, K in llama.linears())
-    backward = 0.0
-    for (N, K), R in zip(llama.linears(), _ranks(llama, options.rank), strict=True):
-        formula: Formula = "exact" if R is None or method.startswith("peft") else "low-rank"
-        backward += machine.seconds(backward_work(formula, M, N, K, R or 0, P, _BASE))
-    # Causal attention: half of q kᵀ and of its product with v; backward has five such products for two.
-    attention = 2 * M * options.seq * llama.hidden / machine.matmul
-    forward, backward = forward + attention, backward + 2.5 * attention
-    return forward, backward + (forward if options.checkpointing else 0.0)
+def _compute(llama: Llama, method: str, options: ScaleOptions) -> tuple[float, float, float]:
+    """Seconds of the blocks forward and backward, and of the rest of a step: head, loss, optimizer."""
+    sizes = options.tokens, options.sequences, options.lora_rank, options.checkpointing
+    step = predict(llama, options.machine.gpu, options.policy(method), *sizes)
+    forward = sum(cost.seconds for name, cost in step.parts.items() if name.endswith(", forward"))
+    rest = sum(step.parts[name].seconds for name in ("output head", "cross-entropy", "optimizer"))
+    return forward, step.seconds - forward - rest, rest
 
 
-def _head_seconds(llama: Llama, options: ScaleOptions) -> tuple[float, float]:
-    sizes = options.tokens, llama.vocabulary, llama.hidden
-    forward = forward_work("product", *sizes, 0, _BASE)
-    backward = backward_work("product", *sizes, 0, 0, _BASE)
-    return options.machine.seconds(forward), options.machine.seconds(backward)
-
-
-def _resident(llama: Llama, method: Method, held: BlockBytes, gpus: int) -> float:
-    """Bytes of a GPU for weights, factors, adapters with gradients and AdamW, and of two gathered blocks; activations
-    come on top."""
+def _resident(llama: Llama, method: str, held: BlockBytes, gpus: int) -> float:
+    """Bytes of a GPU for weights, factors, 8-bit copies, adapters with gradients and AdamW, and of two gathered blocks;
+    activations come on top."""
     ends = 2 * llama.vocabulary * llama.hidden * _BASE
     trained = llama.layers * held.adapters / _ADAPTER * _TRAINED
-    factors = 0 if method.startswith("peft") else held.factors
-    frozen = llama.layers * (held.weights + held.norms + factors)
+    added = {"low-rank": held.factors, "apply": held.weights / _BASE}.get(method.rsplit("-", 1)[0], 0)
+    frozen = llama.layers * (held.weights + held.norms + added)
     if method.endswith("ddp"):
         return frozen + trained + ends
     gathered = 2 * (held.weights + held.adapters + held.norms)
@@ -270,14 +244,15 @@ def _print(report: dict[str, Any], options: ScaleOptions) -> None:
     console = Console()
     machine = options.machine
     again = ", activation checkpointing" if options.checkpointing else ""
+    exact = f" below {options.exact_layers:.0%} exact layers" if options.exact_layers else ""
     console.print(
         f"[bold]A model on paper, not measured[/bold]: {options.tokens} tokens a GPU, factors of rank "
-        f"{options.rank:g}, adapters of rank {options.lora_rank}{again}; nodes of {machine.node} GPUs, NVLink "
-        f"{machine.nvlink / 1e9:.0f} GB/s, network {machine.network / 1e9:.0f} GB/s a GPU, "
-        f"{machine.matmul / 1e12:.0f} TFLOP/s; perfect overlap, no latencies",
+        f"{options.rank:g}{exact}, adapters of rank {options.lora_rank}{again}; nodes of {machine.node} {machine.gpu}, "
+        f"NVLink {machine.nvlink / 1e9:.0f} GB/s, network {machine.network / 1e9:.0f} GB/s a GPU; perfect overlap",
         highlight=False,
         soft_wrap=True,
     )
+    console.print("a low-rank step teaches less than an exact one: `bench fidelity`", style="dim", highlight=False)
     for name in dict.fromkeys(row["model"] for row in report["rows"]):
         table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for heading in ("GPUs", "method"):

@@ -9,20 +9,22 @@ policy serves a model that has seen the world.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
+from typer import Argument, Option
 
-from loge_kernels.command_line import check_counts
+from loge_kernels.command_line import check_counts, write_json
 from loge_kernels.finetune import FinetuneOptions, data
 from loge_kernels.finetune.options import choose_device
 from loge_kernels.finetune.progress import progress
 from loge_kernels.finetune.training import heldout_loss, token_losses
 
+from .options import Device, Json, Text
 from .pretraining import learn_tokenizer, rate
 
 _TOKENIZER_FILES = 200  # of the standard library's, to learn the merges from
@@ -30,26 +32,24 @@ _TOKENIZER_FILES = 200  # of the standard library's, to learn the merges from
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScratchOptions:
-    """The model's shape, named as in transformers' LlamaConfig, and its training.
+    """The model's shape and its training: AdamW on all parameters, with warm-up and cosine; 16-bit products where the
+    device has them, 32-bit weights."""
 
-    vocab: entries of the byte-level BPE, learnt from the text.   steps, batch, seq, lr: of AdamW on all parameters,
-    with warm-up and cosine; 16-bit products where the device has them, 32-bit weights.   out: the model's directory.
-    """
-
-    out: Path
-    hidden: int = 2048
-    intermediate: int = 5632
-    layers: int = 4
-    heads: int = 32
-    kv_heads: int = 8
-    vocab: int = 4096
-    steps: int = 200
-    batch: int = 2
-    seq: int = 256
-    lr: float = 6e-4
-    text: Sequence[Path] = ()
-    seed: int = 0
-    device: str = "auto"
+    out: Annotated[Path, Argument(help="Directory to write the model to, for --model.")]
+    hidden: Annotated[int, Option(help="Width of the model.")] = 2048
+    intermediate: Annotated[int, Option(help="Width of its MLP.")] = 5632
+    layers: Annotated[int, Option(help="Blocks.")] = 4
+    heads: Annotated[int, Option(help="Attention heads.")] = 32
+    kv_heads: Annotated[int, Option(help="Heads of keys and values.")] = 8
+    vocab: Annotated[int, Option(help="Entries of its tokenizer, learnt from the text.")] = 4096
+    steps: Annotated[int, Option(help="Optimizer steps.")] = 200
+    batch: Annotated[int, Option(help="Sequences a step.")] = 2
+    seq: Annotated[int, Option(help="Tokens a sequence.")] = 256
+    lr: Annotated[float, Option(help="AdamW's learning rate.")] = 6e-4
+    text: Text = ()
+    seed: Annotated[int, Option(help="Of the start and the batches.")] = 0
+    device: Device = "auto"
+    json: Json = None
 
     def check(self) -> None:
         """Raise ValueError where a value cannot work."""
@@ -104,6 +104,7 @@ def run(options: ScratchOptions, console: Console | None = None) -> dict[str, An
     tokenizer.save_pretrained(options.out)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(f"{options.out}: {parameters / 1e6:.0f} M parameters, held-out loss {after:.3f}", highlight=False)
+    write_json(options.json, {"parameters": parameters, "heldout": after})
     return {"parameters": parameters, "heldout": after}
 
 

@@ -27,7 +27,27 @@ def _block(hidden: int, key_value: int, intermediate: int) -> dict[str, tuple[in
     return {**attention, "gate,up": (intermediate, hidden), "down": (hidden, intermediate)}
 
 
-# hidden size, width of all key (or value) heads, intermediate size: from each model's published config.
+@dataclass(frozen=True, slots=True)
+class Llama:
+    """Sizes of a whole LLaMA; `key_value` is the width of all key (or value) heads."""
+
+    hidden: int
+    key_value: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+
+    def linears(self) -> list[tuple[int, int]]:
+        """[N, K] of every linear layer of a block."""
+        h, kv, i = self.hidden, self.key_value, self.intermediate
+        return [(h, h), (kv, h), (kv, h), (h, h), (i, h), (i, h), (h, i)]
+
+
+# From each model's published config, as the sizes below: hidden size, width of all key heads, intermediate size.
+LLAMAS = {
+    "LLaMA-3-8B": Llama(4096, 1024, 14336, 32, 128256),
+    "LLaMA-3-70B": Llama(8192, 1024, 28672, 80, 128256),
+}
 MODELS: dict[str, dict[str, tuple[int, int]]] = {
     "SmolLM2-135M": _block(576, 192, 1536),
     "LLaMA-2-7B": _block(4096, 4096, 11008),

@@ -129,7 +129,10 @@ def run(
     slug = device_slug(spec.name)
     table = tuning.table_path(slug)
     if table is None:
-        raise ValueError("LOGE_CACHE=off: there is no cache to write tuned configurations to")
+        raise ValueError(
+            "there is no cache to write tuned configurations to (LOGE_CACHE=off, or a user without a home directory): "
+            "set LOGE_CACHE to a folder"
+        )
     output.check_writable(options.json, table)
     classes = classes_of(problems, spec)
 

@@ -1,0 +1,334 @@
+"""A LoRA training step on paper: the milliseconds that a named GPU is predicted to need, by what must be computed.
+
+Every part of the step is counted in flops, bytes and kernels and timed on the GPU's rates (`paper_model`). Nothing is
+measured. Per linear layer of a block, where dX = dY W is
+
+    exact        one product in 16 or 8 bits, the passes that quantise dY, and the LoRA gradients beside it
+    low rank     T = dY [left | s·B], dX = T [right ; A] by cuBLAS, then dA and dB
+
+and a policy says which layers, in which share of the steps, are what. Checkpointing adds one more forward of the
+blocks. Adapters of one rank are on every linear layer, in 16 bits, without dropout. Whether the model fits into the
+GPU's memory is not asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from loge_kernels.factors import resolve_rank
+
+from . import paper_model
+from .output import check_writable, print_wide, write
+from .paper_model import GPUS, MODELS, Cost, EightBits, Elementwise, Gpu, check_count, known
+from .shapes import Llama
+
+_RECOMPUTATION = "recomputation"
+
+
+@dataclass(frozen=True, slots=True)
+class PaperPolicy:
+    """How the backward of the frozen layers runs.
+
+    name: of its line in the table.   peft: PEFT's own exact LoRA in 16 bits; it takes no other field.
+    exact_dtype: of exact dX: None for 16 bits, "int8", "float8", or "auto", the fastest by shape.
+    fast_accumulation: float8 products with use_fast_accum, which is not the default.
+    rank: R of a low-rank dX, an int or a share in (0, 1] of min(N, K); None for exact everywhere. A layer whose dense
+        product has no more flops stays exact.
+    exact_layers: share in [0, 1] of the frozen weights, from the output downwards, that is exact.
+    exact_every: of so many steps one is exact in every layer; any number from 1, None for no such step.
+    """
+
+    name: str
+    peft: bool = False
+    exact_dtype: EightBits | Literal["auto"] | None = None
+    fast_accumulation: bool = False
+    rank: int | float | None = None
+    exact_layers: float = 0.0
+    exact_every: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.exact_dtype not in (None, "int8", "float8", "auto"):
+            raise ValueError(f"exact_dtype={self.exact_dtype!r} is unknown; choose 'int8', 'float8', 'auto' or None")
+        if self.rank is not None and not (self.rank >= 1 if isinstance(self.rank, int) else 0.0 < self.rank <= 1.0):
+            raise ValueError(f"rank={self.rank!r}; give an int of at least 1, a share in (0, 1], or None for exact")
+        if not 0.0 <= self.exact_layers <= 1.0:
+            raise ValueError(f"exact_layers={self.exact_layers!r}; give a share of the frozen weights in [0, 1]")
+        if self.exact_every is not None and not self.exact_every >= 1:
+            raise ValueError(f"exact_every={self.exact_every!r}; give a number of steps from 1, or None")
+        if self.rank is None and (self.exact_layers or self.exact_every is not None):
+            raise ValueError(
+                f"exact_layers={self.exact_layers!r}, exact_every={self.exact_every!r}: without a rank every layer is "
+                "exact in every step; give rank= as well"
+            )
+        if self.fast_accumulation and self.exact_dtype not in ("float8", "auto"):
+            raise ValueError(
+                f"fast_accumulation=True, exact_dtype={self.exact_dtype!r}: only float8 has it; give 'float8' or 'auto'"
+            )
+        if self.peft and (self.exact_dtype or self.fast_accumulation or self.rank is not None):
+            raise ValueError(f"policy {self.name!r}: peft=True is exact in 16 bits; give it no other field")
+
+    @property
+    def exact_share(self) -> float:
+        """The share of the frozen weights' backward that is exact, averaged over the steps."""
+        if self.rank is None:
+            return 1.0
+        return self.exact_layers + (1.0 - self.exact_layers) * (1.0 / self.exact_every if self.exact_every else 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PaperStep:
+    """A predicted step of `policy`: its parts by name, in the order of the step."""
+
+    policy: PaperPolicy
+    parts: dict[str, Cost]
+
+    @property
+    def seconds(self) -> float:
+        return sum(cost.seconds for cost in self.parts.values())
+
+    @property
+    def milliseconds(self) -> float:
+        return 1e3 * self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; times in milliseconds."""
+        parts = [
+            {
+                "name": name,
+                "flops": round(cost.flops),
+                "bytes": round(cost.bytes),
+                "kernels": round(cost.kernels),
+                "milliseconds": 1e3 * cost.seconds,
+                "bound": cost.bound,
+            }
+            for name, cost in self.parts.items()
+        ]
+        return {"policy": asdict(self.policy), "predicted": True, "milliseconds": self.milliseconds, "parts": parts}
+
+
+def predict(
+    model: str | Llama,
+    gpu: str,
+    policy: PaperPolicy,
+    tokens: int = 8192,
+    sequences: int = 2,
+    lora_rank: int = 16,
+    checkpointing: bool = False,
+    elementwise: Elementwise = "lean",
+) -> PaperStep:
+    """One predicted step over `tokens` tokens in `sequences` sequences of one length.
+
+    model: a key of `MODELS`, or sizes (`paper_model.llama`).   gpu: a key of `GPUS`.   lora_rank: P, on every linear
+    layer.   checkpointing: blocks are computed again in backward.   elementwise: "lean", fused norms, rotations and
+    SwiGLU, or "eager", as transformers writes them. Raises ValueError, naming the argument, for what it does not know.
+    """
+    sizes, device = _model(model), _gpu(gpu)
+    for name, value in (("tokens", tokens), ("sequences", sequences), ("lora_rank", lora_rank)):
+        check_count(name, value)
+    if tokens % sequences:
+        raise ValueError(f"tokens={tokens}, sequences={sequences}: give a multiple of the sequences")
+    if elementwise not in get_args(Elementwise):
+        raise ValueError(f"elementwise={elementwise!r} is unknown; choose from {', '.join(get_args(Elementwise))}")
+    if policy.exact_dtype == "float8" and device.float8 is None:
+        raise ValueError(f"exact_dtype='float8' does not run on gpu={gpu!r}; give 'int8', 'auto' or None")
+    attention = paper_model.attention(device, sizes, tokens, tokens // sequences)
+    others = paper_model.elementwise(device, sizes, tokens, elementwise)
+    head, loss = paper_model.head(device, sizes, tokens)
+    products, adapters = Cost(), Cost()
+    for N, K in sizes.linears():
+        products += paper_model.dense(device, tokens, K, N)
+        adapters += paper_model.lora_forward(device, tokens, N, K, lora_rank, policy.peft)
+    blocks = {"frozen products": products, "LoRA": adapters, "attention": attention[0], "elementwise": others[0]}
+    backward = _linear_backward(device, sizes, policy, tokens, lora_rank)
+    backward |= {"attention, backward": attention[1], "elementwise, backward": others[1]}
+    parts = {f"{name}, forward": cost * sizes.layers for name, cost in blocks.items()}
+    parts |= {"output head": head, "cross-entropy": loss}
+    if checkpointing:
+        parts[_RECOMPUTATION] = sum(blocks.values(), Cost()) * sizes.layers
+    parts |= {name: cost * sizes.layers for name, cost in backward.items() if cost.kernels}
+    parts["optimizer"] = paper_model.optimizer(device, sizes, lora_rank)
+    return PaperStep(policy, parts)
+
+
+def _linear_backward(gpu: Gpu, sizes: Llama, policy: PaperPolicy, M: int, P: int) -> dict[str, Cost]:
+    """The backward of one block's linear layers, by parts, averaged over the layers and steps of the policy."""
+    dense, quantisation, low_rank, adapters = Cost(), Cost(), Cost(), Cost()
+    for N, K in sizes.linears():
+        R = _rank(policy.rank, N, K)
+        exact = 1.0 if R is None else policy.exact_share
+        dtype = _dtype(gpu, policy, M, N, K)
+        dense += paper_model.dense(gpu, M, N, K, dtype, policy.fast_accumulation) * exact
+        if dtype is not None:
+            quantisation += paper_model.quantisation(gpu, M, N, K, dtype) * exact
+        adapters += paper_model.lora_backward(gpu, M, N, K, P, policy.peft) * exact
+        if R is not None:
+            low_rank += paper_model.low_rank_dx(gpu, M, N, K, R, P) * (1.0 - exact)
+            adapters += paper_model.lora_gradients(gpu, M, N, K, P) * (1.0 - exact)
+    return {
+        "exact dX": dense,
+        "quantisation": quantisation,
+        "low-rank dX, the adapter's in it": low_rank,
+        "LoRA, backward": adapters,
+    }
+
+
+def _rank(rank: int | float | None, N: int, K: int) -> int | None:
+    if rank is None:
+        return None
+    R = resolve_rank(min(rank, N, K) if isinstance(rank, int) else rank, N, K)
+    return R if R * (N + K) < N * K else None
+
+
+def _dtype(gpu: Gpu, policy: PaperPolicy, M: int, N: int, K: int) -> EightBits | None:
+    if policy.exact_dtype == "auto":
+        return paper_model.fastest_dtype(gpu, M, N, K, policy.fast_accumulation)
+    return policy.exact_dtype if paper_model.runs_in_eight_bits(N, K) else None
+
+
+def step_seconds(
+    policy: PaperPolicy,
+    gpu: str,
+    model: str | Llama,
+    tokens: int = 8192,
+    sequences: int = 2,
+    lora_rank: int = 16,
+    checkpointing: bool = False,
+    elementwise: Elementwise = "lean",
+) -> float:
+    """Predicted seconds of one step, averaged over the policy's exact and low-rank steps; arguments as in `predict`."""
+    return predict(model, gpu, policy, tokens, sequences, lora_rank, checkpointing, elementwise).seconds
+
+
+def default_exact_dtype(gpu: str, N: int, K: int, M: int, fast_accumulation: bool = False) -> EightBits | None:
+    """The dtype predicted to be fastest for dX [M, K] of one linear layer [N, K], the quantisation of dY counted; None
+    for 16 bits."""
+    for name, value in (("N", N), ("K", K), ("M", M)):
+        check_count(name, value)
+    return paper_model.fastest_dtype(_gpu(gpu), M, N, K, fast_accumulation)
+
+
+def standard_policies(gpu: str) -> tuple[PaperPolicy, ...]:
+    """PEFT, and this package's policies that run on `gpu`."""
+    eight: EightBits = "int8" if _gpu(gpu).float8 is None else "float8"
+    fast = (PaperPolicy("exact float8, fast accumulation", exact_dtype="float8", fast_accumulation=True),)
+    return (
+        PaperPolicy("peft", peft=True),
+        PaperPolicy("exact"),
+        PaperPolicy(f"exact {eight}", exact_dtype=eight),
+        *(fast if eight == "float8" else ()),
+        PaperPolicy("exact auto", exact_dtype="auto"),
+        PaperPolicy("rank 256", rank=256),
+        PaperPolicy(f"rank 1/8, exact_layers 0.7 {eight}", rank=1 / 8, exact_layers=0.7, exact_dtype=eight),
+    )
+
+
+def run(
+    model: str | Llama = "LLaMA-3-8B",
+    gpu: str = "H100",
+    policies: Sequence[PaperPolicy] = (),
+    tokens: int = 8192,
+    sequences: int = 2,
+    lora_rank: int = 16,
+    elementwise: Elementwise = "lean",
+    console: Console | None = None,
+    json: Path | None = None,
+    parts_of: str | None = None,
+) -> dict[str, Any]:
+    """Print the policies against PEFT, with and without checkpointing, and the parts of each; return, and write to
+    `json`, the report.
+
+    policies: `standard_policies` where none is given.   parts_of: name of the policy whose parts alone are printed.
+    The others as in `predict`. Raises ValueError, naming the argument, before anything is printed or written.
+    """
+    policies = tuple(policies) or standard_policies(gpu)
+    names = [policy.name for policy in policies]
+    if len(set(names)) < len(names):
+        raise ValueError(f"policies: the names {', '.join(map(repr, names))} are not all different")
+    if parts_of is not None and parts_of not in names:
+        raise ValueError(f"parts_of={parts_of!r} is none of the policies; choose from {', '.join(map(repr, names))}")
+    check_writable(json)
+
+    def both(policy: PaperPolicy) -> tuple[PaperStep, PaperStep]:
+        sizes = (model, gpu, policy, tokens, sequences, lora_rank)
+        return predict(*sizes, False, elementwise), predict(*sizes, True, elementwise)
+
+    peft = both(PaperPolicy("peft", peft=True))
+    steps = {policy.name: both(policy) for policy in policies}
+    rows = [
+        plain.to_dict()
+        | {
+            "checkpointed_milliseconds": checkpointed.milliseconds,
+            "recomputation_milliseconds": 1e3 * checkpointed.parts[_RECOMPUTATION].seconds,
+            "speedup": peft[0].seconds / plain.seconds,
+            "checkpointed_speedup": peft[1].seconds / checkpointed.seconds,
+        }
+        for plain, checkpointed in steps.values()
+    ]
+    report = {
+        "benchmark": "on paper",
+        "predicted": True,
+        "model": {"name": known("model", model, MODELS) if isinstance(model, str) else "LLaMA"} | asdict(_model(model)),
+        "gpu": {"name": known("gpu", gpu, GPUS)} | asdict(_gpu(gpu)),
+        "tokens": tokens,
+        "sequences": sequences,
+        "lora_rank": lora_rank,
+        "elementwise": elementwise,
+        "rows": rows,
+    }
+    console = console or Console()
+    _print_policies(console, report)
+    for policy, step in ((name, plain) for name, (plain, _) in steps.items() if parts_of in (None, name)):
+        _print_parts(console, policy, step)
+    write(report, json)
+    return report
+
+
+def _print_policies(console: Console, report: dict[str, Any]) -> None:
+    gpu, model = report["gpu"], report["model"]
+    float8 = f", {gpu['float8']} ({gpu['float8_fast']} with fast accumulation) in float8" if gpu["float8"] else ""
+    console.print(
+        f"[bold]Predicted, not measured[/bold]: {model['name']} (hidden {model['hidden']}, {model['layers']} layers) "
+        f"on one {gpu['name']}, {report['tokens']} tokens in {report['sequences']} sequences, adapters of rank "
+        f"{report['lora_rank']}, {report['elementwise']} elementwise kernels; products {gpu['bf16']} TFLOP/s in 16 "
+        f"bits, {gpu['int8']} in int8{float8}; copies {gpu['copy']} TB/s; a queue that is never empty",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = _table("policy", "ms", "x PEFT", "ms, checkpointing", "x PEFT")
+    for row in report["rows"]:
+        times = f"{row['milliseconds']:.1f}", f"{row['speedup']:.2f}"
+        again = f"{row['checkpointed_milliseconds']:.1f}", f"{row['checkpointed_speedup']:.2f}"
+        table.add_row(row["policy"]["name"], *times, *again)
+    print_wide(console, table)
+
+
+def _print_parts(console: Console, policy: str, step: PaperStep) -> None:
+    console.print(f"[bold]{policy}[/bold], predicted without checkpointing", highlight=False, soft_wrap=True)
+    table = _table("part", "GB", "TFLOP", "kernels", "ms", "bound by")
+    for name, cost in (*step.parts.items(), ("all", sum(step.parts.values(), Cost()))):
+        counts = f"{cost.bytes / 1e9:.2f}", f"{cost.flops / 1e12:.2f}", f"{cost.kernels:.0f}"
+        table.add_row(name, *counts, f"{1e3 * cost.seconds:.1f}", cost.bound)
+    print_wide(console, table)
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for heading in others:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _model(model: str | Llama) -> Llama:
+    return model if isinstance(model, Llama) else MODELS[known("model", model, MODELS)]
+
+
+def _gpu(gpu: str) -> Gpu:
+    return GPUS[known("gpu", gpu, GPUS)]
