@@ -55,14 +55,17 @@ help: ## list the targets
 
 setup: $(BASE) $(DEMO) $(TEST) $(LINT) ## install everything now; the other targets install what they need
 
-demo: $(BASE) $(DEMO) ## fine-tune SmolLM2-135M with exact LoRA and with LoGE, and compare the two
+demo: $(BASE) $(DEMO) ## fine-tune SmolLM2-135M with PEFT's LoRA, apply(model) and a low-rank policy, in turn
 	$(RUN) -m loge_kernels finetune $(ARGS)
 
+# A process a core, where pytest-xdist is there; a file stays together, and with it what its tests share.
+PARALLEL = $$($(RUN) -c 'import xdist' 2>/dev/null && echo -n auto --dist loadfile)
+
 test: $(BASE) $(TEST) ## run the tests that take seconds and need no GPU
-	$(RUN) -m pytest -m "not slow and not gpu" $(ARGS)
+	$(RUN) -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 test-all: $(BASE) $(DEMO) $(TEST) ## run the slow tests too
-	$(RUN) -m pytest -m "not gpu" $(ARGS)
+	$(RUN) -m pytest $(PARALLEL) -m "not gpu" $(ARGS)
 
 check: $(BASE) ## compare every backend's gradients with float64 autograd on this machine
 	$(RUN) -m loge_kernels check $(ARGS)
@@ -159,7 +162,7 @@ $(DEMO): $(BASE)
 
 $(TEST): $(BASE)
 	@echo 'Installing pytest, bitsandbytes, torchao, TRL and Triton, 399 MB ...'
-	@$(PIP) pytest pytest-timeout bitsandbytes torchao 'trl; python_version >= "3.11"'
+	@$(PIP) pytest pytest-timeout pytest-xdist bitsandbytes torchao 'trl; python_version >= "3.11"'
 	@$(RUN) -c 'import triton' 2>/dev/null || $(PIP) --no-deps '$(TRITON)'
 	@touch $@
 

@@ -8,10 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetuning import base, finished, kept_factors, tiny, whole  # noqa: F401 (fixtures)
+from finetuning import base, finished, tiny, whole  # noqa: F401 (fixtures)
+
+from loge_kernels import products
 
 # The package exports a function of the same name, so `from loge_kernels import backends` is not the module.
 backends = import_module("loge_kernels.backends")
+
+
+@pytest.fixture(params=[False, True], ids=["16-bit instructions", "float32 blocks"])
+def either_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """A CPU that has matrix instructions for 16 bits, and one that has none, whatever this one is."""
+    monkeypatch.setattr(products, "slow_on_cpu", lambda dtype: request.param and dtype.itemsize == 2)
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -6,59 +6,40 @@ import copy
 from typing import Any
 
 import torch
+import transformers as hf
 from models import VOCABULARY, llama
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DebertaConfig,
-    DebertaForSequenceClassification,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
 
 from loge_kernels.loretta.layer import LorettaLayer
 
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.1}
-ENCODER = {**SIZES, "vocab_size": VOCABULARY, "intermediate_size": 96, "max_position_embeddings": 40, "pad_token_id": 0}
-RELATIVE = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {**SIZES, "vocab_size": VOCABULARY, "initializer_range": 0.1}
+ENCODER = {**TEXT, "intermediate_size": 96, "max_position_embeddings": 40, "pad_token_id": 0}
+RELATIVE = {**ENCODER, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
+OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 40, "init_std": 0.1}
+MODELS: dict[str, Any] = {
+    "llama": llama,
+    "qwen3": lambda: hf.Qwen3ForCausalLM(
+        hf.Qwen3Config(**TEXT, intermediate_size=96, num_key_value_heads=2, head_dim=16)
+    ),
+    "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**SIZES, **OPT, vocab_size=VOCABULARY)),
+    "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**ENCODER)),
+    "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**ENCODER)),
+    "deberta": lambda: hf.DebertaForSequenceClassification(hf.DebertaConfig(**RELATIVE)),
+    "deberta-v2": lambda: hf.DebertaV2ForSequenceClassification(hf.DebertaV2Config(**RELATIVE)),
+    "vit": lambda: hf.ViTForImageClassification(
+        hf.ViTConfig(**SIZES, initializer_range=0.1, intermediate_size=96, image_size=16, patch_size=8)
+    ),
+}
+FAMILIES = [*MODELS]
+ENCODERS = ["bert", "roberta", "deberta", "deberta-v2"]
 
 
 def family(name: str) -> Any:
     """A model in eval mode with the same weights at every call."""
     torch.manual_seed(5)
-    if name == "llama":
-        model: Any = llama()
-    elif name == "qwen3":
-        sizes = {**SIZES, "vocab_size": VOCABULARY, "intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16}
-        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
-    elif name == "opt":
-        sizes = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 40, "init_std": 0.1}
-        model = OPTForCausalLM(OPTConfig(ffn_dim=96, word_embed_proj_dim=64, **sizes))
-    elif name == "bert":
-        model = BertForSequenceClassification(BertConfig(**ENCODER))
-    elif name == "roberta":
-        model = RobertaForSequenceClassification(RobertaConfig(**ENCODER))
-    elif name == "deberta":
-        model = DebertaForSequenceClassification(DebertaConfig(**ENCODER, **RELATIVE))
-    elif name == "deberta-v2":
-        model = DebertaV2ForSequenceClassification(DebertaV2Config(**ENCODER, **RELATIVE))
-    else:
-        model = ViTForImageClassification(ViTConfig(**SIZES, intermediate_size=96, image_size=16, patch_size=8))
-    return model.eval()
-
-
-ENCODERS = ["bert", "roberta", "deberta", "deberta-v2"]
-FAMILIES = ["llama", "qwen3", "opt", *ENCODERS, "vit"]
+    return MODELS[name]().eval()
 
 
 def inputs(name: str) -> dict[str, Tensor]:

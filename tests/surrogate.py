@@ -6,11 +6,13 @@ The value uses the full weight; the gradient of x goes through `left @ right` (t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import loge_kernels as loge
+from loge_kernels.dropout import draw_seed, keep_mask
 
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")  # what may need a gradient
 
@@ -86,6 +88,42 @@ def gradients(c: Case, scale: Tensor | None = None, exact_rows: Tensor | None = 
         y = y + c.scaling * (adapter_input @ leaves["lora_A"].t() @ leaves["lora_B"].t())
     y.backward(c.dy)
     return {"y": y.detach(), **{name: t.grad for name, t in leaves.items() if t.grad is not None}}
+
+
+def leaves_of(c: Case, need: tuple[str, ...] = NAMES) -> dict[str, Tensor]:
+    """The case's operands by their names in `loge.linear`; those of `need` take a gradient."""
+    return {n: t.detach().requires_grad_(n in need) for n in NAMES if (t := getattr(c, n)) is not None}
+
+
+def call(c: Case, leaves: dict[str, Tensor], **options: Any) -> Tensor:
+    """y by the op, with the case's factors or those among `options`."""
+    return loge.linear(**{"factors": c.factors(), "scaling": c.scaling, **leaves, **options})
+
+
+def run(c: Case, need: tuple[str, ...] = NAMES, **options: Any) -> dict[str, Tensor]:
+    """y and the gradients of `need` by the op."""
+    leaves = leaves_of(c, need)
+    y = call(c, leaves, **options)
+    if y.requires_grad:
+        y.backward(c.dy)
+    return {"y": y.detach(), **{n: t.grad for n, t in leaves.items() if t.grad is not None}}
+
+
+def drawn_mask(c: Case, p: float) -> Tensor | None:
+    """The mask over 1 - p that the op draws when its call follows; None without an adapter or with p = 0."""
+    torch.manual_seed(5)
+    if p == 0.0 or c.lora_A is None:
+        return None
+    scale = keep_mask(draw_seed(torch.device("cpu")), *c.x.shape, p).double() / (1 - p)
+    torch.manual_seed(5)
+    return scale
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-11) -> None:
+    """Each tensor of `got` is the expected one of its name."""
+    for name, tensor in got.items():
+        limits = {"rtol": tolerance, "atol": tolerance}
+        torch.testing.assert_close(tensor, expected[name], **limits, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def heaviest(dy: Tensor, count: int) -> Tensor:

@@ -106,7 +106,7 @@ def test_the_name_at_the_forward_counts(register: Callable[[str, Fake], Fake]) -
     register("preferred", Fake())
     x = torch.randn(3, 6, requires_grad=True)
     with loge.use_backend("fake"):
-        y = loge.linear(x, torch.randn(5, 6), None)
+        y = loge.linear(x, torch.randn(5, 6), loge.Factors(torch.randn(5, 2), torch.randn(2, 6)))
     y.sum().backward()
     assert len(fake.problems) == 1
 

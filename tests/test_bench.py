@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loge_kernels import reference
 from loge_kernels.backends import _REGISTRY
-from loge_kernels.bench import micro, output, roofline, shapes, step, timing
+from loge_kernels.bench import micro, output, roofline, shapes, timing
 from loge_kernels.bench.baselines import candidates
 from loge_kernels.bench.gate import Gate
 from loge_kernels.bench.memory import with_peak_memory
@@ -383,79 +383,3 @@ def test_an_unwritable_file_is_refused_before_measuring(tmp_path) -> None:  # ty
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write"):
         micro.run(replace(TINY, json=tmp_path / "file" / "a.json"), quiet())
-
-
-# Training steps
-
-SMALL = step.StepOptions(
-    hidden=64,
-    intermediate=96,
-    layers=2,
-    heads=2,
-    vocab=64,
-    batch=2,
-    seq=16,
-    lora_rank=4,
-    rank=16,
-    device="cpu",
-    budget=0.5,
-)
-
-
-def test_step_compares_the_three_methods(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    console = quiet()
-    report = step.run(replace(SMALL, json=tmp_path / "step.json"), console)
-    assert report["passed"] is True, written(console)
-    assert [(row["method"], row["dtype"]) for row in report["rows"]] == [
-        (method, dtype) for dtype in ("float32", "bfloat16") for method in step.METHODS
-    ]
-    for row in report["rows"]:
-        assert row["status"] == "ok"
-        assert row["speedup"].keys() == set(step.METHODS) - {row["method"]}
-        assert row["phases"].keys() == {"forward", "backward", "optimizer"}
-        assert row["peak_bytes"] > 0
-    # Per layer: 16 (N + K) of four 64x64 and three 64x96 matrices.
-    assert report["rows"][2]["factor_bytes"] == 2 * 16 * (4 * 128 + 3 * 160) * 4
-    assert report["rows"][0]["factor_bytes"] == 0
-    assert json.loads((tmp_path / "step.json").read_text())["rows"] == report["rows"]
-
-
-def test_step_methods_share_the_frozen_weights() -> None:
-    trainers = step.build(SMALL, torch.float32, CPU)
-    weights = [
-        {name: p.data_ptr() for name, p in t.model.named_parameters() if not p.requires_grad and "factors" not in name}
-        for t in trainers.values()
-    ]
-    assert weights[0] == weights[1] == weights[2]
-    adapters = [{p.data_ptr() for p in t.adapters.values()} for t in trainers.values()]
-    assert not adapters[0] & adapters[2]
-
-
-def test_a_wrong_step_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(problem):  # type: ignore[no-untyped-def]
-        gradients = reference.backward(problem)
-        gradients.dB = gradients.dB * 1.1
-        return gradients
-
-    monkeypatch.setitem(_REGISTRY, "reference", replace(_REGISTRY["reference"], backward=broken))
-    console = quiet()
-    report = step.run(replace(SMALL, dtypes=("float32",)), console)
-    assert report["passed"] is False
-    assert [row["status"] for row in report["rows"]] == ["ok", "wrong result", "wrong result"]
-    assert report["rows"][2]["speedup"] == {}
-    assert "gradient of" in written(console)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"heads": 3}, "hidden must be a multiple"),
-        ({"layers": 0}, "layers=0"),
-        ({"methods": ("adam",)}, "methods: 'adam'"),
-        ({"dtypes": ("int8",)}, "dtype='int8'"),
-        ({"slow_limit": -1.0}, "slow_limit"),
-    ],
-)
-def test_step_errors_name_the_argument(change: dict, message: str) -> None:  # type: ignore[type-arg]
-    with pytest.raises(ValueError, match=message):
-        step.run(replace(SMALL, **change), quiet())

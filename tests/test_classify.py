@@ -66,10 +66,11 @@ def test_every_method_trains(encoder: Path, tmp_path: Path, capsys: pytest.Captu
     rows = {row["method"]: row for row in result["rows"]}
     assert tuple(rows) == classify.METHODS
     # The first forward is the same for all, before anything was learnt.
-    assert [row["curve"][0] for row in rows.values()] == pytest.approx([rows["lora"]["curve"][0]] * 4, rel=1e-5)
+    assert [row["curve"][0] for row in rows.values()] == pytest.approx([rows["lora"]["curve"][0]] * 5, rel=1e-5)
     assert all(len(row["curve"]) == 4 and row["cpu_seconds"] > 0 for row in rows.values())
     assert "1 of 3 layers run without autograd" in rows["frozen"]["saved"]
-    assert "6 frozen" in rows["loge + frozen"]["saved"]
+    assert "6 frozen" in rows["apply + frozen"]["saved"]
+    assert "in rank 32" in rows["low rank"]["saved"]
     assert rows["lora"]["speedup"] == 1.0
     shown = capsys.readouterr().out
     assert all(name in shown for name in (*classify.METHODS, *result["classes"]))

@@ -70,7 +70,7 @@ def test_check_fails_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
         (["check", "--backend", "nope"], ["backend='nope'", "reference"]),
         (["bench", "no-such-model"], ["no-such-model", "LLaMA-2-7B"]),
         (["bench", "16,16,16", "--rank", "many"], ["--rank 'many' is not a number"]),
-        (["bench", "fidelity", "--policy", "svg:rank=1/8"], ["--policy 'svg:rank=1/8'", "gradient"]),
+        (["bench", "fidelity", "--policy", "svg:rank=1/8"], ["--policy 'svg:rank=1/8'", "random"]),
         (["bench", "fidelity", "--seed", "0.5"], ["--seed 0.5 is not an integer"]),
         (["finetune", "--text", "/no/such/file"], ["--text '/no/such/file'"]),
         (["info", "--json", "/no/such/folder/info.json"], ["/no/such/folder"]),
@@ -92,3 +92,18 @@ def test_bench_without_a_subcommand_is_linear(tmp_path: Path) -> None:
     result = runner.invoke(app, [*arguments, "--json", str(file)])
     assert result.exit_code == 0, result.output
     assert json.loads(file.read_text())["benchmark"] == "linear"
+
+
+def test_finetune_passes_on_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from loge_kernels import finetune
+
+    seen: list[finetune.FinetuneOptions] = []
+    monkeypatch.setattr(finetune, "run", seen.append)
+    arguments = ["--method", "lora,low-rank:1e-3", "--freeze", "2", "--rank", "16", "--exact-layers", "0.25"]
+    arguments += ["--exact-every", "3", "--subspace", "svd", "--exact-dtype", "none", "--out", "x"]
+    for given in ([], arguments):
+        assert runner.invoke(app, ["finetune", *given]).exit_code == 0
+    assert seen[0] == finetune.FinetuneOptions(out=Path("out"))
+    policy = {"rank": 16, "exact_layers": 0.25, "exact_every": 3, "subspace": "svd", "exact_dtype": "none"}
+    assert seen[1] == finetune.FinetuneOptions(method=("lora", "low-rank:1e-3"), freeze=2, out=Path("x"), **policy)
+    assert runner.invoke(app, ["finetune", "--rank", "many"]).exit_code == 1

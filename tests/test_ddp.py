@@ -14,14 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import loge_kernels as loge
 
-RANK = 16
 STEPS = 20
-POLICY: dict[str, Any] = {"exact_every": 3}  # with its correction, the default
+POLICIES: dict[str, dict[str, Any]] = {
+    "exact": {"exact_dtype": None},
+    "low rank": {"rank": 16, "exact_dtype": None},
+    "exact every": {"rank": 16, "exact_every": 3, "exact_dtype": None},
+}
 
 
-def applied(**options: Any) -> Any:
+def applied(name: str) -> Any:
     model = lora()
-    loge.apply(model, RANK, **options)
+    loge.apply(model, **POLICIES[name])
     return model
 
 
@@ -57,12 +60,13 @@ def work(rank: int) -> dict[str, Any]:
 
     distributed._broadcast_coalesced = counted
     found: dict[str, Any] = {}
-    for name, model in (("peft", lora()), ("loge", applied()), ("corrected", applied(**POLICY))):
+    for name in ("peft", *POLICIES):
+        model = lora() if name == "peft" else applied(name)
         sent.clear()
         found[name] = train(DistributedDataParallel(model), rows, STEPS)
         found[f"{name} broadcasts"] = list(sent)
     found["peft events"] = events_of_a_step(lora(), rows)
-    found["loge events"] = events_of_a_step(applied(), rows)
+    found["low rank events"] = events_of_a_step(applied("low rank"), rows)
     return found
 
 
@@ -71,49 +75,30 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return on_two_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize(("name", "options"), [("loge", {}), ("corrected", POLICY)])
-def test_two_ranks_train_as_one_process(ranks: list[dict[str, Any]], name: str, options: dict[str, Any]) -> None:
-    together = torch.tensor([rank[name] for rank in ranks]).mean(0)
-    assert (together - torch.tensor(train(applied(**options), slice(None), STEPS))).abs().max() < 1e-3
-    exact = torch.tensor([rank["peft"] for rank in ranks]).mean(0)
-    assert (together - exact).abs().max() > 1e-3  # backward is the low-rank one
-
-
-@pytest.mark.parametrize("name", ["loge", "corrected"])
-def test_factors_are_not_broadcast(ranks: list[dict[str, Any]], name: str) -> None:
-    for rank in ranks:
+@pytest.mark.parametrize("name", POLICIES)
+def test_two_ranks_train_as_one_process(ranks: list[dict[str, Any]], name: str) -> None:
+    together, peft = (torch.tensor([rank[kind] for rank in ranks]).mean(0) for kind in (name, "peft"))
+    assert (together - torch.tensor(train(applied(name), slice(None), STEPS))).abs().max() < 1e-3
+    assert ((together - peft).abs().max() > 1e-3) == (name != "exact")
+    for rank in ranks:  # nothing is sent for factors
         assert rank[f"{name} broadcasts"] == rank["peft broadcasts"]
         assert sum(rank["peft broadcasts"]) > 0
 
 
 def test_gradients_are_reduced_while_backward_runs(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        peft, ours = rank["peft events"], rank["loge events"]
+        peft, ours = rank["peft events"], rank["low rank events"]
         assert sorted(ours) == sorted(peft)
         assert ours.count("r") > 2
         assert "g" in ours[ours.index("r") :]
         assert abs(ours.index("r") - peft.index("r")) <= 1  # an adapter's A and B come in another order
 
 
-def test_remove_tells_ddp_nothing() -> None:
-    model = lora()
-    model._ddp_params_and_buffers_to_ignore = ["mine"]
-    loge.apply(model, RANK)
-    ignored = model._ddp_params_and_buffers_to_ignore
-    assert ignored[0] == "mine"
-    assert {n for n, p in model.named_parameters() if ".factors." in n} == set(ignored[1:])
-    loge.remove(model)
-    assert model._ddp_params_and_buffers_to_ignore == ["mine"]
-    other = applied()
-    loge.remove(other)
-    assert not hasattr(other, "_ddp_params_and_buffers_to_ignore")
-
-
 def long_run(rank: int) -> list[float]:
-    return train(DistributedDataParallel(applied(**POLICY)), slice(2 * rank, 2 * rank + 2), 200)
+    return train(DistributedDataParallel(applied("exact every")), slice(2 * rank, 2 * rank + 2), 200)
 
 
 @pytest.mark.slow
 def test_200_steps(tmp_path: Path) -> None:
     together = torch.tensor(on_two_ranks(long_run, tmp_path)).mean(0)
-    assert (together - torch.tensor(train(applied(**POLICY), slice(None), 200))).abs().max() < 1e-3
+    assert (together - torch.tensor(train(applied("exact every"), slice(None), 200))).abs().max() < 1e-3

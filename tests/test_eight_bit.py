@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from surrogate import NAMES, Case, case, gradients, heaviest
+from surrogate import NAMES, Case, call, case, gradients, heaviest, leaves_of
+from surrogate import run as run_for
 from torch import Tensor, nn
 
 import loge_kernels as loge
@@ -57,9 +58,23 @@ def assert_product(got: Tensor, dy: Tensor, weight: Tensor, name: str) -> None:
         assert ((got.double() - truth).abs() <= 0.51 * eps * truth.abs() + 1e-5 * size).all()
 
 
+@pytest.fixture
+def exact_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch._int_mm, which saturates on a CPU without VNNI."""
+    if not eight_bit.cpu_multiplies_int8():
+        monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.double() @ b.double()).int())
+
+
+@pytest.fixture(params=[True, False], ids=["integers", "float32"])
+def either_cpu(exact_integers: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that multiplies int8, and one that does not, whatever this one is."""
+    monkeypatch.setattr(eight_bit, "cpu_multiplies_int8", lambda: request.param)
+
+
 # The product
 
 
+@pytest.mark.usefixtures("either_cpu")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("shape", [(21, 48, 32), (1, 7, 5), (64, 1, 3), (3, 33, 1), (40, 300, 20)])
@@ -70,6 +85,7 @@ def test_product_rounds_as_the_formula(name: str, shape: tuple[int, int, int], d
     assert_product(eight_bit.multiply(dy, tensor, scale), dy, weight, name)
 
 
+@pytest.mark.usefixtures("either_cpu")
 @pytest.mark.parametrize("name", NAMED)
 def test_slabs_strides_and_no_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dy, weight = operands(50, 40, 24)
@@ -85,17 +101,27 @@ def test_slabs_strides_and_no_rows(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(eight_bit.multiply(dy, *other), eight_bit.multiply(dy, *copies))
 
 
-def test_int8_is_the_integer_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("either_cpu")
+def test_int8_is_the_integer_result() -> None:
     """With both scales 1 the result is an integer product, whatever multiplies."""
     dy, weight = torch.randint(-127, 128, (9, 700)).float(), torch.randint(-127, 128, (700, 16)).float()
     dy[:, 0], weight[0] = 127.0, 127.0
     copies = EightBitWeight("int8").current(weight)
     truth = (dy.double() @ weight.double()).float()
-    for fast in (True, False):
-        monkeypatch.setattr(eight_bit, "_cpu_multiplies_int8", lambda fast=fast: fast)
-        assert torch.equal(eight_bit.multiply(dy, *copies), truth)
+    assert torch.equal(eight_bit.multiply(dy, *copies), truth)
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("capability", ["avx2", "avx512_vnni"])
+def test_what_the_processor_says_is_tried(capability: str, wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN can be kept from using what the processor has."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.double() @ b.double()).int() - int(wrong))
+    asked = eight_bit.cpu_multiplies_int8.__wrapped__
+    assert asked() is (capability == "avx512_vnni" and not wrong)
+
+
+@pytest.mark.usefixtures("exact_integers")
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("M", [0, 1, 16, 31, 32, 50])
@@ -133,6 +159,7 @@ def test_on_a_gpu(name: str, dtype: torch.dtype, M: int) -> None:
     assert_product(eight_bit.multiply(dy, *EightBitWeight(name).current(weight)), dy, weight, name)
 
 
+@pytest.mark.usefixtures("either_cpu")
 @pytest.mark.parametrize("name", NAMED)
 def test_zero_rows_and_values_that_are_not_finite(name: str) -> None:
     dy, weight = operands(8)
@@ -153,11 +180,7 @@ def test_zero_rows_and_values_that_are_not_finite(name: str) -> None:
 
 def run(c: Case, **options: Any) -> dict[str, Tensor]:
     """y and the gradients of everything but the weight."""
-    wanted = [n for n in NAMES if n != "weight" and getattr(c, n) is not None]
-    leaves = {n: getattr(c, n).detach().requires_grad_() for n in wanted}
-    y = loge.linear(leaves["x"], c.weight, c.factors(), *(leaves.get(n) for n in NAMES[2:]), c.scaling, **options)
-    y.backward(c.dy)
-    return {"y": y.detach(), **{n: leaf.grad for n, leaf in leaves.items()}}
+    return run_for(c, tuple(n for n in NAMES if n != "weight"), **options)
 
 
 def in_float32(dtype: torch.dtype = torch.float32, **shape: Any) -> Case:
@@ -210,9 +233,10 @@ def test_the_copy_is_saved_and_the_weight_is_not(shape: dict[str, Any], options:
     c = in_float32(torch.bfloat16, **shape)
     copy8 = EightBitWeight("int8")
     saved: list[Tensor] = []
-    x = c.x.requires_grad_()
+    leaves = leaves_of(c, ("x",))
+    x = leaves["x"]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = loge.linear(x, c.weight, c.factors(), c.bias, c.lora_A, c.lora_B, exact_dtype=copy8, **options)
+        y = call(c, leaves, exact_dtype=copy8, **options)
     kept = {t.data_ptr() for t in saved}
     assert c.weight.data_ptr() not in kept
     assert copy8.tensor.data_ptr() in kept
@@ -260,7 +284,7 @@ def test_compiled_is_eager(name: str, held: bool) -> None:
         exact_dtype.current(c.weight)
 
     def layer(x: Tensor) -> Tensor:
-        return loge.linear(x.relu(), c.weight, None, c.bias, c.lora_A, c.lora_B, exact_dtype=exact_dtype).sigmoid()
+        return call(c, leaves_of(c, ()), x=x.relu(), exact_dtype=exact_dtype).sigmoid()
 
     results = []
     for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
@@ -322,7 +346,7 @@ def test_where_it_cannot_run_the_dense_product_does_and_says_so_once(
 
 
 def layer_of(name: str | None = "int8", rank: int | None = None, **options: Any) -> LoGELinear:
-    return LoGELinear.from_linear(nn.Linear(24, 20), rank, lora_rank=0, exact_dtype=name, **options)
+    return LoGELinear.from_linear(nn.Linear(24, 20), rank=rank, lora_rank=0, exact_dtype=name, **options)
 
 
 def input_gradient(layer: nn.Module) -> tuple[Tensor, Tensor]:
@@ -407,7 +431,7 @@ def test_the_attribute() -> None:
     layer.exact_dtype = "float8"
     assert layer.eight_bit is held
     assert set(layer.state_dict()) == {"weight", "bias"}
-    assert len(list(layer.parameters())) == 4
+    assert len(list(layer.parameters())) == 2
     assert not list(layer.buffers())
     layer.exact_dtype = None
     got, dy = input_gradient(layer)

@@ -184,16 +184,6 @@ def test_gradient_of_a_singular_covariance() -> None:
     assert torch.isfinite(factors.left).all()
 
 
-def test_random_projects_onto_a_random_subspace() -> None:
-    weight = torch.randn(40, 30, dtype=torch.float64)
-    first, second = loge.factorize(weight, 9, "random"), loge.factorize(weight, 9, "random")
-    assert not torch.allclose(first.right, second.right)
-    torch.testing.assert_close(first.right @ first.right.t(), torch.eye(9).double())
-    torch.testing.assert_close(first.left, weight @ first.right.t())
-    stand_in = first.left @ first.right
-    assert first.energy == pytest.approx((stand_in.norm() / weight.norm()).square().item())
-
-
 # Ranks and errors
 
 
@@ -240,7 +230,7 @@ def test_bad_ranks(rank: object, error: type[Exception], parts: list[str]) -> No
         ({"weight": torch.zeros(5, 6, dtype=torch.int8)}, TypeError, ["weight", "torch.int8", "floating"]),
         ({"weight": torch.full((5, 6), float("nan"))}, ValueError, ["weight", "NaN"]),
         ({"weight": torch.full((5, 6), float("inf"))}, ValueError, ["weight", "inf"]),
-        ({"method": "qr"}, ValueError, ["method='qr'", "'svd'", "'gradient'", "'random'"]),
+        ({"method": "qr"}, ValueError, ["method='qr'", "'svd'", "'gradient'"]),
         ({"method": "gradient"}, ValueError, ["covariance is missing", "method='gradient'"]),
         ({"covariance": torch.eye(5)}, ValueError, ["covariance is given", "method='svd'"]),
         ({"method": "gradient", "covariance": torch.eye(6)}, ValueError, ["covariance", "(6, 6)", "(5, 5)"]),
@@ -259,21 +249,7 @@ def test_factors_given_by_hand_must_fit(shapes: tuple[tuple[int, ...], tuple[int
         loge.Factors(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
 
 
-# As a module
-
-
-def test_frozen_and_out_of_the_state_dict() -> None:
-    weight = nn.Parameter(torch.randn(20, 18))
-    holder = nn.Sequential(nn.Linear(2, 2), loge.factorize(weight, 4))
-    assert [p.requires_grad for p in holder[1].parameters()] == [False, False]
-    assert not list(holder.buffers())
-    state = holder.state_dict()
-    assert set(state) == {"0.weight", "0.bias"}
-    before = holder[1].left.clone()
-    holder.load_state_dict(state, strict=True)
-    assert torch.equal(holder[1].left, before)
-    assert holder.to(torch.float64)[1].left.dtype == torch.float64
-    assert "rank=4" in repr(holder)
+# An object that follows its weight
 
 
 @pytest.fixture
@@ -282,56 +258,39 @@ def bound() -> tuple[nn.Linear, loge.Factors]:
     return layer, loge.factorize(layer.weight, 5)
 
 
-def test_stale_after_any_counted_change(bound: tuple[nn.Linear, loge.Factors]) -> None:
-    layer, factors = bound
-
-    def refreshed() -> bool:
-        factors.refresh(layer.weight)
-        return not factors.stale(layer.weight)
-
-    assert not factors.stale(layer.weight)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    layer(torch.randn(3, 18)).sum().backward()
-    assert not factors.stale(layer.weight)
-    optimizer.step()
-    assert factors.stale(layer.weight)
-    assert refreshed()
-    layer.load_state_dict(nn.Linear(18, 20).state_dict())
-    assert factors.stale(layer.weight)
-    assert refreshed()
-    layer.load_state_dict(nn.Linear(18, 20).state_dict(), assign=True)
-    assert factors.stale(layer.weight)
-    assert refreshed()
-    factors.invalidate()
-    assert factors.stale(layer.weight)
-    assert refreshed()
-    both = nn.ModuleList([layer, factors]).to(torch.float64)
-    assert not factors.stale(both[0].weight)
-    other = layer.weight.detach().clone()
-    while other._version < layer.weight._version:
-        other += 0
-    assert other._version == layer.weight._version
-    assert factors.stale(other), "another tensor, of the same age"
-
-
 def test_refresh_is_factorize(bound: tuple[nn.Linear, loge.Factors]) -> None:
     layer, factors = bound
-    left = factors.left
     with torch.no_grad():
         layer.weight.copy_(torch.randn(20, 18))
     factors.refresh(layer.weight)
     expected = loge.factorize(layer.weight, 5)
-    assert factors.left is left, "in place"
     assert torch.equal(factors.left, expected.left)
     assert torch.equal(factors.right, expected.right)
     assert (factors.energy, factors.rank, factors.method) == (expected.energy, 5, "svd")
+    assert not factors.made_of.changed(layer.weight)
+    given = loge.Factors(factors.left, factors.right).bind(layer.weight)
+    with pytest.raises(ValueError, match="given by hand"):
+        given.refresh(layer.weight)
 
 
-def test_factors_given_by_hand_are_never_stale() -> None:
-    factors = loge.Factors(torch.zeros(5, 2), torch.zeros(2, 6))
-    assert not factors.bound
-    assert not factors.stale(torch.zeros(5, 6))
+def test_factors_given_by_hand() -> None:
+    left = nn.Parameter(torch.zeros(5, 2))
+    factors = loge.Factors(left, torch.zeros(2, 6))
+    assert not factors.made_of.changed(torch.zeros(5, 6)), "nobody said of which weight they are"
     assert (factors.method, math.isnan(factors.energy)) == ("given", True)
+    assert [t.requires_grad for t in factors.tensors] == [False, False]
+    none = loge.Factors(torch.zeros(5, 0), torch.zeros(0, 6))
+    x = torch.randn(3, 6, requires_grad=True)
+    loge.linear(x, torch.randn(5, 6), none).sum().backward()
+    assert not x.grad.any()
+
+
+def test_apply_changes_every_tensor(bound: tuple[nn.Linear, loge.Factors]) -> None:
+    layer, factors = bound
+    with_rows = factors.with_residual(layer.weight, 3)
+    with_rows.apply_(lambda tensor: tensor.to("meta"))
+    assert {t.device.type for t in (*with_rows.tensors, with_rows.rows)} == {"meta"}
+    assert len(with_rows.tensors) == 3
 
 
 def test_inside_autocast_factors_are_the_same() -> None:
@@ -357,6 +316,5 @@ def test_copies_and_pickles(bound: tuple[nn.Linear, loge.Factors], tmp_path: Pat
         assert torch.equal(other.left, factors.left)
         assert torch.equal(other.right, factors.right)
         assert (other.rank, other.energy, other.method) == (5, factors.energy, "svd")
-        assert not other.bound, "a copy does not know whose it is"
-        assert not other.left.requires_grad
-    assert factors.bound
+        assert not other.made_of.bound, "a copy does not know whose it is"
+    assert factors.made_of.bound

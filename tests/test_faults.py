@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import subprocess
@@ -45,23 +46,20 @@ class Tower(nn.Module):
 def train(wrap: Any, rows: slice, file: Path, saves: bool, on_step: Any = None) -> list[float]:
     """Train from what `file` holds, if anything, to the last step; the losses of the steps that ran."""
     model = Tower()
-    loge.apply(model, 4, exact_every=3, targets=["1"])
+    loge.apply(model, 4, targets=["1"])
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(trained.values(), lr=0.5)
-    schedule = loge.schedule_of(model)
-    assert schedule is not None
+    start = 0
     if file.exists():
         state = load_file(file)
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(state.pop(name))
-        schedule.load_state_dict(state)
+        start = int(state.pop("step"))
+        model.load_state_dict(state, strict=False)
     parallel = wrap(model)
     losses = []
-    while schedule.step < STEPS:
+    for step in range(start, STEPS):
         if on_step is not None:
-            on_step(model, schedule.step)
-        x = torch.randn(4, 32, generator=torch.Generator().manual_seed(schedule.step))[rows]
+            on_step(model, step)
+        x = torch.randn(4, 32, generator=torch.Generator().manual_seed(step))[rows]
         loss = (parallel(x) - 1).square().mean()
         loss.backward()
         optimizer.step()
@@ -69,7 +67,7 @@ def train(wrap: Any, rows: slice, file: Path, saves: bool, on_step: Any = None) 
         losses.append(loss.item())
         if saves:
             with replacing(file) as temporary:
-                save_file({name: p.detach() for name, p in trained.items()} | schedule.state_dict(), temporary)
+                save_file({**{n: p.detach() for n, p in trained.items()}, "step": torch.tensor(step + 1)}, temporary)
     return losses
 
 
@@ -150,14 +148,10 @@ def test_statistics_that_end_early(tmp_path: Path, damage: str) -> None:
 
 
 @pytest.fixture
-def tiny_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def tiny_run(base: Any) -> Any:
     pytest.importorskip("peft")
     pytest.importorskip("matplotlib")
-    import finetuning
-    import tiny_llama
-
-    monkeypatch.setenv("LOGE_CACHE", str(tmp_path / "cache"))
-    return finetuning.small_run(tiny_llama.save(tmp_path / "model"), tmp_path)
+    return dataclasses.replace(base, method=("loge",))
 
 
 def killed(monkeypatch: pytest.MonkeyPatch, options: Any, at: int) -> None:
@@ -196,47 +190,27 @@ def test_finetune_killed_and_its_state_damaged(
     from loge_kernels.finetune import FinetuneError
 
     whole, _ = finetuning.go(tiny_run, out=tmp_path / "whole")
-    killed(monkeypatch, tiny_run, at=5)
+    killed(monkeypatch, tiny_run, at=6)  # in the third turn, of lora, loge and back again
     path = Path(tiny_run.out) / "state" / "lora.safetensors"
-    resumed, _ = finetuning.go(tiny_run, resume=True)
+    data = bytearray(path.read_bytes())
+    resumed, printed = finetuning.go(tiny_run, resume=True)
+    assert printed.count("going on after step 2") == 2
     assert losses(resumed) == losses(whole)
     assert not path.parent.exists()
 
-    killed(monkeypatch, tiny_run, at=5)
-    data = bytearray(path.read_bytes())
+    killed(monkeypatch, tiny_run, at=6)
     data[-5] ^= 1  # safetensors itself does not notice
     path.write_bytes(data)
     with caplog.at_level(logging.WARNING, "loge_kernels"):
-        resumed, _ = finetuning.go(tiny_run, resume=True)
+        resumed, printed = finetuning.go(tiny_run, resume=True)
     (said,) = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
     assert "its tensors are not those that were written" in said
-    assert "going on from the state before it, at step 3" in said
+    assert "going on from the state before it, at step 1" in said
+    assert "LoGE: going on after step 2" in printed  # each from its own
     assert losses(resumed) == losses(whole)
 
-    killed(monkeypatch, tiny_run, at=5)
+    killed(monkeypatch, tiny_run, at=6)
     for file in path.parent.iterdir():
         file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(FinetuneError, match=r"lora.before.safetensors' is damaged .*; start anew without --resume"):
         finetuning.go(tiny_run, resume=True)
-
-
-def test_a_trainers_schedule_that_ends_early(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    from types import SimpleNamespace
-
-    from loge_kernels.trainer import FILE, LogeCallback
-
-    model = Tower()
-    loge.apply(model, 4, exact_every=3, targets=["1"])
-    folder = tmp_path / "checkpoint-4"
-    folder.mkdir()
-    callback = LogeCallback()
-    arguments = SimpleNamespace(output_dir=str(tmp_path), should_save=True, save_only_model=False)
-    callback.on_save(arguments, SimpleNamespace(global_step=4), None, model)
-    data = (folder / FILE).read_bytes()
-    (folder / FILE).write_bytes(data[:-7])
-    arguments.resume_from_checkpoint = str(folder)
-    with pytest.raises(ValueError, match=r"is damaged \(.*\): resume from an earlier checkpoint, or delete it"):
-        callback._resume(arguments, 4, callback.token, loge.schedule_of(model))
-    (folder / FILE).unlink()
-    callback._resume(arguments, 4, callback.token, loge.schedule_of(model))  # says that it begins anew

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from finetuning import TEXT, go, press_ctrl_c_at_step, tokenizer_of
+from finetuning import CURVES, TEXT, go, interrupted, tokenizer_of
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -23,48 +23,39 @@ pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 
 from loge_kernels import finetune
-from loge_kernels.finetune import FinetuneError, FinetuneOptions, Interrupted, files, options, training
+from loge_kernels.finetune import FinetuneError, FinetuneOptions, Interrupted, files, options, results, training
 
 
-@pytest.mark.parametrize("at", [2, 6, 9])
-def test_interrupted_and_resumed_equals_uninterrupted(base, whole, monkeypatch, at):
-    whole_out, uninterrupted = whole
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at_step(patch, at)
-        with pytest.raises(Interrupted) as stopped:
-            go(base)
-    method, step = ("lora", at) if at <= base.steps else ("loge", at - base.steps)
-    assert f"after step {step} of {base.steps} of {method}" in str(stopped.value)
-    assert f"--resume --out {base.out}" in str(stopped.value)
-    assert stopped.value.exit_status == 130
+# Turns are lora, loge, low rank and back again.
+@pytest.mark.parametrize(("at", "steps"), [(2, (1, 1, 0)), (7, (3, 2, 2)), (12, (4, 4, 4))])
+def test_interrupted_and_resumed_equals_uninterrupted(base, whole, at, steps):
+    whole_out, uninterrupted, _ = whole
+    stopped = interrupted(base, at)
+    where = "at step {} of lora, {} of loge, {} of low_rank (of 4); saved in".format(*steps)
+    assert where in str(stopped)
+    assert f"--resume --out {base.out}" in str(stopped)
+    assert stopped.exit_status == 130
     assert not (Path(base.out) / "metrics.json").exists()
     resumed, printed = go(base, resume=True)
-    for name in ("lora", "loge"):
+    for name in ("lora", "loge", "low_rank"):
         ours, theirs = (metrics["methods"][name] for metrics in (resumed, uninterrupted))
-        for key in ("losses", "heldout_before", "heldout_after", "cheap_gradient_cosine"):
+        for key in ("losses", "heldout_before", "heldout_after", "exact_steps", "first_gradient_cosine", "report"):
             assert ours[key] == theirs[key], (name, key)
         adapters = [load_file(Path(out) / name / "adapter_model.safetensors") for out in (base.out, whole_out)]
         torch.testing.assert_close(*adapters, rtol=0, atol=0)
-    assert resumed["methods"]["loge"]["exact_steps"] == uninterrupted["methods"]["loge"]["exact_steps"]
-    assert ("done before the interruption" in printed) == (method == "loge")
+    assert f"LoGE low rank: going on after step {steps[2]}" in printed
     with pytest.raises(FinetuneError, match="has finished"):
         go(base, resume=True)
 
 
-def test_factors_and_exact_steps_go_on(base, monkeypatch, tmp_path):
-    """A schedule between factors, stopped after a cheap step that the correction had a part in."""
-    changes = {"rank": 16, "exact_every": 2.5}
-    uninterrupted, _ = go(base, out=tmp_path / "whole", **changes)
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at_step(patch, base.steps + 2)
-        with pytest.raises(Interrupted):
-            go(base, **changes)
+def test_exact_every_begins_again_with_an_exact_step(base):
+    changes = {"method": ("low-rank",), "rank": 16, "exact_every": 3, "subspace": "svd"}
+    interrupted(base, 4, **changes)
     resumed, _ = go(base, resume=True, **changes)
-    for key in ("losses", "heldout_after", "exact_steps"):
-        assert resumed["methods"]["loge"][key] == uninterrupted["methods"]["loge"][key]
+    assert resumed["methods"]["low_rank"]["exact_steps"] == [True, False, True, False]
 
 
-def test_interrupted_while_evaluating(base, monkeypatch):
+def test_interrupted_while_evaluating(base, whole, monkeypatch):
     evaluate = training.heldout_loss
     handler = signal.getsignal(signal.SIGINT)
     calls = 0
@@ -72,17 +63,20 @@ def test_interrupted_while_evaluating(base, monkeypatch):
     def interrupting(*args):
         nonlocal calls
         calls += 1
-        if calls == 2:
+        if calls == 3:  # that of LoGE
             os.kill(os.getpid(), signal.SIGINT)
         return evaluate(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune.job, "heldout_loss", interrupting)
-        with pytest.raises(Interrupted, match="after step 6 of 6 of lora"):
+        with pytest.raises(Interrupted, match="at step 4 of lora, 4 of loge"):
             go(base)
     assert signal.getsignal(signal.SIGINT) is handler
-    metrics, _ = go(base, resume=True)
-    assert len(metrics["methods"]["lora"]["losses"]) == base.steps
+    metrics, printed = go(base, resume=True)
+    assert "PEFT) held-out" not in printed
+    assert "LoGE held-out" in printed
+    for name, own in metrics["methods"].items():
+        assert own["heldout_after"] == whole[1]["methods"][name]["heldout_after"]
 
 
 def test_interrupted_before_training(base, monkeypatch):
@@ -94,17 +88,13 @@ def test_interrupted_before_training(base, monkeypatch):
         go(base)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"lr": 1e-3}, {"lora_rank": 8}, {"budget": 0.125}, {"steps": 7}, {"targets": ("q_proj",)}]
-)
-def test_resume_with_other_arguments(base, monkeypatch, changes):
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at_step(patch, 2)
-        with pytest.raises(Interrupted):
-            go(base)
-    name = options.flag(next(iter(changes)))
-    with pytest.raises(FinetuneError, match=f"{name} .*differs from the interrupted run"):
-        go(base, resume=True, **changes)
+def test_resume_with_other_arguments(base):
+    interrupted(base, 2)
+    others = {"lr": 1e-3, "lora_rank": 8, "rank": 0.125, "steps": 7, "targets": ("q_proj",), "method": ("loge",)}
+    for name, value in others.items():
+        words = f"{options.flag(name)} .*differs from the interrupted run"
+        with pytest.raises(FinetuneError, match=words):
+            go(base, resume=True, **{name: value})
     Path(base.text[0]).write_text(TEXT.replace("return", "yield"))
     with pytest.raises(FinetuneError, match="the text has changed"):
         go(base, resume=True)
@@ -120,11 +110,8 @@ def test_resume_from_nothing_or_damage(base):
         go(base, resume=True)
 
 
-def test_starting_anew_over_an_interrupted_run(base, monkeypatch):
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at_step(patch, 8)
-        with pytest.raises(Interrupted):
-            go(base)
+def test_starting_anew_over_an_interrupted_run(base):
+    interrupted(base, 8)
     metrics, printed = go(base, steps=2)
     assert "starting anew" in printed
     assert len(metrics["methods"]["loge"]["losses"]) == 2
@@ -141,6 +128,7 @@ def test_resume_command_is_complete():
 @pytest.mark.parametrize("where", ["state", "adapter", "curves", "metrics"])
 def test_full_disk(base, monkeypatch, where):
     """At whatever write it happens: one line, and once there is space again the run goes on where it was."""
+    base = dataclasses.replace(base, method=("loge",), steps=2)
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -148,23 +136,16 @@ def test_full_disk(base, monkeypatch, where):
     def rust_full(*args, **kwargs):
         raise SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error 28)")
 
-    target, name, failing = {
-        "state": (Path, "write_bytes", full),
-        "adapter": (finetune.models, "save_adapter", rust_full),
-        "curves": (Figure, "savefig", full),
-        "metrics": (Path, "write_bytes", full),
-    }[where]
     with monkeypatch.context() as patch:
-        if where == "metrics":  # the first write through write_bytes after the picture
-            savefig = Figure.savefig
-
-            def saved_last(self, *args, **kwargs):
-                savefig(self, *args, **kwargs)
-                patch.setattr(target, name, failing)
-
-            patch.setattr(Figure, "savefig", saved_last)
-        else:
-            patch.setattr(target, name, failing)
+        if where == "state":
+            patch.setattr(Path, "write_bytes", full)
+        elif where == "adapter":
+            patch.setattr(finetune.models, "save_adapter", rust_full)
+        elif where == "curves":
+            patch.setattr(results, "curves", CURVES)
+            patch.setattr(Figure, "savefig", full)
+        else:  # the first write through write_bytes after the picture
+            patch.setattr(results, "curves", lambda *args: patch.setattr(Path, "write_bytes", full))
         with pytest.raises(
             FinetuneError, match=r"--out: cannot write .*, the disk is full; free some space"
         ) as failure:
@@ -172,9 +153,10 @@ def test_full_disk(base, monkeypatch, where):
     assert "\n" not in str(failure.value)
     assert not (Path(base.out) / "metrics.json").exists()
     if where != "state":
-        metrics, _ = go(base, resume=True)
-        assert len(metrics["methods"]["loge"]["losses"]) == base.steps
+        metrics, printed = go(base, resume=True)
+        assert "going on after step 2" in printed
         for method in ("lora", "loge"):
+            assert len(metrics["methods"][method]["losses"]) == 2
             assert (Path(base.out) / method / "adapter_model.safetensors").exists()
 
 
@@ -203,7 +185,7 @@ def test_written_files_follow_the_umask(tmp_path):
     assert stat.S_IMODE((tmp_path / "x.json").stat().st_mode) == 0o666 & ~umask
 
 
-def test_dropout_of_the_model_survives_a_resume(base, monkeypatch, tmp_path):
+def test_dropout_of_the_model_survives_a_resume(base, tmp_path):
     """A model with dropout of its own draws the same masks after a resume."""
     from transformers import AutoModelForCausalLM
 
@@ -211,12 +193,9 @@ def test_dropout_of_the_model_survives_a_resume(base, monkeypatch, tmp_path):
     model.config.attention_dropout = 0.5
     model.save_pretrained(tmp_path / "dropout")
     tokenizer_of(base).save_pretrained(tmp_path / "dropout")
-    base = dataclasses.replace(base, model=str(tmp_path / "dropout"), steps=3)
+    base = dataclasses.replace(base, model=str(tmp_path / "dropout"), steps=2, method=("loge",))
     whole, _ = go(base, out=tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        press_ctrl_c_at_step(patch, 2)
-        with pytest.raises(Interrupted):
-            go(base)
+    interrupted(base, 2)
     resumed, _ = go(base, resume=True)
     for method in ("lora", "loge"):
         assert resumed["methods"][method]["losses"] == whole["methods"][method]["losses"]

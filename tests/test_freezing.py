@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import LINEARS, assert_close, gradients, llama, logits, lora, tokens
+from models import assert_close, gradients, llama, logits, lora, tokens
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -97,7 +97,7 @@ def test_apply_converts_only_what_trains() -> None:
     assert_close(gradients(model), expected)
     for row in report.layers:
         if below(row.name):
-            assert (row.path, row.rank, row.reason, row.flops_saved) == ("frozen", None, "frozen prefix", 1.0)
+            assert (row.path, row.dx, row.reason, row.flops_saved) == ("frozen", "-", "frozen prefix", 1.0)
             assert not isinstance(model.get_submodule(row.name).base_layer, loge.LoGELinear)
         else:
             assert row == reference[row.name]
@@ -239,18 +239,9 @@ def test_hidden_states_and_compiled_models() -> None:
 def test_a_half_frozen_model_is_calibrated_above_the_boundary() -> None:
     model, other = deep(), deep()
     batches = [{"input_ids": tokens(), "labels": tokens()}]
-    report = loge.apply(model, 0.25, calibration=batches, freeze_below=2, exact_every=3)
-    reference = {row.name: row for row in loge.apply(other, 0.25, calibration=batches, exact_every=3).layers}
+    report = loge.apply(model, 0.25, calibration=batches, freeze_below=2)
+    reference = {row.name: row for row in loge.apply(other, 0.25, calibration=batches).layers}
     assert [row.energy for row in report.converted] == [reference[row.name].energy for row in report.converted]
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    for _ in range(4):
-        model(input_ids=tokens(), labels=tokens()).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    schedule = loge.schedule_of(model)
-    assert schedule is not None
-    assert schedule.correction is not None
-    assert set(schedule.correction.means) == trained(model)
 
 
 @pytest.mark.parametrize(
@@ -365,13 +356,6 @@ def test_half_of_the_layers_frozen_is_a_step_1_3_times_as_fast() -> None:
             own.append(time.process_time() - started)
     ratios = [a / b for a, b in zip(*seconds, strict=True)]
     assert statistics.median(ratios[2:]) >= 1.3  # 1.45 on an AMD EPYC
-
-
-def test_lora_targets_are_all_there() -> None:
-    model = deep()
-    loge.freeze(model, 2)
-    kept = {name for name in trained(model) if "layers.2." in name}
-    assert len(kept) == 2 * len(LINEARS)
 
 
 def test_a_tower_that_trains_before_the_layers_is_refused() -> None:

@@ -55,13 +55,19 @@ def operands(
     return x, random(N, K), A, B, random(M, N)
 
 
+def factors_of(weight: torch.Tensor, R: int) -> loge.Factors:
+    """Any: an SVD of a large weight takes long."""
+    (N, K), options = weight.shape, {"device": CUDA, "dtype": weight.dtype}
+    return loge.Factors(torch.randn(N, R, **options) * R**-0.5, torch.randn(R, K, **options) * K**-0.5)
+
+
 def gradients(
     operands: tuple[torch.Tensor, ...], backend: str, dropout: float = 0.0, factors: loge.Factors | None = None
 ) -> tuple[torch.Tensor, ...]:
     x, weight, A, B, dy = operands
     factors = factors or loge.factorize(weight, 64)
     torch.cuda.manual_seed(5)
-    y = loge.linear(x, weight, factors, None, A, B, 0.5, dropout, backend=backend)
+    y = loge.linear(x, weight, factors, bias=None, lora_A=A, lora_B=B, scaling=0.5, dropout=dropout, backend=backend)
     return torch.autograd.grad(y, (x, A, B), dy)
 
 
@@ -103,7 +109,7 @@ def test_cuda_kernels(
         extension = import_module("loge_kernels._C")
         assert extension.plan(kernel, M=M, N=N, K=K, R=R, P=P, sm_count=sm_count)["cluster"] == sm_count
     given = operands(M, N, K, P, dtype)
-    factors = loge.factorize(given[1], R, "random")
+    factors = factors_of(given[1], R)
     in_double = loge.Factors(factors.left.double(), factors.right.double())
     got, plain = (gradients(given, backend, factors=factors) for backend in ("cuda", "reference"))
     doubles = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in given)
@@ -126,7 +132,7 @@ def captured_and_on_side_stream(backend: str) -> None:
     factors = loge.factorize(weight, 64)
 
     def step() -> tuple[torch.Tensor, ...]:
-        y = loge.linear(x, weight, factors, None, A, B, 0.5, backend=backend)
+        y = loge.linear(x, weight, factors, bias=None, lora_A=A, lora_B=B, scaling=0.5, backend=backend)
         return torch.autograd.grad(y, (x, A, B), dy)
 
     expected = step()
@@ -148,7 +154,7 @@ def captured_and_on_side_stream(backend: str) -> None:
 
 def layer(dropout: float) -> loge.LoGELinear:
     linear = torch.nn.Linear(384, 512, device=CUDA, dtype=torch.bfloat16)
-    made = loge.LoGELinear.from_linear(linear, 64, 16, lora_dropout=dropout)
+    made = loge.LoGELinear.from_linear(linear, rank=64, lora_rank=16, lora_dropout=dropout)
     torch.nn.init.normal_(made.lora_B)
     return made
 
@@ -205,7 +211,7 @@ def test_offsets_beyond_32_bits(backend: str) -> None:
     dy = torch.empty(M, N, device=CUDA, dtype=torch.bfloat16).normal_()
     x = torch.randn(M, K, device=CUDA, dtype=torch.bfloat16).requires_grad_()
     weight = torch.randn(N, K, device=CUDA, dtype=torch.bfloat16)
-    factors = loge.factorize(weight, 16, "random")
+    factors = factors_of(weight, 16)
     y = loge.linear(x, weight, factors, backend=backend)
     (dx,) = torch.autograd.grad(y, x, dy)
     tail = matmul(matmul(dy[-64:], factors.left), factors.right)

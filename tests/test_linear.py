@@ -20,7 +20,7 @@ LORA = {"lora_rank": 4, "lora_alpha": 6}
 
 def layer_pair(rank: int | float | None = 8, bias: bool = True, **options: Any) -> tuple[nn.Linear, LoGELinear]:
     linear = nn.Linear(24, 20, bias=bias)
-    layer = LoGELinear.from_linear(linear, rank, **{**LORA, **options})
+    layer = LoGELinear.from_linear(linear, rank=rank, **{**LORA, **options})
     if layer.lora_B is not None:
         nn.init.normal_(layer.lora_B)
     return linear, layer
@@ -67,12 +67,9 @@ def test_defaults_are_the_documented_ones() -> None:
 
 
 def test_adapter_starts_like_pefts() -> None:
-    for dtype, expected in (
-        (torch.float64, torch.float64),
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32),
-    ):
-        layer = LoGELinear.from_linear(nn.Linear(24, 20, dtype=dtype), 8, **LORA)
+    for dtype, name in (("float64", "float64"), ("float32", "float32"), ("bfloat16", "float32")):
+        dtype, expected = getattr(torch, dtype), getattr(torch, name)
+        layer = LoGELinear.from_linear(nn.Linear(24, 20, dtype=dtype), rank=8, **LORA)
         assert (layer.lora_A.dtype, layer.lora_B.dtype) == (expected, expected)
         assert (layer.lora_A.shape, layer.lora_B.shape) == ((4, 24), (20, 4))
         assert layer.lora_B.abs().max() == 0
@@ -110,7 +107,7 @@ def test_dropout_only_in_training() -> None:
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     torch.testing.assert_close(layer(x), linear(x) + 1.5 * x @ layer.lora_A.t() @ layer.lora_B.t())
-    assert not LoGELinear.from_linear(linear.eval(), 8).training
+    assert not LoGELinear.from_linear(linear.eval(), rank=8).training
 
 
 def test_exact_fraction_and_backend_reach_the_op() -> None:
@@ -130,7 +127,9 @@ def test_state_dict_is_that_of_a_linear_layer_and_an_adapter() -> None:
     torch.testing.assert_close(input_gradient(other), input_gradient(layer))
     plain = LoGELinear(24, 20)
     plain.load_state_dict(linear.state_dict(), strict=True)
+    assert set(dict(layer.named_parameters())) == {"weight", "bias", "lora_A", "lora_B"}
     assert not list(layer.buffers())
+    assert len(list(layer.modules())) == 1
 
 
 # Factors follow the weight
@@ -168,7 +167,7 @@ def test_refresh_after_an_uncounted_change() -> None:
     layer.refresh()
     follows(layer)
     layer.weight.data.mul_(-1)
-    layer.factors.invalidate()
+    layer.invalidate()
     follows(layer)
     layer_pair(None)[1].refresh()
 
@@ -179,7 +178,7 @@ def test_without_gradients_nothing_is_recomputed_nor_said() -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         layer(torch.ones(1, 24))
-        assert layer.factors.stale(layer.weight)
+        assert layer.factors.made_of.changed(layer.weight)
     follows(layer)
 
 
@@ -233,7 +232,7 @@ def test_a_copy_of_a_stale_layer_is_stale(how: str) -> None:
         layer.load_state_dict(other_weight(), strict=False)
     else:
         layer.weight.data.copy_(torch.randn(20, 24))
-        layer.factors.invalidate()
+        layer.invalidate()
     follows(copy.deepcopy(layer))
 
 
@@ -241,7 +240,7 @@ def test_moves_to_another_dtype_with_its_weight() -> None:
     _, layer = layer_pair()
     layer.to(torch.float64)
     assert layer.factors.left.dtype == torch.float64
-    assert not layer.factors.stale(layer.weight)
+    assert not layer.factors.made_of.changed(layer.weight)
     assert layer(torch.ones(2, 24, dtype=torch.float64)).dtype == torch.float64
 
 
@@ -293,7 +292,7 @@ def test_a_weight_that_is_not_finite() -> None:
     linear = nn.Linear(24, 20)
     linear.weight.data[3, 3] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        LoGELinear.from_linear(linear, 8)
+        LoGELinear.from_linear(linear, rank=8)
 
 
 def test_repr_shows_the_adapter_and_the_factors() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -16,15 +14,10 @@ from loretta_models import (
     adapted,
     adapters,
     family,
-    gradients,
-    inputs,
     moved,
     output,
-    train,
 )
-from models import assert_close, assert_differ, stand_ins, use_surrogate
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from peft import get_peft_model
 
 import loge_kernels as loge
 from loge_kernels.loretta.adp_layer import AdpLinear
@@ -48,6 +41,7 @@ def places(model: nn.Module) -> dict[str, str]:
         ("llama", {"mlp.gate_proj": "before", "mlp.up_proj": "before", "mlp.down_proj": "after"}),
         ("qwen3", {"mlp.gate_proj": "before", "mlp.up_proj": "before", "mlp.down_proj": "after"}),
         ("vit", {"mlp.fc1": "before", "mlp.fc2": "after"}),
+        ("opt", {"0.fc1": "before", "0.fc2": "after", "1.fc1": "before", "1.fc2": "after"}),
         *((name, {"output.dense": "after"}) for name in ENCODERS),
     ],
 )
@@ -56,11 +50,6 @@ def test_places_of_the_families(name, expected):
     assert places(model) == expected
     per_layer = {"llama": 3, "qwen3": 3}.get(name, 2)
     assert len(adapters(model)) == 2 * per_layer
-
-
-def test_places_in_opt():
-    model = adapted("opt", ADP)
-    assert places(model) == {"0.fc1": "before", "0.fc2": "after", "1.fc1": "before", "1.fc2": "after"}
 
 
 def test_places_of_the_user():
@@ -118,41 +107,9 @@ def test_gradients_of_cores_biases_and_input():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_training_starts_at_the_base_model(name):
-    """Unless no core is zero, as in the paper's code: then near it."""
+def test_without_zeros_training_starts_near_the_base_model(name):
     base = output(family(name), name)
-    model = adapted(name, loge.LorettaAdpConfig(bottleneck=16))
-    assert torch.equal(output(model, name), base)
-    model(**inputs(name)).logits.square().mean().backward()
-    last = [p for n, p in model.named_parameters() if "adp_up" in n and p.grad is not None and p.grad.any()]
-    assert last  # what is zero still learns
-    difference = (output(adapted(name, ADP), name) - base).norm() / base.norm()
-    assert 0 < difference < 0.75
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_saved_and_loaded_again(name, tmp_path):
-    task = "SEQ_CLS" if name in ENCODERS else None
-    model = moved(adapted(name, loge.LorettaAdpConfig(identity_start=False, bottleneck=16, task_type=task)))
-    expected = output(model, name)
-    model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert not any("base_layer" in key or "default" in key for key in saved)
-    for options in ({}, {"low_cpu_mem_usage": True}, {"adapter_name": "other"}):
-        base = family(name)
-        torch.manual_seed(1)
-        again = PeftModel.from_pretrained(base, tmp_path, **options).eval()
-        assert torch.equal(output(again, name), expected), options
-        assert places(again) == places(model)
-
-
-def test_disabled_is_the_base_model_and_unload_gives_it_back():
-    model = moved(adapted("llama", loge.LorettaAdpConfig(identity_start=False, bottleneck=16, train_norms=False)))
-    adapter, base = output(model, "llama"), output(family("llama"), "llama")
-    with model.disable_adapter():
-        assert torch.equal(output(model, "llama"), base)
-    assert torch.equal(output(model, "llama"), adapter)
-    assert torch.equal(output(model.unload(), "llama"), base)
+    assert 0 < (output(adapted(name, ADP), name) - base).norm() / base.norm() < 0.75
 
 
 def test_it_cannot_be_merged():
@@ -179,24 +136,6 @@ def test_several_adapters_follow_one_another():
     layer.delete_adapter("first")
     layer.set_adapter("second")
     assert torch.equal(layer(x), outputs["second"])
-
-
-@pytest.mark.parametrize("name", ["llama", "opt", "deberta", "vit"])
-def test_training_lowers_the_loss(name):
-    task = "SEQ_CLS" if name in ENCODERS else None
-    losses = train(adapted(name, loge.LorettaAdpConfig(identity_start=False, bottleneck=16, task_type=task)), name)
-    assert losses[-1] < 0.8 * losses[0]
-
-
-def test_a_bfloat16_base_keeps_float32_cores():
-    base = family("llama").bfloat16()
-    model = get_peft_model(base, copy.deepcopy(ADP)).eval()
-    assert {p.dtype for n, p in model.named_parameters() if "loretta_adp" in n} == {torch.float32}
-    assert output(model, "llama").dtype == torch.bfloat16
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(**inputs("llama")).loss
-    loss.backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 # Classifiers
@@ -240,12 +179,12 @@ def test_a_head_of_the_user_and_its_merge():
     x = torch.randn(4, 12)
     adapted = moved(get_peft_model(model, config)).eval()
     layer = adapted.base_model.model.score
-    train = layer.loretta_rep_head["default"]
-    assert (train.rank, train.bias is not None) == (2, True)
+    cores = layer.loretta_rep_head["default"]
+    assert (cores.rank, cores.bias is not None) == (2, True)
     expected = adapted(x)
     adapted.merge_adapter()
     torch.testing.assert_close(adapted(x), expected)
-    torch.testing.assert_close(layer.base_layer.weight.data, train.matrix())
+    torch.testing.assert_close(layer.base_layer.weight.data, cores.matrix())
     adapted.unmerge_adapter()
     assert torch.equal(layer.base_layer.weight, weight)
     assert torch.equal(layer.base_layer.bias, bias)
@@ -284,36 +223,6 @@ def _head() -> TensorTrainHead:
 # Under `apply`
 
 
-def test_apply_serves_the_layers_beside_adapters():
-    model = moved(adapted("llama", ADP))
-    before = output(model, "llama")
-    report = loge.apply(model, rank=0.25)
-    rows = {row.name.rpartition(".")[2]: row for row in report.layers}
-    assert rows["gate_proj"].path == "base"
-    assert "AdpLinear" in rows["gate_proj"].reason
-    assert rows["q_proj"].path == "plain"
-    assert torch.equal(output(model, "llama"), before)
-    loge.remove(model)
-    assert type(next(m for m in model.modules() if isinstance(m, AdpLinear)).base_layer) is nn.Linear
-
-
-def test_exact_gradients_are_those_without_apply():
-    model = moved(adapted("llama", ADP))
-    expected = gradients(model)
-    loge.apply(model, exact_every=1)
-    assert_close(gradients(model), expected)
-
-
-def test_low_rank_gradients_are_those_of_a_surrogate():
-    model, other = moved(adapted("llama", ADP)), moved(adapted("llama", ADP))
-    exact = gradients(model)
-    report = loge.apply(model, rank=0.25)
-    names = [row.name for row in report.layers if row.path in ("base", "plain")]
-    use_surrogate(other, stand_ins(other, [f"{n}.base_layer" if n in adapters(other) else n for n in names], 0.25))
-    assert_close(gradients(model), gradients(other))
-    assert_differ(gradients(model), exact)
-
-
 @pytest.mark.parametrize(("targets", "reason"), [(None, "between the layers and the head"), (r".*", "AdpHead")])
 def test_a_classifier_is_left_alone(targets, reason):
     model = adapted("deberta", loge.LorettaAdpConfig(identity_start=False, bottleneck=16, task_type="SEQ_CLS"))
@@ -321,21 +230,3 @@ def test_a_classifier_is_left_alone(targets, reason):
     (row,) = (row for row in report.layers if row.name.endswith("pooler.dense"))
     assert row.path == "skipped"
     assert reason in row.reason
-
-
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tensor_rank": 65}, "tensor_rank=65 is larger than bottleneck=64"),
-        ({"where": "beside"}, "where='beside': 'beside' is neither 'before' nor 'after'"),
-        ({"where": {"fc1": "under"}}, "'under' is neither 'before' nor 'after'"),
-        ({"non_linearity": "step"}, "non_linearity='step' is unknown; choose one of 'relu', 'gelu'"),
-        ({"tensor_shapes": {"768x64": [8, 8]}}, "multiply to 64, not to 768 x 64 = 49152"),
-    ],
-)
-def test_bad_configurations(options, message):
-    with pytest.raises(ValueError, match=message):
-        loge.LorettaAdpConfig(identity_start=False, **options)

@@ -12,8 +12,6 @@ from torch import nn
 pytest.importorskip("peft")
 
 from loretta_models import (
-    ENCODERS,
-    FAMILIES,
     adapted,
     adapters,
     family,
@@ -21,9 +19,8 @@ from loretta_models import (
     inputs,
     moved,
     output,
-    train,
 )
-from models import assert_close, assert_differ, stand_ins, use_surrogate
+from models import assert_close, assert_differ
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -35,26 +32,9 @@ REP = loge.LorettaRepConfig()
 PLAIN = loge.LorettaRepConfig(dropout=0.0)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_training_starts_at_the_base_model_exactly(name):
-    expected = output(family(name), name)
-    model = adapted(name, REP)
-    assert torch.equal(output(model, name), expected)
-    train(model, name, steps=1)
-    assert not torch.equal(output(model, name), expected)
-
-
 def test_the_start_is_exact_under_dropout():
     model = adapted("llama", loge.LorettaRepConfig(dropout=0.5)).train()
     assert torch.equal(output(model, "llama"), output(family("llama"), "llama"))
-
-
-def test_the_start_is_exact_in_bfloat16_too():
-    base = family("llama").bfloat16()
-    expected = output(base, "llama")
-    model = get_peft_model(base, copy.deepcopy(REP)).eval()
-    assert torch.equal(output(model, "llama"), expected)
-    assert {p.dtype for n, p in model.named_parameters() if "loretta_rep" in n} == {torch.float32}
 
 
 def test_targets_of_the_families():
@@ -136,21 +116,6 @@ def test_a_quantised_weight_is_not_merged_into():
         layer.merge()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_saved_and_loaded_again(name, tmp_path):
-    task = "SEQ_CLS" if name in ENCODERS else None
-    model = moved(adapted(name, loge.LorettaRepConfig(task_type=task)))
-    expected = output(model, name)
-    model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert not any("base_layer" in key or "default" in key for key in saved)
-    for options in ({}, {"low_cpu_mem_usage": True}, {"adapter_name": "other"}):
-        base = family(name)
-        torch.manual_seed(1)
-        again = PeftModel.from_pretrained(base, tmp_path, **options).eval()
-        assert torch.equal(output(again, name), expected), options
-
-
 def test_norms_train_and_come_back(tmp_path):
     model = moved(adapted("llama", REP))
     trained = {n for n, p in model.named_parameters() if p.requires_grad and "loretta" not in n}
@@ -166,19 +131,6 @@ def test_norms_train_and_come_back(tmp_path):
     }
     without = adapted("llama", loge.LorettaRepConfig(train_norms=False))
     assert all("loretta" in n for n, p in without.named_parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("name", ["llama", "deberta"])
-def test_disabled_is_the_base_model(name):
-    model = moved(adapted(name, REP))
-    adapter, base = output(model, name), output(family(name), name)
-    assert not torch.equal(adapter, base)
-    with model.disable_adapter():
-        assert torch.equal(output(model, name), base)
-    assert torch.equal(output(model, name), adapter)
-    model.merge_adapter()
-    with model.disable_adapter():
-        torch.testing.assert_close(output(model, name), base)
 
 
 def test_several_adapters():
@@ -223,12 +175,6 @@ def test_two_active_adapters_add_up():
     torch.testing.assert_close(output(merged, "llama"), both, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "deberta"])
-def test_training_lowers_the_loss(name):
-    losses = train(adapted(name, loge.LorettaRepConfig(task_type="SEQ_CLS" if name == "deberta" else None)), name)
-    assert losses[-1] < 0.8 * losses[0]
-
-
 def test_the_trainer_of_transformers(tmp_path):
     from transformers import Trainer, TrainingArguments
 
@@ -247,35 +193,6 @@ def test_the_trainer_of_transformers(tmp_path):
 
 
 # Under `apply`
-
-
-def test_apply_fuses_the_adapted_layers():
-    model = adapted("llama", REP)
-    before = output(model, "llama")
-    report = loge.apply(model, rank=0.25)
-    paths = {row.name.rpartition(".")[2]: row.path for row in report.layers}
-    assert (paths["q_proj"], paths["v_proj"], paths["k_proj"]) == ("fused", "fused", "plain")
-    assert torch.equal(output(model, "llama"), before)
-    loge.remove(model)
-    assert set(adapters(model).values()) == {"RepLinear"}
-
-
-def test_exact_gradients_are_those_without_apply():
-    model = moved(adapted("llama", PLAIN))
-    expected = gradients(model)
-    loge.apply(model, exact_every=1)
-    assert_close(gradients(model), expected)
-
-
-def test_low_rank_gradients_are_those_of_a_surrogate():
-    model, other = moved(adapted("llama", PLAIN)), moved(adapted("llama", PLAIN))
-    exact = gradients(model)
-    report = loge.apply(model, rank=0.25)
-    names = [row.name for row in report.layers if row.path in ("fused", "plain")]
-    names = [f"{name}.base_layer" if name in adapters(other) else name for name in names]
-    use_surrogate(other, stand_ins(other, names, 0.25))
-    assert_close(gradients(model), gradients(other))
-    assert_differ(gradients(model), exact)
 
 
 def test_dropout_under_apply():
@@ -301,30 +218,7 @@ def test_factors_follow_a_merge():
     torch.testing.assert_close(after.left @ after.right, before, atol=1e-4, rtol=1e-4)
 
 
-def test_training_under_apply_lowers_the_loss():
-    model = adapted("llama", REP)
-    loge.apply(model, rank=0.25)
-    losses = train(model, "llama")
-    assert losses[-1] < 0.8 * losses[0]
-
-
 # What is refused
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"tensor_rank": 0}, ValueError, "tensor_rank=0; give 1 or more"),
-        ({"bottleneck": -3}, ValueError, "bottleneck=-3; give 1 or more"),
-        ({"tensor_rank": 2.5}, TypeError, "tensor_rank=2.5 is a float"),
-        ({"tensor_rank": 9}, ValueError, "tensor_rank=9 is larger than bottleneck=8"),
-        ({"dropout": 1.0}, ValueError, r"dropout=1.0 is not a probability in \[0, 1\)"),
-        ({"tensor_shapes": {"64x8": [8, 8, 4]}}, ValueError, "multiply to 256, not to 64 x 8 = 512"),
-    ],
-)
-def test_bad_configurations(options, error, message):
-    with pytest.raises(error, match=message):
-        loge.LorettaRepConfig(**options)
 
 
 def test_an_unknown_family_needs_targets():

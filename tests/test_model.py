@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from typing import Any
 
 import models
 import pytest
 import torch
-from models import LINEARS, assert_close, gradients, llama, modules_of, stand_ins, use_surrogate
+from models import LINEARS, assert_close, gradients, llama, modules_of, stand_ins, tokens, use_surrogate
 from torch import Tensor, nn
 
 import loge_kernels as loge
@@ -72,35 +72,88 @@ def test_rows_of_the_report() -> None:
     assert len(rows) == 15
     q = rows["model.layers.0.self_attn.q_proj"]
     s = torch.linalg.svdvals(model.get_submodule(q.name).weight)
-    assert (q.shape, q.rank, q.path, q.reason) == ((64, 64), 16, "plain", "")
+    assert (q.shape, q.rank, q.dx, q.path, q.reason) == ((64, 64), 16, "rank 16", "plain", "")
     assert q.energy == pytest.approx((s[:16].square().sum() / s.square().sum()).item(), rel=1e-4)
     assert q.flops_saved == pytest.approx(1 - 16 * 128 / 64**2)
     assert rows["model.layers.1.mlp.down_proj"].flops_saved == pytest.approx(1 - 16 * 160 / (64 * 96))
     # 16 (32 + 64) of 32 x 64
     assert rows["model.layers.0.self_attn.k_proj"].flops_saved == pytest.approx(0.25)
     head = rows["lm_head"]
-    assert (head.path, head.rank, head.energy, head.flops_saved) == ("skipped", None, None, 0.0)
+    assert (head.path, head.dx, head.rank, head.energy, head.flops_saved) == ("skipped", "-", None, None, 0.0)
     assert "output head" in head.reason
+
+
+def test_exact_is_the_default() -> None:
+    model = frozen_llama()
+    expected = gradients(model)
+    report = loge.apply(model, exact_dtype=None)
+    assert {(row.path, row.dx, row.rank) for row in report.converted} == {("plain", "float32", None)}
+    assert (len(report.converted), report.flops_saved, report.exact_every) == (14, 0.0, None)
+    assert_close(gradients(model), expected)
+    assert not [module for module in model.modules() if module._forward_pre_hooks]
+
+
+@pytest.mark.parametrize(("int8", "dx"), [(True, "int8"), (False, "float32")])
+def test_exact_products_run_in_8_bits_where_that_is_faster(
+    int8: bool, dx: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loge_kernels.exact_dtype.cpu_multiplies_int8", lambda: int8)
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 64)).requires_grad_(False)
+    rows = loge.apply(model).layers
+    assert [row.dx for row in rows] == [dx, "float32"]
+    words = ["faster", "small"] if int8 else ["no int8 products"] * 2
+    assert all(word in row.reason for word, row in zip(words, rows, strict=True))
+    # A layer whose dX is never exact has no use for a copy.
+    loge.remove(model)
+    loge.apply(model, 16)
+    assert model[0].exact_dtype is None
+    loge.remove(model)
+    loge.apply(model, 16, exact_every=2)
+    assert model[0].exact_dtype == ("int8" if int8 else None)
 
 
 @pytest.mark.parametrize("rank", [1.0, 10_000, 0.75])
 def test_dense_where_that_is_cheaper(rank: int | float) -> None:
     model = frozen_llama()
     expected = gradients(model)
-    report = loge.apply(model, rank)
-    assert {row.path for row in report.layers} == {"exact", "skipped"}
+    report = loge.apply(model, rank, exact_dtype=None)
     (row,) = [row for row in report.layers if row.name.endswith("0.mlp.up_proj")]
     assert "38" in row.reason  # 96 * 64 / 160: where both cost the same
+    assert {(row.path, row.dx, row.rank) for row in report.converted} == {("plain", "float32", None)}
     assert_close(gradients(model), expected)
-    assert not modules_of(model, loge.Factors)
 
 
 def test_an_int_rank_is_cut_to_each_layer() -> None:
     model = nn.Sequential(nn.Linear(200, 8), nn.Linear(8, 200)).requires_grad_(False)
-    rows = loge.apply(model, 7).layers
-    assert [row.rank for row in rows] == [7, 7]
-    (row,) = loge.apply(nn.Sequential(nn.Linear(200, 8)).requires_grad_(False), 30).layers
-    assert row.path == "exact", "cut to 8, which costs more than the dense product"
+    assert [row.rank for row in loge.apply(model, 7).layers] == [7, 7]
+    loge.remove(model)
+    assert [row.rank for row in loge.apply(model, 30).layers] == [None, None]  # cut to 8, and dense is cheaper
+
+
+UPPER = "model.layers.1"
+
+
+@pytest.mark.parametrize(
+    ("share", "exact"),
+    [
+        (0, []),
+        (0.3, [f"{UPPER}.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")]),
+        (0.5, [f"{UPPER}.{'mlp' if name in LINEARS[4:] else 'self_attn'}.{name}" for name in LINEARS]),
+        (1.0, None),
+    ],
+)
+def test_layers_near_the_output_stay_exact(share: float, exact: list[str] | None) -> None:
+    """The share is one of the weights' numbers: the upper MLP holds 0.3 of them, the upper layer one half."""
+    model, other = frozen_llama(), frozen_llama()
+    report = loge.apply(model, RANK, exact_layers=share, exact_dtype=None)
+    found = [row.name for row in report.converted if row.dx == "float32"]
+    below = [row.name for row in report.converted if row.dx == "rank 16"]
+    assert len(found) + len(below) == 14
+    assert found == exact or (exact is None and not below)
+    kinds = [f"{len(names)} in {dx}" for dx, names in (("rank 16", below), ("float32", found)) if names]
+    assert "; dX: " + ", ".join(kinds) in report.summary()
+    use_surrogate(other, stand_ins(other, below, RANK))
+    assert_close(gradients(model), gradients(other))
 
 
 @pytest.mark.parametrize(
@@ -111,20 +164,15 @@ def test_an_int_rank_is_cut_to_each_layer() -> None:
         (("0.self_attn.v_proj",), ["model.layers.0.self_attn.v_proj"]),
         (r".*layers\.1\.self_attn\.[qk]_proj", ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"]),
         (["lm_head"], ["lm_head"]),
+        ("all-linear", None),
     ],
 )
-def test_targets(targets: Any, expected: list[str]) -> None:
+def test_targets(targets: Any, expected: list[str] | None) -> None:
     model = frozen_llama()
     report = loge.apply(model, 16, targets=targets)
-    assert [row.name for row in report.layers] == expected
-    assert modules_of(model, LoGELinear) == expected
-
-
-@pytest.mark.parametrize("targets", [None, "all-linear"])
-def test_all_linear_is_the_default(targets: str | None) -> None:
-    model = frozen_llama()
-    loge.apply(model, RANK, targets=targets)
-    assert len(modules_of(model, LoGELinear)) == 2 * len(LINEARS)
+    names = [row.name for row in report.converted]
+    assert names == expected or (expected is None and len(names) == 2 * len(LINEARS))
+    assert modules_of(model, LoGELinear) == names
 
 
 def test_a_named_trainable_layer_is_converted() -> None:
@@ -150,35 +198,30 @@ def test_layers_that_cannot_be_converted_are_left_alone() -> None:
     model.append(Quantised(48, 64)).append(LoGELinear(64, 64)).append(nn.Linear(64, 64, device="meta"))
     model.append(nn.Linear(64, 64))
     model[8].weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.int8), requires_grad=False)
+    model[2].forward = model[2].forward  # as offloading hooks do: the instance's own forward wins over the class's
     model.requires_grad_(False)
     rows = {row.name: row for row in loge.apply(model, RANK).layers}
     assert {name: row.path for name, row in rows.items()} == {
-        **dict.fromkeys("024", "plain"),
-        **dict.fromkeys("5678", "skipped"),
+        **dict.fromkeys("04", "plain"),
+        **dict.fromkeys("25678", "skipped"),
     }
-    for name, part in (("5", "Quantised"), ("6", "LoGELinear of its own"), ("7", "meta"), ("8", "int8")):
-        assert part in rows[name].reason
+    reasons = {"2": "forward", "5": "Quantised", "6": "LoGELinear of its own", "7": "meta", "8": "int8"}
+    assert all(part in rows[name].reason for name, part in reasons.items())
     assert type(model[5]) is Quantised
     loge.remove(model)
     assert type(model[6]) is LoGELinear
 
 
-def test_a_replaced_forward_is_not_claimed_to_be_low_rank() -> None:
-    model = stack()
-    model[2].forward = model[2].forward  # as offloading hooks do: the instance's own forward wins over the class's
-    rows = {row.name: row for row in loge.apply(model, RANK).layers}
-    assert rows["2"].path == "skipped"
-    assert "forward" in rows["2"].reason
-
-
 def test_options_reach_every_layer() -> None:
     model = frozen_llama()
     expected = gradients(model)
-    loge.apply(model, RANK, subspace="random", exact_fraction=1.0, backend="reference")
+    options = {"residual": 0.1, "low_rank_dtype": "int8", "exact_dtype": None}
+    loge.apply(model, RANK, subspace="svd", exact_fraction=1.0, backend="reference", **options)
     layers = [model.get_submodule(name) for name in modules_of(model, LoGELinear)]
-    assert {(layer.factors.method, layer.exact_fraction, layer.backend) for layer in layers} == {
-        ("random", 1.0, "reference")
+    assert {(layer.exact_fraction, layer.backend, layer.factors.low_rank_dtype) for layer in layers} == {
+        (1.0, "reference", "int8")
     }
+    assert all(layer.factors.rows.numel() == math.ceil(0.1 * layer.out_features) for layer in layers)
     assert_close(gradients(model), expected)
 
 
@@ -187,43 +230,38 @@ def test_names_state_and_hooks_stay() -> None:
     seen: list[str] = []
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append("hook"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    loge.apply(model, RANK)
+    modules, trainable = ([*dict(model.named_modules())], [(n, p.requires_grad) for n, p in model.named_parameters()])
+    loge.apply(model, RANK, exact_every=2)
     state = model.state_dict()
     assert list(state) == list(before)
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable
-    assert not [name for name, _ in model.named_buffers() if "factors" in name]
+    assert [*dict(model.named_modules())] == modules  # factors are no modules, parameters or buffers
+    assert [(n, p.requires_grad) for n, p in model.named_parameters()] == trainable
     gradients(model)
     assert seen == ["hook"]
     model.load_state_dict(before, strict=True)
 
 
-def test_remove_gives_back_what_was_there() -> None:
-    model = frozen_llama()
-    types = {name: type(module) for name, module in model.named_modules()}
-    keys = {name: set(vars(module)) for name, module in model.named_modules()}
-    before = gradients(model)
-    loge.apply(model, RANK)
-    models.assert_differ(gradients(model), before)
-    loge.remove(model)
-    assert {name: type(module) for name, module in model.named_modules()} == types
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == keys
-    after = gradients(model)
-    assert all(torch.equal(after[name], gradient) for name, gradient in before.items())
-    loge.remove(model)
-    loge.apply(model, RANK)
+def kept(model: nn.Module) -> Any:
+    """What `apply` may change, and a failed one or `remove` must give back."""
+    found = {name: (type(m), set(vars(m)), [*m._forward_pre_hooks]) for name, m in model.named_modules()}
+    return found, [(name, p.requires_grad) for name, p in model.named_parameters()]
 
 
-def test_a_copied_model_is_its_own() -> None:
+@pytest.mark.parametrize("options", [{}, {"rank": RANK, "exact_every": 2, "exact_layers": 0.5}], ids=str)
+def test_remove_gives_back_what_was_there(options: dict[str, Any]) -> None:
     model = frozen_llama()
-    loge.apply(model, RANK)
-    twin = copy.deepcopy(model)
-    assert_close(gradients(twin), gradients(model), 0.0)
+    before, expected = kept(model), gradients(model)
+    loge.apply(model, **options)
+    for _ in range(3):
+        gradients(model)
+    assert kept(model) != before
     loge.remove(model)
-    assert len(modules_of(twin, LoGELinear)) == 14
-    loge.remove(twin)
-    assert_close(gradients(twin), gradients(model), 0.0)
+    assert kept(model) == before
+    assert_close(gradients(model), expected, 0.0)
+    loge.remove(model)
+    loge.apply(model, RANK)
+    models.assert_differ(gradients(model), expected)
 
 
 def test_a_ddp_wrapper_is_looked_through() -> None:
@@ -239,16 +277,6 @@ def test_a_ddp_wrapper_is_looked_through() -> None:
     assert not any(isinstance(module, loge.LoGELinear) for module in model.modules())
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(reentrant: bool) -> None:
-    model = frozen_llama()
-    loge.apply(model, RANK)
-    expected = gradients(model)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.train()
-    assert_close(gradients(model), expected, 0.0)
-
-
 def test_a_second_model_starts_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     first = loge.apply(frozen_llama(), RANK)
     monkeypatch.setattr("loge_kernels.cache.factorize", lambda *_: pytest.fail("factorised again"))
@@ -257,19 +285,49 @@ def test_a_second_model_starts_from_the_cache(monkeypatch: pytest.MonkeyPatch) -
 
 # What cannot be done
 
+BATCHES = [{"input_ids": tokens(), "labels": tokens()}]
+LOW = {"rank": 16}
+
 
 @pytest.mark.parametrize(
     ("options", "error", "parts"),
     [
         ({"rank": 0}, ValueError, ["rank=0", "int from 1", "(0, 1]"]),
-        ({"rank": -3}, ValueError, ["rank=-3"]),
+        ({"rank": -3}, ValueError, ["rank=-3", "int from 1"]),
         ({"rank": 1.5}, ValueError, ["rank=1.5", "(0, 1]"]),
-        ({"rank": True}, TypeError, ["rank=True"]),
-        ({"rank": "1/8"}, TypeError, ["rank='1/8'", "str"]),
-        ({"subspace": "pca"}, ValueError, ["subspace='pca'", "'svd'", "'random'"]),
-        ({"subspace": "gradient"}, ValueError, ["subspace='gradient'"]),
-        ({"exact_fraction": -0.5}, ValueError, ["exact_fraction=-0.5", "[0, 1]"]),
+        ({"rank": math.nan}, ValueError, ["rank=nan", "(0, 1]"]),
+        ({"rank": True}, TypeError, ["rank=True", "int, or a float"]),
+        ({"rank": "1/8"}, TypeError, ["rank='1/8'", "str", "int, or a float"]),
+        ({**LOW, "subspace": "pca"}, ValueError, ["subspace='pca'", "'svd', 'gradient', 'salience'"]),
+        ({**LOW, "subspace": "gradient"}, ValueError, ["subspace='gradient'", "calibration=", "calibrate("]),
+        ({**LOW, "subspace": "svd", "calibration": BATCHES}, ValueError, ["calibration", "'gradient'", "'svd'"]),
+        ({**LOW, "calibration": 3}, TypeError, ["calibration=3", "int", "batches"]),
+        ({**LOW, "calibration": []}, ValueError, ["batches is empty", "calibrate"]),
+        ({**LOW, "salience": "size"}, ValueError, ["salience='size'", "'taylor'"]),
+        ({**LOW, "exact_layers": 1.5}, ValueError, ["exact_layers=1.5", "[0, 1]"]),
+        ({**LOW, "exact_layers": math.nan}, ValueError, ["exact_layers=nan", "[0, 1]"]),
+        ({**LOW, "exact_layers": "half"}, TypeError, ["exact_layers='half'", "str", "a number"]),
+        ({**LOW, "exact_every": 0}, ValueError, ["exact_every=0", "int from 1"]),
+        ({**LOW, "exact_every": 2.0}, TypeError, ["exact_every=2.0", "float", "an int"]),
+        ({**LOW, "exact_every": True}, TypeError, ["exact_every=True", "bool", "an int"]),
+        ({**LOW, "exact_fraction": -0.5}, ValueError, ["exact_fraction=-0.5", "[0, 1]"]),
+        ({**LOW, "exact_fraction": None}, TypeError, ["exact_fraction=None", "a number"]),
+        ({**LOW, "residual": 2}, ValueError, ["residual=2", "[0, 1]"]),
+        ({**LOW, "residual": True}, TypeError, ["residual=True", "a number"]),
+        ({**LOW, "low_rank_dtype": "auto"}, ValueError, ["low_rank_dtype='auto'", "'float8', 'int8', or None"]),
+        ({"exact_dtype": "fp8"}, ValueError, ["exact_dtype='fp8'", "'auto', 'float8', 'int8', or None"]),
+        ({"exact_dtype": ["int8"]}, ValueError, ["exact_dtype=['int8']", "'auto'"]),
+        ({"freeze_below": 0.5}, TypeError, ["freeze_below=0.5", "number of layers or a FreezePlan"]),
         ({"backend": "nope"}, ValueError, ["backend='nope'", "'reference'"]),
+        # rank is None
+        ({"subspace": "svd"}, ValueError, ["subspace='svd'", "rank is None", "give rank="]),
+        ({"calibration": BATCHES}, ValueError, ["calibration=", "rank is None", "give rank="]),
+        ({"exact_layers": 0.5}, ValueError, ["exact_layers=0.5", "rank is None", "give rank="]),
+        ({"exact_every": 2}, ValueError, ["exact_every=2", "rank is None", "give rank="]),
+        ({"low_rank_dtype": "int8"}, ValueError, ["low_rank_dtype='int8'", "rank is None", "give rank="]),
+        ({"exact_fraction": 0.5}, ValueError, ["exact_fraction=0.5", "rank is None", "give rank="]),
+        ({"residual": 0.1}, ValueError, ["residual=0.1", "rank is None", "give rank="]),
+        # the model and its layers
         ({"targets": ["qproj"]}, ValueError, ["targets=['qproj']", "no linear layer", "layers.0.self_attn.q_proj'"]),
         ({"targets": ["proj"]}, ValueError, ["targets=['proj']", "no linear layer"]),
         ({"targets": []}, ValueError, ["targets=[]"]),
@@ -280,32 +338,38 @@ def test_a_second_model_starts_from_the_cache(monkeypatch: pytest.MonkeyPatch) -
         ({"model": "llama"}, TypeError, ["model", "str", "torch.nn.Module"]),
         ({"model": nn.Sequential(nn.ReLU())}, ValueError, ["nothing to convert", "Sequential", "torch.nn.Linear"]),
         ({"model": nn.Sequential(nn.Linear(64, 64))}, ValueError, ["nothing to convert", "trainable", "targets"]),
+        ({"model": frozen_llama().double(), "exact_dtype": "int8"}, TypeError, ["exact_dtype='int8'", "float64"]),
+        (
+            {"model": frozen_llama().double(), **LOW, "low_rank_dtype": "int8"},
+            TypeError,
+            ["low_rank_dtype='int8'", "float64", "q_proj", "None"],
+        ),
     ],
+    ids=lambda value: None if isinstance(value, dict) else "",
 )
 def test_errors_name_the_argument_and_change_nothing(
     options: dict[str, Any], error: type[Exception], parts: list[str]
 ) -> None:
     model = options.get("model") or frozen_llama()
+    before = kept(model) if isinstance(model, nn.Module) else None
     with pytest.raises(error) as caught:
         loge.apply(**{"model": model, **options})
     assert all(part in str(caught.value) for part in parts), caught.value
-    assert not isinstance(model, nn.Module) or not modules_of(model, LoGELinear)
+    assert before is None or kept(model) == before
 
 
-def test_a_failed_apply_leaves_the_model_as_it_was() -> None:
+@pytest.mark.parametrize("options", [{}, {"rank": RANK, "exact_every": 2, "freeze_below": 1}], ids=str)
+def test_a_failed_apply_leaves_the_model_as_it_was(options: dict[str, Any]) -> None:
     model = frozen_llama()
-    before, types = gradients(model), {name: type(module) for name, module in model.named_modules()}
-    keys = {name: set(vars(module)) for name, module in model.named_modules()}
+    before, expected = kept(model), gradients(model)
     weight = model.model.layers[1].mlp.down_proj.weight
-    kept = weight[5, 5].item()
+    value = weight[5, 5].item()
     weight.data[5, 5] = float("nan")
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj.*NaN.*unchanged"):
-        loge.apply(model, RANK)
-    weight.data[5, 5] = kept
-    assert {name: type(module) for name, module in model.named_modules()} == types
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == keys
-    assert_close(gradients(model), before, 0.0)
-    loge.apply(model, RANK)
+        loge.apply(model, **options)
+    weight.data[5, 5] = value
+    assert kept(model) == before
+    assert_close(gradients(model), expected, 0.0)
 
 
 def test_twice_raises() -> None:

@@ -10,38 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from surrogate import NAMES, Case, assert_within_twice, case, gradients, heaviest
+from surrogate import (
+    NAMES,
+    Case,
+    assert_same,
+    assert_within_twice,
+    call,
+    case,
+    drawn_mask,
+    gradients,
+    heaviest,
+    leaves_of,
+    run,
+)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import loge_kernels as loge
 from loge_kernels import products, reference
-from loge_kernels.dropout import draw_seed, keep_mask
-
-
-def run(c: Case, need: tuple[str, ...] = NAMES, **options: Any) -> dict[str, Tensor]:
-    """y and the gradients of `need` through the op; leaves are fresh."""
-    leaves = {n: t.detach().requires_grad_(n in need) for n in NAMES if (t := getattr(c, n)) is not None}
-    extra = [leaves.get(n) for n in NAMES[2:]]
-    y = loge.linear(leaves["x"], leaves["weight"], c.factors(), *extra, c.scaling, **options)
-    if any(leaf.requires_grad for leaf in leaves.values()):
-        y.backward(c.dy)
-    return {"y": y.detach(), **{n: t.grad for n, t in leaves.items() if t.grad is not None}}
-
-
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
-    for name, tensor in got.items():
-        limits = {"rtol": tolerance, "atol": tolerance}
-        torch.testing.assert_close(tensor, expected[name], **limits, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def drawn_mask(c: Case, p: float) -> Tensor:
-    """The mask over 1 - p that the op draws when its call follows `torch.manual_seed(5)`."""
-    torch.manual_seed(5)
-    scale = keep_mask(draw_seed(torch.device("cpu")), *c.x.shape, p).double() / (1 - p)
-    torch.manual_seed(5)
-    return scale
-
 
 # Gradients
 
@@ -49,8 +35,8 @@ def drawn_mask(c: Case, p: float) -> Tensor:
 @pytest.mark.parametrize("adapter", [True, False])
 def test_gradcheck_exact(adapter: bool) -> None:
     c = case(M=4, N=6, K=5, R=None, P=2 if adapter else None)
-    inputs = [t.requires_grad_() for n in NAMES if (t := getattr(c, n)) is not None]
-    assert torch.autograd.gradcheck(lambda x, w, *rest: loge.linear(x, w, None, *rest, scaling=0.7), inputs)
+    leaves = leaves_of(c)
+    assert torch.autograd.gradcheck(lambda *given: call(c, dict(zip(leaves, given, strict=True))), [*leaves.values()])
 
 
 @pytest.mark.parametrize(
@@ -61,7 +47,7 @@ def test_gradcheck_exact(adapter: bool) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradients_of_the_surrogate(shape: dict[str, Any], dropout: float) -> None:
     c = case(**shape)
-    scale = drawn_mask(c, dropout) if dropout and c.lora_A is not None else None
+    scale = drawn_mask(c, dropout)
     got = run(c, dropout=dropout)
     assert set(got) == {"y", *(n for n in NAMES if getattr(c, n) is not None)}
     assert_same(got, gradients(c, scale))
@@ -91,7 +77,7 @@ def test_leading_dimensions(lead: tuple[int, ...]) -> None:
     rows = int(torch.tensor(lead).prod()) if lead else 1
     c = case(M=rows)
     x = c.x.view(*lead, c.x.shape[1]).requires_grad_()
-    y = loge.linear(x, c.weight, c.factors(), c.bias, c.lora_A, c.lora_B, c.scaling)
+    y = call(c, leaves_of(c, ()), x=x)
     assert y.shape == (*lead, c.weight.shape[0])
     y.backward(c.dy.view(y.shape))
     expected = gradients(c)
@@ -106,21 +92,22 @@ def test_strides_of_x_and_dy() -> None:
     permuted = c.x.view(4, 3, 11).transpose(0, 1).contiguous().transpose(0, 1)  # no view of two dimensions
     for x, rows in ((wide[..., ::2], (4, 3)), (permuted, (4, 3)), (c.x.t().contiguous().t(), (12,))):
         x = x.detach().requires_grad_()
-        y = loge.linear(x, c.weight, c.factors(), c.bias, c.lora_A, c.lora_B, c.scaling)
+        y = call(c, leaves_of(c, ()), x=x)
         y.backward(c.dy.t().contiguous().t().view(*rows, 13) if rows == (12,) else c.dy.view(*rows, 13))
         assert_same({"x": x.grad.reshape(12, 11)}, expected)
     x = c.x.clone().requires_grad_()
-    loge.linear(x, c.weight, c.factors(), c.bias, c.lora_A, c.lora_B, c.scaling).sum().backward()  # an expanded dY
+    call(c, leaves_of(c, ()), x=x).sum().backward()  # an expanded dY
     c.dy = torch.ones_like(c.dy)
     assert_same({"x": x.grad}, gradients(c))
 
 
+@pytest.mark.usefixtures("either_processor")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_low_precision_within_twice_plain_pytorch(dtype: torch.dtype, dropout: float) -> None:
     narrow = case(M=33, N=48, K=40, R=16, P=8).to(dtype)
     wide = narrow.to(torch.float64)
-    scale = drawn_mask(wide, dropout) if dropout else None
+    scale = drawn_mask(wide, dropout)
     got = run(narrow, dropout=dropout)
     plain = gradients(narrow, None if scale is None else scale.to(dtype))
     for name, truth in gradients(wide, scale).items():
@@ -128,6 +115,7 @@ def test_low_precision_within_twice_plain_pytorch(dtype: torch.dtype, dropout: f
         assert_within_twice(got[name], plain[name], truth, name)
 
 
+@pytest.mark.usefixtures("either_processor")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_adapter_over_a_16_bit_base(dtype: torch.dtype) -> None:
     c = case(M=33, N=48, K=40, R=16, P=8).to(dtype)
@@ -141,13 +129,11 @@ def test_float32_adapter_over_a_16_bit_base(dtype: torch.dtype) -> None:
 
 def test_double_backward_raises() -> None:
     c = case(R=None)
-    x = c.x.requires_grad_()
-    A = c.lora_A.requires_grad_()
+    leaves = leaves_of(c, ("x", "lora_A"))
     for loss in (Tensor.sum, lambda y: y.square().sum()):  # dY that does not, and that does, depend on x
 
         def second(loss: Callable[[Tensor], Tensor] = loss) -> None:
-            y = loge.linear(x, c.weight, None, None, A, c.lora_B)
-            (dA,) = torch.autograd.grad(loss(y), A, create_graph=True)
+            (dA,) = torch.autograd.grad(loss(call(c, leaves)), leaves["lora_A"], create_graph=True)
             dA.sum().backward()
 
         with pytest.raises(RuntimeError, match="create_graph"):
@@ -157,14 +143,15 @@ def test_double_backward_raises() -> None:
 # Autocast
 
 
+@pytest.mark.usefixtures("either_processor")
 def test_autocast_casts_like_torchs_own() -> None:
     c = case(M=33, N=48, K=40, R=16, P=8, dtype=torch.float32)
     half = c.to(torch.bfloat16)
     half.lora_A, half.lora_B = c.lora_A, c.lora_B  # adapters stay in float32
     expected = run(half)
-    leaves = {n: getattr(c, n).clone().requires_grad_() for n in NAMES}
+    leaves = leaves_of(c)
     with torch.autocast("cpu", torch.bfloat16):
-        y = loge.linear(leaves["x"], leaves["weight"], c.factors(), *(leaves[n] for n in NAMES[2:]), c.scaling)
+        y = call(c, leaves)
         assert y.dtype == torch.bfloat16
         y.backward(half.dy)  # inside the block, as many training loops do
     assert torch.equal(y, expected["y"])
@@ -200,15 +187,10 @@ def test_autocast_leaves_float64_alone() -> None:
 
 def kept(c: Case, need: tuple[str, ...], **options: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The tensors that autograd keeps for the op, and the leaves."""
-    leaves = {n: getattr(c, n).detach().requires_grad_(n in need) for n in NAMES if getattr(c, n) is not None}
+    leaves = leaves_of(c, need)
     saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = loge.linear(leaves["x"], leaves["weight"], c.factors(), *(leaves.get(n) for n in NAMES[2:]), **options)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        y = call(c, leaves, **options)
     y.backward(c.dy)
     return saved, leaves
 
@@ -227,6 +209,7 @@ ADAPTER = ("x", "lora_A", "lora_B")
         ({"P": None}, ("x", "weight"), {}, True, False),
         ({}, ("lora_A", "lora_B"), {"exact_fraction": 0.5}, True, False),
         ({}, ADAPTER, {"exact_fraction": 0.5}, True, True),
+        ({}, ADAPTER, {"exact_fraction": 1.0}, True, True),
         ({"R": None}, ADAPTER, {}, True, True),
         ({"R": None}, ("lora_A", "lora_B"), {}, True, False),
     ],
@@ -252,33 +235,30 @@ def test_kept_for_backward(
 def test_backward_does_not_read_the_weight() -> None:
     c = case()
     expected = gradients(c)
-    x, A = c.x.requires_grad_(), c.lora_A.requires_grad_()
-    y = loge.linear(x, c.weight, c.factors(), c.bias, A, c.lora_B, c.scaling)
+    leaves = leaves_of(c, ADAPTER)
+    y = call(c, leaves)
     c.weight.data.fill_(float("nan"))
     y.backward(c.dy)
-    assert_same({"x": x.grad, "lora_A": A.grad}, expected)
+    assert_same({n: leaves[n].grad for n in ADAPTER}, expected)
 
 
 def test_a_changed_input_is_noticed() -> None:
     c = case()
-    x, A = c.x.clone(), c.lora_A.requires_grad_()
-    y = loge.linear(x, c.weight, c.factors(), c.bias, A, c.lora_B)
-    x.zero_()
+    y = call(c, leaves_of(c, ("lora_A",)))
+    c.x.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward(c.dy)
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_draws_the_same_mask(reentrant: bool) -> None:
+def test_checkpointing_draws_the_same_mask(reentrant: bool, fraction: float) -> None:
     c = case(M=40, K=30)
 
-    def leaves() -> dict[str, Tensor]:
-        return {n: getattr(c, n).clone().requires_grad_() for n in ADAPTER}
+    def layer(*given: Tensor) -> Tensor:
+        return call(c, dict(zip(NAMES, given, strict=True)), dropout=0.5, exact_fraction=fraction)
 
-    def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return loge.linear(x, c.weight, c.factors(), c.bias, A, B, c.scaling, dropout=0.5)
-
-    plain, again = leaves(), leaves()
+    plain, again = leaves_of(c, ADAPTER), leaves_of(c, ADAPTER)
     torch.manual_seed(3)
     y = layer(*plain.values())
     y.backward(c.dy)
@@ -300,24 +280,24 @@ def test_says_once_that_the_weight_has_changed(autocast: bool) -> None:
     x = torch.randn(3, 18, requires_grad=True)
     made = loge.factorize(weight, 16)
 
-    def call() -> list[str]:
+    def said() -> list[str]:
         with warnings.catch_warnings(record=True) as caught, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             warnings.simplefilter("always")
             loge.linear(x, weight, made)
         return [str(w.message) for w in caught]
 
-    assert call() == []
+    assert said() == []
     with torch.no_grad():
         weight.mul_(2.0)
-    (message,) = call()
+    (message,) = said()
     assert "weight has changed" in message
     assert "refresh" in message
-    assert call() == []
+    assert said() == []
     made.refresh(weight)
-    assert call() == []
+    assert said() == []
     with torch.no_grad():
         weight.mul_(2.0)
-    assert len(call()) == 1
+    assert len(said()) == 1
 
 
 # Errors

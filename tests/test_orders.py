@@ -20,7 +20,7 @@ def results(c: Any, dropout: float = 0.0, factors: loge.Factors | None = None) -
     leaves = [t.clone().requires_grad_() for t in (c.x, c.lora_A, c.lora_B)]
     torch.manual_seed(3)
     x, A, B = leaves
-    y = loge.linear(x, c.weight, factors, c.bias, A, B, c.scaling, dropout)
+    y = loge.linear(x, c.weight, factors, bias=c.bias, lora_A=A, lora_B=B, scaling=c.scaling, dropout=dropout)
     return dict(zip(("y", "dx", "dA", "dB"), (y.detach(), *torch.autograd.grad(y, leaves, c.dy)), strict=True))
 
 

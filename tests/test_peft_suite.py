@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 import torch
 from models import LINEARS, assert_close, gradients, input_gradient, llama, logits, lora, modules_of, paths, tokens
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import loge_kernels as loge
 from loge_kernels import LoGELinear
@@ -33,12 +31,12 @@ def several() -> Any:
 
 
 def exact(model: Any) -> None:
-    loge.apply(model, 1.0)
+    loge.apply(model, exact_dtype=None)
 
 
 def full_rank(model: Any) -> None:
     """Through factors that leave nothing of the weights out."""
-    loge.apply(model, 1.0)
+    exact(model)
     for name in modules_of(model, lambda module: isinstance(module, LoGELinear) and module.converted):
         layer: Any = model.get_submodule(name)
         layer.factors = loge.factorize(layer.weight, 1.0)
@@ -226,25 +224,6 @@ def test_options_of_the_config(options: dict[str, Any], path: str) -> None:
         loge.remove(model)
         full_rank(model)
     assert_alike(model, other)
-
-
-def test_a_weight_stored_the_other_way_round_is_left_to_peft() -> None:
-    """`fan_in_fan_out`: GPT-2's layers are no nn.Linear."""
-
-    def build() -> Any:
-        torch.manual_seed(3)
-        base = GPT2LMHeadModel(
-            GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-        )
-        config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
-        model = get_peft_model(base, config)
-        model.add_module("extra", nn.Linear(32, 32).requires_grad_(False))
-        return model
-
-    model, other = build(), build()
-    report = loge.apply(model, 16)
-    assert [row.name for row in report.converted] == ["extra"]
-    assert_close(gradients(model), gradients(other), 1e-6)
 
 
 def test_a_printed_layer_has_pefts_name() -> None:

@@ -14,7 +14,6 @@ from models import (
     RANK,
     assert_close,
     assert_low_rank_of_its_weights,
-    bases,
     gradients,
     input_gradient,
     llama,
@@ -22,7 +21,6 @@ from models import (
     lora,
     modules_of,
     stand_ins,
-    twins,
     two,
     use_surrogate,
 )
@@ -48,12 +46,6 @@ def test_set_adapter(after: bool) -> None:
         assert_close(got, gradients(other))
 
 
-def test_a_layer_without_the_active_adapter() -> None:
-    model, _ = two(lambda one: one.set_adapter("second"))
-    layer = model.get_submodule(next(name for name in modules_of(model, LoGELoraLinear) if "k_proj" in name))
-    assert layer.obstacle() == "0 active adapters"
-
-
 def test_two_active_adapters() -> None:
     def both(one: Any) -> None:
         one.base_model.set_adapter(["default", "second"])
@@ -61,36 +53,10 @@ def test_two_active_adapters() -> None:
     model, other = two(both)
     obstacles = {model.get_submodule(name).obstacle() for name in modules_of(model, LoGELoraLinear)}
     assert obstacles == {"2 active adapters", None}
-    assert torch.equal(logits(model), logits(other)) or torch.allclose(logits(model), logits(other), atol=1e-5)
     assert_close(gradients(model), gradients(other))
-
-
-def test_disable_adapter() -> None:
-    model, other = twins()[:2]
-    with model.disable_adapter(), other.disable_adapter():
-        assert torch.equal(logits(model), logits(llama()))
-        assert_close({"x": input_gradient(model)}, {"x": input_gradient(other)})
-    assert_close(gradients(model), gradients(other))
-
-
-def test_a_mixed_batch() -> None:
-    model, other = two()
-    model.eval()
-    other.eval()
-    names = {"adapter_names": ["default", "second"]}
-    torch.testing.assert_close(logits(model, **names), logits(other, **names), rtol=0, atol=1e-6)
-    assert not torch.allclose(logits(model, **names), logits(other), atol=1e-3)
-    base = {"adapter_names": ["__base__", "__base__"]}
-    torch.testing.assert_close(logits(model, **base), logits(llama().eval()), rtol=0, atol=1e-6)
-
-
-def test_delete_adapter() -> None:
-    model, other = two()
-    for one in (model, other):
-        one.set_adapter("second")
-        one.delete_adapter("default")
-    assert not any("default" in name for name in model.state_dict())
-    assert_close(gradients(model), gradients(other))
+    model.set_adapter("second")
+    obstacles = {model.get_submodule(name).obstacle() for name in modules_of(model, LoGELoraLinear)}
+    assert obstacles == {"0 active adapters", None}
 
 
 @pytest.mark.parametrize("init", ["olora", "pissa"])
@@ -145,7 +111,7 @@ def test_a_merge_that_fails_halfway() -> None:
             layer.merge(safe_merge=True, adapter_names=["default", "second"])
         assert layer.merged_adapters == ["default"]
         if one is model:
-            assert layer.base_layer.factors.stale(layer.base_layer.weight)
+            assert layer.base_layer.factors.made_of.changed(layer.base_layer.weight)
 
 
 def test_merge_and_unload() -> None:
@@ -163,24 +129,7 @@ def test_merge_and_unload() -> None:
     assert not modules_of(merged, LoGELinear)
 
 
-def test_unload() -> None:
-    model = lora()
-    loge.apply(model, RANK)
-    plain = model.unload()
-    assert torch.equal(logits(plain), logits(llama()))
-    loge.remove(plain)
-    assert not modules_of(plain, lambda m: isinstance(m, (LoGELinear, LoGELoraLinear)))
-
-
 # Apply first, adapters later; adapters that are not LoRA
-
-
-def test_adapters_around_a_converted_model() -> None:
-    model, other = llama().requires_grad_(False), lora()
-    loge.apply(model, RANK)
-    model = lora(model)
-    use_surrogate(other, stand_ins(other, bases(other), RANK))
-    assert_close(gradients(model), gradients(other))
 
 
 @pytest.mark.xfail(strict=True, reason="PEFT's own layer merges through .data, which nothing counts: call refresh()")
@@ -252,15 +201,6 @@ def test_trained_adapters_survive_remove() -> None:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     loge.remove(model)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
-
-
-def test_a_failed_apply_leaves_pefts_layers() -> None:
-    model = lora()
-    types = {name: type(module) for name, module in model.named_modules()}
-    model.base_model.model.model.layers[1].mlp.down_proj.base_layer.weight.data[0, 0] = float("inf")
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj.*unchanged"):
-        loge.apply(model, RANK)
-    assert {name: type(module) for name, module in model.named_modules()} == types
 
 
 def test_targets_are_pefts_names() -> None:

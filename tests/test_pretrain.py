@@ -16,8 +16,7 @@ pytest.importorskip("peft")
 pytest.importorskip("tokenizers")
 
 from loge_kernels.bench import pretrain, pretrain_training
-from loge_kernels.bench.commands import _rates
-from loge_kernels.bench.pretrain import PretrainOptions, best, order_holds
+from loge_kernels.bench.pretrain import PretrainOptions, best, order_holds, read_rates
 
 
 @pytest.fixture
@@ -104,9 +103,9 @@ def test_the_rate_rises_and_falls() -> None:
 
 
 def test_rates_as_typed() -> None:
-    assert _rates(["full=1e-3,2e-3", "lora=1", "full=4e-3"]) == {"full": (1e-3, 2e-3, 4e-3), "lora": (1.0,)}
+    assert read_rates(["full=1e-3,2e-3", "lora=1", "full=4e-3"]) == {"full": (1e-3, 2e-3, 4e-3), "lora": (1.0,)}
     with pytest.raises(ValueError, match="METHOD=RATE"):
-        _rates(["1e-3"])
+        read_rates(["1e-3"])
 
 
 @pytest.mark.parametrize(

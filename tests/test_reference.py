@@ -104,6 +104,7 @@ def test_heaviest_rows_counts_in_wide_precision() -> None:
     assert reference.heaviest_rows(dy[:0], 0.5).tolist() == []
 
 
+@pytest.mark.usefixtures("either_processor")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_low_precision_within_twice_plain_pytorch(dtype: torch.dtype, dropout: float) -> None:
@@ -120,6 +121,7 @@ def test_low_precision_within_twice_plain_pytorch(dtype: torch.dtype, dropout: f
         assert_within_twice(tensor, plain[name], truth[name], name)
 
 
+@pytest.mark.usefixtures("either_processor")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_adapter_over_a_16_bit_base(dtype: torch.dtype) -> None:
     c = case(M=33, N=48, K=40, R=16, P=8).to(dtype)

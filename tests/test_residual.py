@@ -10,17 +10,27 @@ from typing import Any
 
 import pytest
 import torch
-from surrogate import NAMES, Case, assert_within_twice, case, gradients, heaviest
+from surrogate import (
+    Case,
+    assert_same,
+    assert_within_twice,
+    call,
+    case,
+    drawn_mask,
+    gradients,
+    heaviest,
+    leaves_of,
+    run,
+)
 from torch import Tensor, nn
 
 import loge_kernels as loge
 from loge_kernels import LoGELinear
-from loge_kernels.dropout import draw_seed, keep_mask
 
 
 def stand_in(factors: loge.Factors) -> Tensor:
     """What the factors put in the weight's place."""
-    dense = factors.left.detach() @ factors.right.detach()
+    dense = factors.left @ factors.right
     if factors.rows is not None:
         dense[factors.rows] += factors.residual
     return dense
@@ -29,18 +39,6 @@ def stand_in(factors: loge.Factors) -> Tensor:
 def with_stand_in(c: Case, factors: loge.Factors) -> Case:
     """The case whose surrogate is that stand-in: full rank, the identity times it."""
     return replace(c, left=torch.eye(c.weight.shape[0], dtype=c.weight.dtype), right=stand_in(factors))
-
-
-def run(c: Case, factors: loge.Factors, **options: Any) -> dict[str, Tensor]:
-    leaves = {n: t.detach().requires_grad_() for n in NAMES if (t := getattr(c, n)) is not None}
-    y = loge.linear(leaves["x"], leaves["weight"], factors, *(leaves.get(n) for n in NAMES[2:]), c.scaling, **options)
-    y.backward(c.dy)
-    return {"y": y.detach(), **{n: t.grad for n, t in leaves.items()}}
-
-
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name, tensor in got.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
 
 # Through the op
@@ -52,12 +50,8 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_gradients_of_the_surrogate(shape: dict[str, Any], count: int, dropout: float) -> None:
     c = case(**shape)
     made = c.factors().with_residual(c.weight, count)
-    scale = None
-    if dropout and c.lora_A is not None:
-        torch.manual_seed(5)
-        scale = keep_mask(draw_seed(torch.device("cpu")), *c.x.shape, dropout).double() / (1 - dropout)
-    torch.manual_seed(5)
-    got = run(c, made, dropout=dropout)
+    scale = drawn_mask(c, dropout)
+    got = run(c, factors=made, dropout=dropout)
     assert_same(got, gradients(with_stand_in(c, made), scale))
     if count == 13 and not dropout:
         assert_same(got, gradients(replace(c, left=None, right=None)))
@@ -68,25 +62,26 @@ def test_exact_rows_take_no_residual(fraction: float, rows: int) -> None:
     c = case()
     made = c.factors().with_residual(c.weight, 5)
     expected = gradients(with_stand_in(c, made), exact_rows=heaviest(c.dy, rows))
-    assert_same(run(c, made, exact_fraction=fraction), expected)
+    assert_same(run(c, factors=made, exact_fraction=fraction), expected)
 
 
+@pytest.mark.usefixtures("either_processor")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_within_twice_plain_pytorch(dtype: torch.dtype) -> None:
     narrow = case(M=33, N=48, K=40, R=16, P=8).to(dtype)
     made = narrow.factors().with_residual(narrow.weight, 8)
-    got = run(narrow, made)
-    leaf = narrow.x.detach()
-    dy, x = narrow.dy, leaf
+    got = run(narrow, factors=made)
+    dy = narrow.dy
     plain = dy @ narrow.left @ narrow.right + narrow.scaling * dy @ narrow.lora_B @ narrow.lora_A
     plain += dy[:, made.rows] @ made.residual
     wide = narrow.to(torch.float64)
     full = loge.Factors(wide.left, wide.right, rows=made.rows, residual=made.residual.double())
     truth = gradients(with_stand_in(wide, full))["x"]
-    assert got["x"].dtype == x.dtype
+    assert got["x"].dtype == dtype
     assert_within_twice(got["x"], plain, truth)
 
 
+@pytest.mark.usefixtures("either_processor")
 def test_autocast_and_strided_dy() -> None:
     c = case(M=6, dtype=torch.float32)
     made = c.factors().with_residual(c.weight, 5)
@@ -94,8 +89,9 @@ def test_autocast_and_strided_dy() -> None:
     x = c.x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         loge.linear(x, c.weight, made).backward(half.dy.t().contiguous().t())
-    y = half.x.requires_grad_()
-    loge.linear(y, half.weight, copy.deepcopy(made).to(torch.bfloat16)).backward(half.dy)
+    y, in_half = half.x.requires_grad_(), copy.deepcopy(made)
+    in_half.apply_(lambda t: t.to(torch.bfloat16) if t.is_floating_point() else t)
+    loge.linear(y, half.weight, in_half).backward(half.dy)
     assert torch.equal(x.grad, y.grad.float())
 
 
@@ -103,11 +99,11 @@ def test_a_weight_that_is_not_needed_is_not_kept() -> None:
     c = case()
     made = c.factors().with_residual(c.weight, 5)
     expected = gradients(with_stand_in(c, made))
-    x = c.x.requires_grad_()
-    y = loge.linear(x, c.weight, made, c.bias, c.lora_A, c.lora_B, c.scaling)
+    leaves = leaves_of(c, ("x",))
+    y = call(c, leaves, factors=made)
     c.weight.data.fill_(float("nan"))
     y.backward(c.dy)
-    assert_same({"x": x.grad}, expected)
+    assert_same({"x": leaves["x"].grad}, expected)
 
 
 def test_compiled_is_eager() -> None:
@@ -116,7 +112,7 @@ def test_compiled_is_eager() -> None:
     made = c.factors().with_residual(c.weight, 5)
 
     def layer(x: Tensor) -> Tensor:
-        return loge.linear(x.relu(), c.weight, made, c.bias).sigmoid()
+        return loge.linear(x.relu(), c.weight, made, bias=c.bias).sigmoid()
 
     results = []
     for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
@@ -148,8 +144,8 @@ def test_chooses_the_rows_that_lower_the_loss_most(weighted: bool) -> None:
     if importance is None:
         left_out = (weight - stand_in(with_rows)).square().sum() / weight.square().sum()
         assert with_rows.energy == pytest.approx(1 - left_out.item(), abs=1e-9)
-    assert with_rows.bound
-    assert not with_rows.stale(weight)
+    assert with_rows.made_of.bound
+    assert not with_rows.made_of.changed(weight)
 
 
 def test_energy_and_cost() -> None:
@@ -185,18 +181,16 @@ def assert_current(factors: loge.Factors, weight: Tensor) -> None:
     assert torch.equal(factors.rows, fresh.rows)
     torch.testing.assert_close(stand_in(factors).double(), stand_in(fresh), rtol=1e-3, atol=1e-4)
     assert factors.energy == pytest.approx(fresh.energy, abs=1e-4)
-    assert not factors.stale(weight)
+    assert not factors.made_of.changed(weight)
 
 
 def test_refresh_and_become() -> None:
     weight = torch.randn(20, 12)
     made = loge.factorize(weight, 4).with_residual(weight, 5)
-    held = made.residual
     nn.init.normal_(weight)
-    assert made.stale(weight)
+    assert made.made_of.changed(weight)
     made.refresh(weight)
     assert_current(made, weight)
-    assert made.residual is held, "the parameter stays, its values change"
     nn.init.normal_(weight)
     made.become(loge.factorize(weight, 4), weight)
     assert_current(made, weight)
@@ -234,7 +228,7 @@ def test_copies(way: Any) -> None:
 
 
 def test_moves_with_the_module_and_stays_out_of_its_state() -> None:
-    layer = LoGELinear.from_linear(nn.Linear(24, 20), 8, 4)
+    layer = LoGELinear.from_linear(nn.Linear(24, 20), rank=8, lora_rank=4)
     layer.factors = layer.factors.with_residual(layer.weight, 5)
     assert set(layer.state_dict()) == {"weight", "bias", "lora_A", "lora_B"}
     layer.to(torch.bfloat16)
@@ -245,7 +239,7 @@ def test_moves_with_the_module_and_stays_out_of_its_state() -> None:
 
 
 def test_a_layer_follows_a_loaded_weight() -> None:
-    layer = LoGELinear.from_linear(nn.Linear(24, 20), 8, lora_rank=0)
+    layer = LoGELinear.from_linear(nn.Linear(24, 20), rank=8, lora_rank=0)
     layer.factors = layer.factors.with_residual(layer.weight, 5)
     layer.load_state_dict({"weight": torch.randn(20, 24), "bias": torch.randn(20)})
     x, dy = torch.randn(3, 24, requires_grad=True), torch.randn(3, 20)

@@ -75,41 +75,23 @@ def test_fsdp2_before_apply() -> None:
         loge.fully_shard(model)
 
 
-def fsdp1(model: nn.Module) -> Any:
-    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-
-
 def test_fsdp1_before_apply() -> None:
+    model: Any = FullyShardedDataParallel(lora(), use_orig_params=True, device_id=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"inside a sharded module \(FSDP\): apply first"):
-        loge.apply(fsdp1(lora()), RANK)
+        loge.apply(model, RANK)
 
 
-def test_fsdp1_after_apply() -> None:
-    model = lora()
-    loge.apply(model, RANK)
-    with pytest.raises(ValueError, match=r"FullyShardedDataParallel \(FSDP1\).*use loge_kernels.fully_shard"):
-        fsdp1(model)(input_ids=tokens(), labels=tokens())
-
-
-def partitioned(model: Any, part: Any = ".") -> Any:
-    """As ZeRO-3 leaves parameters between forwards: an id, and no values."""
-    for index, (name, p) in enumerate(model.named_parameters()):
-        if part in name:
-            p.ds_id = index
-            p.data = torch.empty(0, dtype=p.dtype)
-    return model
-
-
-def test_zero3_before_apply() -> None:
+def test_zero3() -> None:
+    before, after = lora(), lora()
+    loge.apply(after, RANK)
+    for index, p in enumerate([*before.parameters(), *after.parameters()]):
+        p.ds_id = index
+    for p in before.parameters():  # as between forwards
+        p.data = torch.empty(0, dtype=p.dtype)
     with pytest.raises(ValueError, match=r"q_proj its weight is partitioned by DeepSpeed ZeRO-3: use stage 1 or 2"):
-        loge.apply(partitioned(lora()), RANK)
-
-
-def test_zero3_after_apply() -> None:
-    model = lora()
-    loge.apply(model, RANK)
-    with pytest.raises(ValueError, match=r"layer are partitioned by DeepSpeed ZeRO-3, whose backward gathers whole"):
-        partitioned(model, ".factors.")(input_ids=tokens(), labels=tokens())
+        loge.apply(before, RANK)
+    with pytest.raises(ValueError, match=r"partitioned by DeepSpeed ZeRO-3, whose backward gathers whole weights"):
+        after(input_ids=tokens(), labels=tokens())
 
 
 def test_one_rank_is_enough() -> None:
@@ -117,19 +99,6 @@ def test_one_rank_is_enough() -> None:
     for one in (model, expected):
         loge.apply(one, RANK)
     loge.fully_shard(model, mesh=mesh())
-    got = {name: grad.full_tensor() for name, grad in gradients(model).items()}
-    assert_close(got, gradients(expected))
-
-
-def test_factors_that_every_rank_keeps() -> None:
-    model = lora()
-    loge.apply(model, RANK)
-    factors = {p for name, p in model.named_parameters() if ".factors." in name}
-    loge.fully_shard(model, mesh=mesh(), ignored_params=factors)
-    gradients(model)
-    assert factors == {p for name, p in model.named_parameters() if ".factors." in name}
-    expected = lora()
-    loge.apply(expected, RANK)
     got = {name: grad.full_tensor() for name, grad in gradients(model).items()}
     assert_close(got, gradients(expected))
 

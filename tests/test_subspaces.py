@@ -53,7 +53,7 @@ def test_salience_orders_singular_directions_by_its_index(reading: str) -> None:
 def test_apply_takes_statistics_or_batches() -> None:
     first, second = lora(), lora()
     given = loge.apply(first, 16, calibration=loge.calibrate(first, batches()))
-    taken = loge.apply(second, 16, "gradient", batches())
+    taken = loge.apply(second, 16, subspace="gradient", calibration=batches())
     assert [row.energy for row in given.layers] == [row.energy for row in taken.layers]
     found, expected = gradients(second), gradients(first)
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -1,0 +1,325 @@
+"""Models, ways to adapt them and wrappers that users meet: what is converted has PEFT's gradients, what is not has a
+reason."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from models import assert_close, input_gradient, llama, lora
+from situations import (
+    EXACT,
+    LOW,
+    applied,
+    assert_same_gradients,
+    assert_same_weights,
+    batch,
+    derived,
+    loss_of,
+    pair,
+    train,
+    trained,
+)
+from torch import Tensor, distributed, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+import loge_kernels as loge
+
+SIZE: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.15,
+}
+ONE_IN_TWO = {**LOW, "exact_every": 2}
+BOTH = pytest.mark.parametrize("policy", [EXACT, LOW], ids=["exact", "low rank"])
+
+
+# PEFT around a model that was applied first
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "adapters alone": {},
+    "a trained head": {"modules_to_save": ["lm_head"]},
+    "a trained head and embeddings": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "a trained layer beside adapters": {"modules_to_save": ["o_proj"], "target_modules": ["q_proj", "down_proj"]},
+    "a trained layer, tied words": {"modules_to_save": ["o_proj"], "target_modules": ["q_proj"]},
+}
+
+
+@pytest.mark.filterwarnings("error:.*weight has changed")
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("policy", [EXACT, LOW, ONE_IN_TWO], ids=["exact", "low rank", "one in two"])
+def test_peft_around_an_applied_model(policy: dict[str, Any], config: dict[str, Any]) -> None:
+    """As `apply` on the PEFT model: what is trained whole has its exact gradient, and passes an exact one on."""
+    base = llama(tied="words" in str(config)).requires_grad_(False)
+    plain = lora(copy.deepcopy(base), **config).train()
+    first = lora(applied(base, policy), **config).train()
+    twin = plain if policy is EXACT else applied(copy.deepcopy(plain), policy)
+    for seed in range(2):
+        assert_close(derived(first, seed), derived(twin, seed), 3e-5)
+        for one in (first, twin):
+            train(one, [seed])
+    assert_same_weights(first, twin, 3e-5)
+
+
+# Some layers adapted, embeddings that are sparse
+
+
+@BOTH
+def test_adapters_on_queries_and_values_alone(policy: dict[str, Any]) -> None:
+    plain = pair(target_modules=["q_proj", "v_proj"])[0]
+    model = copy.deepcopy(plain)
+    report = loge.apply(model, **policy)
+    rows = {row.name: row for row in report.layers}
+    assert len(rows) == 15
+    adapted = {name for name in rows if name.endswith(("q_proj", "v_proj"))}
+    assert len(adapted) == 4
+    assert {name for name, row in rows.items() if row.path == "skipped"} == {"base_model.model.lm_head"}
+    if policy is EXACT:
+        assert_close(derived(model), derived(plain), 1e-5)
+        assert_close({"x": input_gradient(model)}, {"x": input_gradient(plain)}, 1e-5)
+    else:
+        assert {rows[name].path for name in adapted} <= {"fused", "exact"}
+        assert {rows[name].path for name in rows.keys() - adapted} <= {"plain", "exact", "skipped"}
+
+
+def test_sparse_embeddings_train_beside_adapters() -> None:
+    plain = pair()[0]
+    embedding = plain.get_base_model().model.embed_tokens
+    embedding.sparse = True
+    embedding.weight.requires_grad_()
+    model = applied(copy.deepcopy(plain))
+    found = []
+    for one in (plain, model):
+        gradients = derived(one)
+        (name,) = [name for name in gradients if "embed_tokens" in name]
+        assert gradients[name].is_sparse
+        found.append({**gradients, name: gradients[name].to_dense()})
+        optimizer = torch.optim.SparseAdam([one.get_base_model().model.embed_tokens.weight], lr=1e-3)
+        one(**batch()).loss.backward()
+        optimizer.step()
+        one.zero_grad()
+    assert_close(*reversed(found), 1e-5)
+    assert_close(derived_dense(model), derived_dense(plain), 1e-4)
+
+
+def derived_dense(model: Any) -> dict[str, Tensor]:
+    return {name: t.to_dense() if t.is_sparse else t for name, t in derived(model, 1).items()}
+
+
+# GPT-2
+
+
+def gpt2() -> Any:
+    torch.manual_seed(3)
+    config = hf.GPT2Config(
+        vocab_size=50, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+    )
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        setattr(config, name, 0.0)
+    return hf.GPT2LMHeadModel(config)
+
+
+def adapted_gpt2() -> Any:
+    return lora(gpt2(), target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True).train()
+
+
+GPT2 = {"PEFT": adapted_gpt2, "plain": lambda: gpt2().requires_grad_(False)}
+
+
+@pytest.mark.parametrize("make", GPT2.values(), ids=GPT2)
+def test_what_keeps_gpt2_from_being_applied_is_said(make: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match="nothing to convert") as raised:
+        loge.apply(make(), **EXACT)
+    message = str(raised.value)
+    assert "Conv1D" in message
+    assert "transposed" in message
+    assert "c_attn" in message
+    assert "and 6 more" in message
+
+
+def test_gpt2s_layers_are_in_the_report() -> None:
+    plain = adapted_gpt2()
+    plain.get_base_model().add_module("extra", nn.Linear(32, 32).requires_grad_(False))
+    model = copy.deepcopy(plain)
+    report = loge.apply(model, **EXACT)
+    rows = {row.name: row for row in report.layers if "Conv1D" in row.reason}
+    assert len(rows) == 8
+    assert {row.path for row in rows.values()} == {"skipped"}
+    assert rows["base_model.model.transformer.h.0.attn.c_attn"].shape == (96, 32)
+    assert rows["base_model.model.transformer.h.1.mlp.c_proj"].shape == (32, 128)
+    assert [row.name for row in report.converted] == ["base_model.model.extra"]
+    assert "c_attn" in str(report)
+    assert_close(derived(model), derived(plain), 1e-5)
+
+
+# Mixtures of experts, whose weights are one parameter of three dimensions
+
+EXPERTS: dict[str, Callable[[], nn.Module]] = {
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**SIZE, num_local_experts=4)),
+    "qwen3": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(**SIZE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+    ),
+    "gpt-oss": lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(**SIZE, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
+    ),
+}
+TARGETS: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "experts": {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    "every expert": {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
+}
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("make", EXPERTS.values(), ids=EXPERTS)
+def test_experts_are_counted_and_named(make: Callable[[], nn.Module], targets: dict[str, Any]) -> None:
+    torch.manual_seed(6)
+    plain = lora(make(), **targets).train()
+    model = copy.deepcopy(plain)
+    report = loge.apply(model, **EXACT)
+    rows = {row.name: row for row in report.layers if "experts" in row.name}
+    names = {f"base_model.model.model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in SHAPES}
+    assert set(rows) == names
+    for name, row in rows.items():
+        assert row.path == "skipped"
+        assert "experts" in row.reason
+        E, N, K = row.shape
+        assert (E, {N, K}) == (4, SHAPES[name.rpartition(".")[2]])  # gpt-oss has [K, N]
+    assert all(line in str(report) for line in ("4 x ", "several weights in one parameter"))
+    assert len(report.converted) == 8
+    assert_close(derived(model), derived(plain), 1e-5)
+    counted = {n: p.numel() for n, p in plain.named_parameters() if n.rpartition(".")[2] in SHAPES or is_linear(n)}
+    ours = sum(count for name, count in counted.items() if "self_attn" in name)
+    assert report.share_converted == pytest.approx(ours / sum(counted.values()))
+
+
+SHAPES = {"gate_up_proj": {96, 32}, "down_proj": {32, 48}}
+
+
+def is_linear(name: str) -> bool:
+    return name.endswith("weight") and any(part in name for part in ("_proj.", "lm_head")) and "lora" not in name
+
+
+# Wrappers around optimizers and around models
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    gc.collect()  # DDP's reducer must not outlive the group
+    distributed.destroy_process_group()
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trained(model).values(), lr=1e-2, eps=1e-3)
+
+
+def steps(model: Any, optimizer: torch.optim.Optimizer, count: int = 3) -> None:
+    for seed in range(count):
+        loss_of(model, seed).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Zhang et al., arXiv 1907.08610: an optimizer around another one, whose weights are pulled back every k steps."""
+
+    def __init__(self, inner: torch.optim.Optimizer, k: int = 2, share: float = 0.5) -> None:
+        self.inner, self.k, self.share, self.count = inner, k, share, 0
+        super().__init__(inner.param_groups, {})
+        self.slow = [p.detach().clone() for group in inner.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.inner.step(closure)
+        self.count += 1
+        if self.count % self.k == 0:
+            fast = [p for group in self.inner.param_groups for p in group["params"]]
+            for kept, p in zip(self.slow, fast, strict=True):
+                p.copy_(kept.lerp_(p, self.share))
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "lookahead": lambda model: Lookahead(adamw(model)),
+    "zero": lambda model: ZeroRedundancyOptimizer(trained(model).values(), torch.optim.AdamW, lr=1e-2, eps=1e-3),
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPERS.values(), ids=WRAPPERS)
+def test_optimizers_around_optimizers(wrapped: Callable[[nn.Module], Any], one_rank: None) -> None:
+    plain, model = pair()
+    for one in (plain, model):
+        steps(one, wrapped(one), 4)
+    assert_same_weights(plain, model, 5e-5)
+    # Which forwards are exact is no matter of the optimizer: the first and the third are.
+    plain, model = pair(policy=ONE_IN_TWO)
+    other = applied(pair()[0], LOW)
+    optimizer = wrapped(model)
+    for seed in range(4):
+        exact = seed % 2 == 0
+        loss_of(model, seed).backward()
+        twin = plain if exact else other
+        twin.load_state_dict(model.state_dict())
+        loss_of(twin, seed).backward()
+        assert_same_gradients(twin, model)
+        optimizer.step()
+        for one in (model, plain, other):
+            one.zero_grad()
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "no broadcast of buffers": {"broadcast_buffers": False},
+    "unused parameters": {"find_unused_parameters": True},
+    "gradients are views": {"gradient_as_bucket_view": True},
+    "static": {"static_graph": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:find_unused_parameters=True")
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+@BOTH
+def test_distributed_data_parallel(
+    policy: dict[str, Any], options: dict[str, Any], one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    broadcast = distributed._broadcast_coalesced
+
+    def counted(group: Any, tensors: list[Tensor], *rest: Any) -> Any:
+        sent.append(sum(tensor.nbytes for tensor in tensors))
+        return broadcast(group, tensors, *rest)
+
+    monkeypatch.setattr(distributed, "_broadcast_coalesced", counted)
+    broadcasts = []
+    plain, model = pair(policy=policy)
+    twin = plain if policy is EXACT else applied(pair()[0], policy)
+    for one in (plain, model):
+        sent.clear()
+        wrapped = DistributedDataParallel(one, **options)
+        for seed in range(3):
+            one.zero_grad()
+            loss_of(wrapped, seed).backward()
+        broadcasts.append(list(sent))
+        del wrapped
+    assert broadcasts[0] == broadcasts[1]
+    if twin is not plain:
+        for seed in range(3):
+            twin.zero_grad()
+            loss_of(twin, seed).backward()
+    assert_same_gradients(twin, model)
