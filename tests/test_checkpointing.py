@@ -41,7 +41,7 @@ def test_exact_mode_is_checkpointed_peft(reentrant: bool) -> None:
 
 def trained(kind: str) -> Any:
     if kind == "switchlora":
-        return applied(switching(lora_dropout=0.3))
+        return applied(switching(lora_dropout=0.3), None)
     if kind.startswith("loretta"):
         config = loge.LorettaRepConfig(dropout=0.3) if kind == "loretta rep" else loge.LorettaAdpConfig()
         return applied(loretta_models.moved(get_peft_model(llama(), config)))
@@ -61,8 +61,10 @@ def test_a_recomputed_step_is_the_step_itself(kind: str, reentrant: bool) -> Non
 
 
 def test_switches_between_checkpointed_steps() -> None:
-    """The weight and its factors change in place after each step; none of it reaches the step under way."""
-    model, other = (applied(switching(interval=1, freeze_steps=0)) for _ in range(2))
+    """The weight and its 8-bit copy change after each step; none of it reaches the step under way."""
+    model, other = (switching(interval=1, freeze_steps=0) for _ in range(2))
+    for one in (model, other):
+        loge.apply(one, exact_dtype="int8")
     checkpointed(model, False)
     optimizers = [optimizer_of(model), optimizer_of(other)]
     for step in range(3):

@@ -178,7 +178,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "frozen below": lambda: applied(adapted(2), freeze_below=1),
     "loretta rep": lambda: applied(tensor_trains(loge.LorettaRepConfig(dropout=0.3))),
     "loretta adp": lambda: applied(tensor_trains(loge.LorettaAdpConfig())),
-    "switchlora": lambda: applied(switched()),
+    "switchlora": lambda: applied(switched(), None),
 }
 
 

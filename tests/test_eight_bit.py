@@ -274,26 +274,6 @@ def test_autocast_quantises_the_weight_itself() -> None:
     assert copy8.tensor is first
 
 
-@pytest.mark.parametrize("name", NAMED)
-@pytest.mark.parametrize("held", [True, False])
-def test_compiled_is_eager(name: str, held: bool) -> None:
-    torch._dynamo.reset()
-    c = in_float32(R=None)
-    exact_dtype = EightBitWeight(name) if held else name
-    if held:
-        exact_dtype.current(c.weight)
-
-    def layer(x: Tensor) -> Tensor:
-        return call(c, leaves_of(c, ()), x=x.relu(), exact_dtype=exact_dtype).sigmoid()
-
-    results = []
-    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
-        x = c.x.clone().requires_grad_()
-        function(x).backward(c.dy)
-        results.append(x.grad)
-    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
-
-
 # Errors and reasons
 
 
@@ -438,15 +418,6 @@ def test_the_attribute() -> None:
     torch.testing.assert_close(got, dy @ layer.weight)
     with pytest.raises(ValueError, match="exact_dtype='int4'"):
         layer.exact_dtype = "int4"
-
-
-def test_convert_and_revert() -> None:
-    linear = nn.Linear(24, 20)
-    before = dict(vars(linear)), list(linear.state_dict())
-    LoGELinear.convert_(linear, None, exact_dtype="int8")
-    follows(linear)
-    linear.revert_()
-    assert (dict(vars(linear)), list(linear.state_dict())) == before
 
 
 def test_merged_and_unmerged_by_peft() -> None:

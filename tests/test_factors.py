@@ -285,14 +285,6 @@ def test_factors_given_by_hand() -> None:
     assert not x.grad.any()
 
 
-def test_apply_changes_every_tensor(bound: tuple[nn.Linear, loge.Factors]) -> None:
-    layer, factors = bound
-    with_rows = factors.with_residual(layer.weight, 3)
-    with_rows.apply_(lambda tensor: tensor.to("meta"))
-    assert {t.device.type for t in (*with_rows.tensors, with_rows.rows)} == {"meta"}
-    assert len(with_rows.tensors) == 3
-
-
 def test_inside_autocast_factors_are_the_same() -> None:
     weight = torch.randn(1040, 1040)  # large enough for the randomised decomposition
     for method in ("svd", "gradient"):

@@ -244,13 +244,6 @@ def test_moves_to_another_dtype_with_its_weight() -> None:
     assert layer(torch.ones(2, 24, dtype=torch.float64)).dtype == torch.float64
 
 
-def test_compiles_whole() -> None:
-    torch._dynamo.reset()
-    _, layer = layer_pair()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(input_gradient(compiled), input_gradient(layer))
-
-
 # In place
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from models import gradients, lora
-from surrogate import call, leaves_of
 from test_eight_bit import FLOATS, NAMED, adapter_part, in_float32, rounded_rows, run
 from torch import Tensor, nn
 
@@ -90,23 +89,6 @@ def test_dropout_is_the_adapters(name: str) -> None:
     masked = ((results[0] - results[1]).abs() < 1e-6).float().mean()
     assert 0.3 < masked < 0.7
     torch.testing.assert_close(results[1].double(), eight.truth(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_compiled_is_eager(name: str) -> None:
-    torch._dynamo.reset()
-    eight = InEightBits(name)
-    c, made = eight.case, eight.factors()
-
-    def layer(x: Tensor) -> Tensor:
-        return call(c, leaves_of(c, ()), x=x.relu(), factors=made).sigmoid()
-
-    results = []
-    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
-        x = c.x.clone().requires_grad_()
-        function(x).backward(c.dy)
-        results.append(x.grad)
-    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
 
 
 def test_autocast() -> None:

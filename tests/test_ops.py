@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -41,7 +40,16 @@ def test_gradcheck_exact(adapter: bool) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [{}, {"N": 5, "K": 31}, {"M": 1}, {"M": 0}, {"R": None}, {"P": None}, {"P": None, "R": None}, {"bias": False}],
+    [
+        {},
+        {"N": 5, "K": 31},
+        {"M": 1, "bias": False},
+        {"M": 0},
+        {"R": 2, "P": 9},
+        {"R": None},
+        {"P": None, "R": 1},
+        {"P": None, "R": None},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -64,12 +72,13 @@ def test_each_subset_of_gradients(wanted: tuple[bool, ...], R: int | None) -> No
     assert_same(got, gradients(c, scale))
 
 
-@pytest.mark.parametrize(("fraction", "rows"), [(0.0, 0), (0.3, 3), (1.0, 7)])
-def test_exact_fraction(fraction: float, rows: int) -> None:
-    c = case()
-    assert_same(run(c, exact_fraction=fraction), gradients(c, exact_rows=heaviest(c.dy, rows)))
-    if rows == 7:
-        assert_same(run(c, exact_fraction=fraction), gradients(replace(c, left=None, right=None)))
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(("fraction", "rows"), [(0.0, 0), (0.01, 1), (0.3, 3), (0.5, 4), (1.0, 7)])
+@pytest.mark.parametrize("P", [3, None])
+def test_exact_fraction(fraction: float, rows: int, dropout: float, P: int | None) -> None:
+    c = case(P=P)
+    expected = gradients(c, drawn_mask(c, dropout), heaviest(c.dy, rows))
+    assert_same(run(c, dropout=dropout, exact_fraction=fraction), expected)
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (0,), (2, 3), (2, 1, 3), (2, 0, 3)])
@@ -84,9 +93,10 @@ def test_leading_dimensions(lead: tuple[int, ...]) -> None:
     assert_same({"y": y.detach().reshape(rows, 13), "x": x.grad.reshape(rows, 11)}, expected)
 
 
-def test_strides_of_x_and_dy() -> None:
+def test_strides() -> None:
     c = case(M=12)
     expected = gradients(c)
+    c.weight, c.left, c.lora_A = (t.t().contiguous().t() for t in (c.weight, c.left, c.lora_A))
     wide = torch.zeros(4, 3, 22, dtype=torch.float64)
     wide[..., ::2] = c.x.view(4, 3, 11)
     permuted = c.x.view(4, 3, 11).transpose(0, 1).contiguous().transpose(0, 1)  # no view of two dimensions
@@ -232,14 +242,17 @@ def test_kept_for_backward(
         }
 
 
-def test_backward_does_not_read_the_weight() -> None:
-    c = case()
-    expected = gradients(c)
+@pytest.mark.parametrize("more", ["", "residual", "int8"])
+def test_backward_does_not_read_the_weight(more: str) -> None:
+    c = case(dtype=torch.float32)
+    made = c.factors().with_residual(c.weight, 5) if more == "residual" else c.factors()
+    made.low_rank_dtype = more if more == "int8" else None
+    expected = run(c, ADAPTER, factors=made)
     leaves = leaves_of(c, ADAPTER)
-    y = call(c, leaves)
+    y = call(c, leaves, factors=made)
     c.weight.data.fill_(float("nan"))
     y.backward(c.dy)
-    assert_same({n: leaves[n].grad for n in ADAPTER}, expected)
+    assert_same({n: leaves[n].grad for n in ADAPTER}, expected, 0.0)
 
 
 def test_a_changed_input_is_noticed() -> None:

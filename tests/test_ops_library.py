@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from surrogate import Case, case, leaves_of
+from surrogate import NAMES, Case, call, case, leaves_of
 from torch import Tensor
 
-import loge_kernels as loge
 from loge_kernels.eight_bit import EightBitWeight, as_bits
 
 LINEAR_CASES: dict[str, dict[str, Any]] = {
@@ -73,27 +72,44 @@ def test_opcheck_backward(needs: tuple[bool, ...], exact_dtype: str | None) -> N
     torch.library.opcheck(torch.ops.loge_kernels.linear_backward.default, (*operands, *constants, *needs, "reference"))
 
 
-@pytest.mark.parametrize(
-    ("options", "keywords"),
-    [({}, {"dropout": 0.5}), ({"R": None}, {}), ({}, {"exact_fraction": 0.4}), ({"P": None, "bias": False}, {})],
-)
+HELD = EightBitWeight("int8")
+EXACT = {"R": None, "dtype": torch.float32}
+COMPILED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"dropout": 0.5}),
+    ({"R": None}, {}),
+    ({}, {"exact_fraction": 0.4}),
+    ({"P": None, "bias": False}, {}),
+    ({"count": 5}, {}),
+    *((EXACT, {"exact_dtype": name}) for name in ("int8", "float8", HELD)),
+    *(({"dtype": torch.float32, "low_rank_dtype": name}, {}) for name in ("int8", "float8")),
+]
+
+
+@pytest.mark.parametrize(("options", "keywords"), COMPILED)
 def test_compiled_is_eager(options: dict[str, Any], keywords: dict[str, Any]) -> None:
     torch._dynamo.reset()
-    c = case(M=8, **options)
+    options = dict(options)
+    count, name = options.pop("count", 0), options.pop("low_rank_dtype", None)
+    c = case(M=8, N=48, K=32, **options)
     made = c.factors()
-
+    if made is not None:
+        made = made.with_residual(c.weight, count) if count else made
+        made.low_rank_dtype = name
+    HELD.current(c.weight)
+    need = tuple(n for n in NAMES if n != "weight" or c.x.dtype == torch.float64)
     names = list(leaves_of(c))
 
     def layer(*given: Tensor) -> Tensor:
         leaves = dict(zip(names, given, strict=True))
-        return loge.linear(**{**leaves, "x": given[0].relu()}, factors=made, scaling=0.7, **keywords).sigmoid()
+        return call(c, {**leaves, "x": given[0].relu()}, factors=made, **keywords).sigmoid()
 
     results = []
     for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
-        leaves = list(leaves_of(c).values())
+        leaves = list(leaves_of(c, need).values())
         torch.manual_seed(9)
         y = function(*leaves)
         y.backward(c.dy)
-        results.append([y.detach(), *(t.grad for t in leaves)])
+        results.append([y.detach(), *(t.grad for t in leaves if t.requires_grad)])
+    tolerance = 1e-12 if c.x.dtype == torch.float64 else 1e-6
     for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(compiled, eager, rtol=tolerance, atol=tolerance)

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from surrogate import assert_within_twice, case
+from surrogate import assert_within_twice, case, run
 from torch import Tensor
 
-import loge_kernels as loge
 from loge_kernels import reference
 from loge_kernels.orders import merging_pays
 
+WANTED = ("x", "lora_A", "lora_B")
 SIZES = {"tall": (64, 12, 10), "few rows": (6, 12, 10), "wide": (30, 9, 20), "narrow": (30, 20, 9)}
-
-
-def results(c: Any, dropout: float = 0.0, factors: loge.Factors | None = None) -> dict[str, Tensor]:
-    leaves = [t.clone().requires_grad_() for t in (c.x, c.lora_A, c.lora_B)]
-    torch.manual_seed(3)
-    x, A, B = leaves
-    y = loge.linear(x, c.weight, factors, bias=c.bias, lora_A=A, lora_B=B, scaling=c.scaling, dropout=dropout)
-    return dict(zip(("y", "dx", "dA", "dB"), (y.detach(), *torch.autograd.grad(y, leaves, c.dy)), strict=True))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -33,13 +23,13 @@ def test_every_order_is_right(size: str, order: str, dtype: torch.dtype, monkeyp
     exact = c.x @ (c.weight + c.scaling * c.lora_B @ c.lora_A).t() + c.bias
     expected = {
         "y": exact,
-        "dx": c.dy @ (c.weight + c.scaling * c.lora_B @ c.lora_A),
-        "dA": c.scaling * (c.dy @ c.lora_B).t() @ c.x,
-        "dB": c.scaling * c.dy.t() @ (c.x @ c.lora_A.t()),
+        "x": c.dy @ (c.weight + c.scaling * c.lora_B @ c.lora_A),
+        "lora_A": c.scaling * (c.dy @ c.lora_B).t() @ c.x,
+        "lora_B": c.scaling * c.dy.t() @ (c.x @ c.lora_A.t()),
     }
     if order != "chosen":
         monkeypatch.setattr(reference, "merging_pays", lambda *_: order == "merged")
-    got = results(c.to(dtype))
+    got = run(c.to(dtype), WANTED)
     for name, tensor in expected.items():
         if dtype == torch.float64:
             torch.testing.assert_close(got[name], tensor)
@@ -67,26 +57,25 @@ def test_the_sizes_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = merges(monkeypatch)
     for size, times in {"tall": 2, "few rows": 0, "wide": 1, "narrow": 1}.items():
         seen.clear()
-        results(case(*SIZES[size], R=None).to(torch.float32))
+        run(case(*SIZES[size], R=None).to(torch.float32), WANTED)
         assert len(seen) == times, size
 
 
 def test_what_cannot_be_merged_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = merges(monkeypatch)
     c = case(*SIZES["tall"], R=None)
-    results(c.to(torch.bfloat16))
-    results(c.to(torch.float32), dropout=0.1)
+    run(c.to(torch.bfloat16), WANTED)
+    run(c.to(torch.float32), WANTED, dropout=0.1)
     assert seen == []
-    with_factors = case(*SIZES["tall"]).to(torch.float32)
-    results(with_factors, factors=with_factors.factors())
+    run(case(*SIZES["tall"]).to(torch.float32))
     assert seen == ["merged"]  # the forward, which is exact either way
 
 
 def test_no_order_worsens_the_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     c = case(256, 32, 24, R=None)
-    expected = results(c)
-    merged = results(c.to(torch.float32))
+    expected = run(c, WANTED)
+    merged = run(c.to(torch.float32), WANTED)
     monkeypatch.setattr(reference, "merging_pays", lambda *_: False)
-    beside = results(c.to(torch.float32))
+    beside = run(c.to(torch.float32), WANTED)
     for name, tensor in expected.items():
         assert_within_twice(merged[name], beside[name], tensor, name)

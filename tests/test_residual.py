@@ -14,12 +14,10 @@ from surrogate import (
     Case,
     assert_same,
     assert_within_twice,
-    call,
     case,
     drawn_mask,
     gradients,
     heaviest,
-    leaves_of,
     run,
 )
 from torch import Tensor, nn
@@ -93,33 +91,6 @@ def test_autocast_and_strided_dy() -> None:
     in_half.apply_(lambda t: t.to(torch.bfloat16) if t.is_floating_point() else t)
     loge.linear(y, half.weight, in_half).backward(half.dy)
     assert torch.equal(x.grad, y.grad.float())
-
-
-def test_a_weight_that_is_not_needed_is_not_kept() -> None:
-    c = case()
-    made = c.factors().with_residual(c.weight, 5)
-    expected = gradients(with_stand_in(c, made))
-    leaves = leaves_of(c, ("x",))
-    y = call(c, leaves, factors=made)
-    c.weight.data.fill_(float("nan"))
-    y.backward(c.dy)
-    assert_same({"x": leaves["x"].grad}, expected)
-
-
-def test_compiled_is_eager() -> None:
-    torch._dynamo.reset()
-    c = case()
-    made = c.factors().with_residual(c.weight, 5)
-
-    def layer(x: Tensor) -> Tensor:
-        return loge.linear(x.relu(), c.weight, made, bias=c.bias).sigmoid()
-
-    results = []
-    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
-        x = c.x.clone().requires_grad_()
-        function(x).backward(c.dy)
-        results.append(x.grad)
-    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
 
 
 # The choice

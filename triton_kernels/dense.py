@@ -18,14 +18,17 @@ _PASS, _REDUCTION, _CAST = 0.85, 0.72, 0.50  # shares of the copy rate
 _LAUNCH_US = 2.5  # from one kernel's end to the next one's full speed, in a queue that is never empty
 
 
-def quantisation_passes(M: int, N: int, K: int, name: str, size: int = 2) -> list[tuple[int, float]]:
+def quantisation_passes(
+    M: int, N: int, K: int, name: str, dtype: torch.dtype = torch.bfloat16
+) -> list[tuple[int, float]]:
     """Bytes, and the share of the copy rate that they move at, of each pass around an 8-bit product for dX [M, K], with
-    dY [M, N] of `size` bytes an element: row maxima and division; int8 also rounds and converts, and scales int32 sums
-    by row and by column afterwards, as float8 does where dY has no 16 bits."""
+    dY [M, N] in `dtype`: row maxima and division; int8 also rounds and converts, and scales int32 sums by row and by
+    column afterwards, as float8 does with its float32 sums where dY is not bfloat16."""
+    size = dtype.itemsize
     maxima = [(size * M * N, _REDUCTION)]
     scaled = [((4 + 4) * M * K, _CAST), ((4 + size) * M * K, _CAST)]
     if name == "float8":
-        return [*maxima, ((size + 1) * M * N, _CAST), *(scaled if size != 2 else [])]
+        return [*maxima, ((size + 1) * M * N, _CAST), *(scaled if dtype != torch.bfloat16 else [])]
     return [*maxima, ((size + 4) * M * N, _CAST), ((4 + 4) * M * N, _PASS), ((4 + 1) * M * N, _PASS), *scaled]
 
 
@@ -37,8 +40,8 @@ def dense_us(M: int, N: int, K: int, dtype: torch.dtype, device: DeviceSpec, nam
     passes: list[tuple[int, float]] = []
     if name is not None:
         rate = device.tflops_16 * _RATES[name]
-        moved = M * N + N * K + M * K * (2 if name == "float8" and size == 2 else 4)
-        passes = quantisation_passes(M, N, K, name, size)
+        moved = M * N + N * K + M * K * (2 if name == "float8" and dtype == torch.bfloat16 else 4)
+        passes = quantisation_passes(M, N, K, name, dtype)
     product = max(2.0 * M * N * K / (rate * 1e6), moved / (device.hbm_gbs * _PASS * 1e3))
     rest = sum(count / (device.hbm_gbs * share * 1e3) for count, share in passes)
     small = 2 if passes else 0  # the scales

@@ -1,0 +1,125 @@
+"""`ExactEvery`: which forwards count, where they are counted, what copies begin with. Larger loops: `test_kinds`."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import loge_kernels as loge
+from loge_kernels.exact_every import ExactEvery
+
+
+class Backbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.reentrant: bool | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) if self.reentrant is None else checkpoint(layer, x, use_reentrant=self.reentrant)
+        return x
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Backbone()
+        self.projection = nn.ModuleDict({"out": nn.Linear(8, 8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projection["out"](self.backbone(x))
+
+
+def applied(every: int = 2, **options: Any) -> Any:
+    model = Model().requires_grad_(False)
+    loge.apply(model, 2, exact_every=every, exact_dtype=None, **options)
+    return model
+
+
+def kinds(model: Any, count: int, between: Callable[[Any], Any] = lambda model: None) -> str:
+    """Of so many training forwards, by their gradients: "e" exact, "l" low-rank."""
+    weights = [layer.weight for layer in (*model.backbone.layers, model.projection["out"])]
+    found = ""
+    for _ in range(count):
+        between(model)
+        x, dy = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
+        y = model(x)
+        between(model)
+        y.backward(dy)
+        found += "e" if torch.allclose(x.grad, dy @ weights[2] @ weights[1] @ weights[0], atol=1e-5) else "l"
+    return found
+
+
+@pytest.mark.parametrize(("every", "expected"), [(2, "elelele"), (3, "ellelle"), (1, "eee")])
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
+def test_one_forward_in_so_many(every: int, expected: str, reentrant: bool | None) -> None:
+    """What a checkpoint computes again in backward is no forward, and has the kind of its own."""
+    model = applied(every)
+    model.backbone.reentrant = reentrant
+    assert kinds(model, len(expected)) == expected
+
+
+def evaluated(model: Any) -> None:
+    model.eval()(torch.randn(3, 8, requires_grad=True)).sum().backward()
+    model.train()
+
+
+@torch.no_grad()
+def without_gradients(model: Any) -> None:
+    model(torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("between", [evaluated, without_gradients])
+def test_other_forwards_do_not_count(between: Callable[[Any], Any]) -> None:
+    assert kinds(applied(), 5, between) == "elele"
+
+
+@pytest.mark.parametrize(
+    ("targets", "place"),
+    [
+        (None, ""),
+        (["layers.0", "layers.1"], "backbone"),
+        (["layers.1"], "backbone"),  # not the layer, which lies in a list
+        (["out"], ""),
+    ],
+)
+def test_the_hook_lies_on_the_innermost_module_above_any_list(targets: list[str] | None, place: str) -> None:
+    model = applied(targets=targets)
+    hooked = [name for name, module in model.named_modules() if module._forward_pre_hooks]
+    assert hooked == [place]
+    counters = {id(module.exact_every) for module in model.modules() if isinstance(module, loge.LoGELinear)}
+    assert counters == {id(hook) for hook in model.get_submodule(place)._forward_pre_hooks.values()}
+    inner: Any = nn.Sequential(nn.Sequential(nn.Linear(8, 8))).requires_grad_(False)
+    loge.apply(inner, 2, exact_every=2)
+    assert [name for name, module in inner.named_modules() if module._forward_pre_hooks] == ["0.0"]
+
+
+def test_remove_takes_it_away_and_no_hook_of_the_users() -> None:
+    model = applied()
+    model.register_forward_pre_hook(lambda module, args: None)
+    loge.remove(model)
+    assert len(model._forward_pre_hooks) == 1
+    assert kinds(model, 3) == "eee"
+    loge.apply(model, 2, exact_every=3, exact_dtype=None)
+    assert kinds(model, 4) == "elle"
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_begins_exact(way: Callable[[Any], Any]) -> None:
+    counter = ExactEvery(3)
+    for _ in range(4):
+        counter.advance()
+    other = way(counter)
+    assert (counter.exact, other.exact, other.every) == (False, True, 3)
+    model = applied(3)
+    assert kinds(model, 2) == "el"
+    assert kinds(way(model), 4) == "elle"
+    assert kinds(model, 2) == "le"
