@@ -63,19 +63,16 @@ def make_private(directory: Path) -> None:
             level.mkdir(mode=0o700, exist_ok=True)
 
 
-def cached_factors(weight: Tensor, rank: int | float, method: str = "svd") -> Factors:
-    """`factorize(weight, rank, method)`, from the cache where this content was factorised before.
-
-    Only "svd" is kept: "gradient" depends on more than the weight.
-    """
+def cached_factors(weight: Tensor, rank: int | float) -> Factors:
+    """`factorize(weight, rank)`, from the cache where this content was factorised before."""
     directory = cache_dir()
-    if directory is None or method != "svd" or not torch.isfinite(weight).all():
-        return factorize(weight, rank, method)
+    if directory is None or not torch.isfinite(weight).all():
+        return factorize(weight, rank)
     R = resolve_rank(rank, *weight.shape)
-    path = directory / "factors" / f"{fingerprint(weight)}-{method}-{R}.safetensors"
+    path = directory / "factors" / f"{fingerprint(weight)}-svd-{R}.safetensors"
     factors = _load(path, weight, R)
     if factors is None:
-        factors = factorize(weight, R, method)
+        factors = factorize(weight, R)
         _store(path, factors)
     return factors
 

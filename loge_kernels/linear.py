@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .backends import check_name
 from .cache import cached_factors
-from .eight_bit import EightBitWeight
+from .eight_bit import EightBitWeight, why_not
 from .exact_every import ExactEvery
-from .factors import PROJECTIONS, Factors
+from .factors import Factors
 from .ops import linear
 
 _ADDED = (
@@ -208,6 +208,12 @@ class LoGELinear(nn.Linear):
         if self.factors is not None and not (self.factors.made_of.bound or self.factors.made_of.invalid):
             self.factors.bind(self.weight)
 
+    def prepare(self) -> None:
+        """Make the 8-bit copy of the weight, if there is to be one: a compiled graph cannot keep what it makes."""
+        copy = self.eight_bit
+        if copy is not None and why_not(copy.dtype, self.weight.device, *self.weight.shape) is None:
+            copy.current(self.weight)
+
     def dense_weight(self) -> Tensor:
         """The weight [N, K] in a floating dtype."""
         return self.weight
@@ -218,10 +224,10 @@ class LoGELinear(nn.Linear):
             self.eight_bit.invalidate()
         if self.factors is not None:
             weight = self.dense_weight()
-            if self.factors.method in PROJECTIONS:
-                self.factors.refresh(weight)
+            if self.factors.method == "svd":
+                self.factors.become(cached_factors(weight, self.factors.rank), weight)
             else:
-                self.factors.become(cached_factors(weight, self.factors.rank, self.factors.method), weight)
+                self.factors.refresh(weight)
             self.factors.bind(self.weight)  # which `weight` was made from
 
     def current_factors(self) -> Factors | None:

@@ -124,6 +124,8 @@ def _convert(wrapped: nn.Module, targets: Targets, request: Request) -> Report:
     for site in chosen:
         plan = plans[site.name]
         site.convert_(plan.factors, request.exact_fraction, request.backend, plan.exact_dtype)
+        if plan.factors is None:
+            site.linear.prepare()  # type: ignore[operator]
     with_factors = [site for site in chosen if plans[site.name].factors is not None]
     every = request.exact_every if with_factors else None
     if every is not None:

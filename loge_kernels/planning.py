@@ -146,7 +146,7 @@ def _factors(site: Site, found: Subspace | None, request: Request) -> tuple[Fact
     if rank * (N + K) + rows * K > N * K:
         return None, f"dense is cheaper at this rank (break-even at {N * K // (N + K)})"
     weight = site.weight()
-    made = cached_factors(weight, rank, request.directions) if found is None else found.factors(weight, rank)
+    made = cached_factors(weight, rank) if found is None else found.factors(weight, rank)
     if rows:
         made = made.with_residual(weight, rows, None if found is None else found.importance)
     made.low_rank_dtype = request.low_rank_dtype

@@ -88,6 +88,9 @@ class QuantizedLinear(LoGELinear):
         super().revert_()
         self.__class__ = library_class  # type: ignore[assignment]
 
+    def prepare(self) -> None:
+        """Nothing: the 8-bit copy of a dequantised weight is never kept."""
+
     def dense_weight(self) -> Tensor:
         return self.dequantize(self, self.factor_dtype(self))
 

@@ -260,9 +260,9 @@ def test_writers_at_once_do_not_share_a_temporary_file(
     assert len(list(folder.iterdir())) == 1
 
 
-def corner(weight: torch.Tensor, rank: int, method: str = "svd") -> loge.Factors:
+def corner(weight: torch.Tensor, rank: int) -> loge.Factors:
     """Stands for a decomposition: LAPACK's locks may be held by the threads of an earlier test when we fork."""
-    return loge.Factors(weight[:, :rank].clone(), weight[:rank].clone(), method, 0.5)
+    return loge.Factors(weight[:, :rank].clone(), weight[:rank].clone(), "svd", 0.5)
 
 
 def fill() -> None:

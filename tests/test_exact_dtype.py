@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import loge_kernels as loge
 from loge_kernels import exact_dtype
 from loge_kernels.exact_dtype import choose
 from loge_kernels.triton_kernels.dense import dense_us, faster_dtype
@@ -121,3 +123,12 @@ def test_float16_is_scaled_outside_the_product() -> None:
     """cuBLAS gives row-wise scaled products in bfloat16 alone."""
     times = [dense_us(8192, 4096, 4096, dtype, KNOWN[H100], "float8") for dtype in (BFLOAT16, torch.float16)]
     assert times[1] > 1.2 * times[0]
+
+
+def test_copies_are_there_before_a_graph_is_compiled() -> None:
+    model = nn.Sequential(nn.Linear(32, 32)).requires_grad_(False)
+    loge.apply(model, exact_dtype="int8")
+    assert model[0].eight_bit.tensor is not None
+    loge.remove(model)
+    loge.apply(model, rank=16, exact_dtype="int8", exact_every=2)
+    assert model[0].eight_bit.tensor is None  # not before the first exact forward

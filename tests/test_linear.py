@@ -170,6 +170,9 @@ def test_refresh_after_an_uncounted_change() -> None:
     layer.invalidate()
     follows(layer)
     layer_pair(None)[1].refresh()
+    layer.factors = loge.Factors(layer.factors.left, layer.factors.right)
+    with pytest.raises(ValueError, match="given by hand"):
+        layer.refresh()
 
 
 def test_without_gradients_nothing_is_recomputed_nor_said() -> None:
