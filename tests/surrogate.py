@@ -13,8 +13,10 @@ from torch import Tensor
 
 import loge_kernels as loge
 from loge_kernels.dropout import draw_seed, keep_mask
+from loge_kernels.problem import BackwardProblem
 
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")  # what may need a gradient
+NEEDS = ("need_dx", "need_dweight", "need_dbias", "need_dA", "need_dB")
 
 
 @dataclass
@@ -107,6 +109,20 @@ def run(c: Case, need: tuple[str, ...] = NAMES, **options: Any) -> dict[str, Ten
     if y.requires_grad:
         y.backward(c.dy)
     return {"y": y.detach(), **{n: t.grad for n, t in leaves.items() if t.grad is not None}}
+
+
+def problem_of(c: Case, needs: tuple[str, ...] = NEEDS, **changes: Any) -> BackwardProblem:
+    """The backward problem of the case, without dropout."""
+    given = {
+        "xa": None if c.lora_A is None else c.x @ c.lora_A.t(),
+        **{name: value for name, value in vars(c).items() if name != "bias"},
+        **{name: name in needs for name in NEEDS},
+        "dropout": 0.0,
+        "seed": None,
+        "exact_fraction": 0.0,
+        "deterministic": False,
+    }
+    return BackwardProblem(**{**given, **changes})
 
 
 def drawn_mask(c: Case, p: float) -> Tensor | None:

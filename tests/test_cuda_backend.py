@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from surrogate import case, problem_of
 
 import loge_kernels as loge
 from loge_kernels import cuda_backend, cuda_measured
@@ -201,20 +202,7 @@ def test_no_library_of_cuda_or_torch_is_linked(extension: ModuleType) -> None:
 
 
 def problem(**changes: Any) -> BackwardProblem:
-    half = torch.float16
-    arguments: dict[str, Any] = {
-        "dy": torch.randn(4, 24, dtype=half),
-        "x": torch.randn(4, 16, dtype=half),
-        "left": torch.randn(24, 16, dtype=half),
-        "right": torch.randn(16, 16, dtype=half),
-        "scaling": 1.0,
-        "dropout": 0.0,
-        "exact_fraction": 0.0,
-        "need_dx": True,
-    }
-    arguments |= dict.fromkeys(("xa", "weight", "lora_A", "lora_B", "seed"))
-    arguments |= dict.fromkeys(("need_dweight", "need_dbias", "need_dA", "need_dB", "deterministic"), False)
-    return BackwardProblem(**(arguments | changes))
+    return problem_of(case(4, 24, 16, R=16, P=None, dtype=torch.float16), ("need_dx",), **changes)
 
 
 def cuda_row() -> loge.Backend:

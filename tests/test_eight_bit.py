@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import pickle
 from typing import Any
 
@@ -307,18 +306,27 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "empty" in why_not("int8", torch.device("cpu"), 0, 5)
 
 
-def test_where_it_cannot_run_the_dense_product_does_and_says_so_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("module", "argument", "reason"),
+    [("ops", "exact_dtype", "no such type"), ("factors", "low_rank_dtype", "of left, no such type")],
+)
+def test_where_it_cannot_run_the_other_product_does_and_says_so_once(
+    module: str, argument: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("loge_kernels.ops.why_not", lambda *arguments: "no such type")
+    monkeypatch.setattr(f"loge_kernels.{module}.why_not", lambda *arguments: "no such type")
     monkeypatch.setattr(eight_bit, "_announced", set())
-    c = in_float32(torch.bfloat16, R=None)
-    with caplog.at_level(logging.WARNING, "loge_kernels"):
-        for _ in range(2):
-            assert torch.equal(run(c, exact_dtype="int8")["x"], run(c)["x"])
-    (record,) = [r for r in caplog.records if r.name == "loge_kernels"]
+    c = in_float32(torch.bfloat16, R=None if argument == "exact_dtype" else 5)
+    made = c.factors()
+    if made is not None:
+        made.low_rank_dtype = "int8"
+    options = {"factors": made} if made is not None else {"exact_dtype": "int8"}
+    for _ in range(2):
+        assert torch.equal(run(c, **options)["x"], run(c)["x"])
+    # A choice of backend may be told too, once a process.
+    (record,) = [r for r in caplog.records if r.name == "loge_kernels" and r.levelname == "WARNING"]
+    products = argument.removesuffix("_dtype").replace("_", "-")
     assert record.getMessage() == (
-        "exact_dtype='int8' cannot run here: no such type; the exact products run in torch.bfloat16"
+        f"{argument}='int8' cannot run here: {reason}; the {products} products run in torch.bfloat16"
     )
 
 

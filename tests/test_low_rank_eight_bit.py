@@ -14,9 +14,8 @@ from test_eight_bit import FLOATS, NAMED, adapter_part, in_float32, rounded_rows
 from torch import Tensor, nn
 
 import loge_kernels as loge
-from loge_kernels import Factors, LoGELinear, cuda_backend, triton_backend
+from loge_kernels import Factors, LoGELinear
 from loge_kernels.accuracy import judge
-from loge_kernels.problem import BackwardProblem
 
 
 def rounded_chain(dy: Tensor, left: Tensor, right: Tensor, name: str, inside: torch.dtype = torch.float64) -> Tensor:
@@ -151,50 +150,6 @@ def test_nothing_is_quantised_that_nobody_reads() -> None:
     with torch.no_grad():
         loge.linear(eight.case.x.clone().requires_grad_(), eight.case.weight, made)
     assert made.left_copy.tensor is None
-
-
-# Where it cannot run
-
-
-def test_where_it_cannot_run_the_other_products_do_and_the_logger_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("loge_kernels.factors.why_not", lambda *arguments: "no such type")
-    monkeypatch.setattr("loge_kernels.eight_bit._announced", set())
-    eight = InEightBits("int8")
-    for _ in range(2):
-        assert torch.equal(eight.run()["x"], run(eight.case)["x"])
-    # A choice of backend may be told too, once a process.
-    (record,) = [r for r in caplog.records if r.name == "loge_kernels" and r.levelname == "WARNING"]
-    assert record.getMessage() == (
-        "low_rank_dtype='int8' cannot run here: of left, no such type; the low-rank products run in torch.float32"
-    )
-
-
-def test_other_backends_decline() -> None:
-    c = in_float32()
-    needs = dict.fromkeys(("need_dx", "need_dweight", "need_dbias", "need_dA", "need_dB"), True)
-    problem = BackwardProblem(
-        c.dy,
-        c.x,
-        None,
-        c.weight,
-        c.left,
-        c.right,
-        c.lora_A,
-        c.lora_B,
-        1.0,
-        0.0,
-        None,
-        0.0,
-        deterministic=False,
-        **needs,
-    )
-    declined = replace(problem, left_scale=torch.ones(5), right_scale=torch.ones(32))
-    assert triton_backend.why_not(declined) == "the low-rank product is in 8 bits, which PyTorch computes"
-    assert triton_backend.why_not(problem) != triton_backend.why_not(declined)
-    if cuda_backend.unavailable() is None:
-        assert cuda_backend.why_not(declined) == triton_backend.why_not(declined)
 
 
 def test_an_unknown_dtype_is_refused() -> None:

@@ -6,12 +6,9 @@ from itertools import product
 
 import pytest
 import torch
-from surrogate import case
+from surrogate import NEEDS, case, problem_of
 
 from loge_kernels import reference
-from loge_kernels.problem import BackwardProblem
-
-NEEDS = ("need_dx", "need_dweight", "need_dbias", "need_dA", "need_dB")
 
 
 @pytest.mark.parametrize("R", [5, None])
@@ -20,24 +17,17 @@ def test_what_is_not_needed_is_not_computed(wanted: tuple[bool, ...], R: int | N
     """Operands that no needed gradient reads may be missing."""
     c = case(R=R)
     dx, dweight, _, dA, dB = wanted
-    made = reference.backward(
-        BackwardProblem(
-            dy=c.dy,
-            x=c.x if dweight or dA else None,
-            xa=c.x @ c.lora_A.t() if dB else None,
-            weight=c.weight if dx and R is None else None,
-            left=c.left if dx else None,
-            right=c.right if dx else None,
-            lora_A=c.lora_A if dx or dA else None,
-            lora_B=c.lora_B if dx or dA or dB else None,
-            scaling=c.scaling,
-            dropout=0.0,
-            seed=None,
-            exact_fraction=0.0,
-            deterministic=False,
-            **dict(zip(NEEDS, wanted, strict=True)),
-        )
-    )
+    missing = {
+        "x": dweight or dA,
+        "xa": dB,
+        "weight": dx and R is None,
+        "left": dx,
+        "right": dx,
+        "lora_A": dx or dA,
+        "lora_B": dx or dA or dB,
+    }
+    needs = tuple(name for name, want in zip(NEEDS, wanted, strict=True) if want)
+    made = reference.backward(problem_of(c, needs, **{name: None for name, read in missing.items() if not read}))
     found = (made.dx, made.dweight, made.dbias, made.dA, made.dB)
     assert tuple(gradient is not None for gradient in found) == wanted
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from surrogate import case, problem_of
 
 import loge_kernels as loge
-from loge_kernels import triton_backend
-from loge_kernels.problem import BackwardProblem
+from loge_kernels import cuda_backend, triton_backend
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -48,32 +48,14 @@ def test_auto_leaves_the_cpu_to_torch_and_says_why() -> None:
     assert "backend 'auto' uses 'reference' (triton: on the CPU it runs in an interpreter" in done.stderr
 
 
-def problem(exact_fraction: float = 0.0, left: bool = True) -> BackwardProblem:
-    factors = loge.factorize(torch.randn(20, 18), 16) if left else None
-    return BackwardProblem(
-        dy=torch.randn(4, 20),
-        x=torch.randn(4, 18),
-        xa=None,
-        weight=torch.randn(20, 18),
-        left=None if factors is None else factors.left,
-        right=None if factors is None else factors.right,
-        lora_A=None,
-        lora_B=None,
-        scaling=1.0,
-        dropout=0.0,
-        seed=None,
-        exact_fraction=exact_fraction,
-        need_dx=True,
-        need_dweight=False,
-        need_dbias=False,
-        need_dA=False,
-        need_dB=False,
-        deterministic=False,
-    )
-
-
 def test_reasons() -> None:
-    assert "exact_fraction" in (triton_backend.why_not(problem(exact_fraction=0.5)) or "")
+    c = case(dtype=torch.float32)
+    assert "exact_fraction" in (triton_backend.why_not(problem_of(c, exact_fraction=0.5)) or "")
+    declined = problem_of(c, left_scale=torch.ones(5), right_scale=torch.ones(11))
+    assert triton_backend.why_not(declined) == "the low-rank product is in 8 bits, which PyTorch computes"
+    assert triton_backend.why_not(problem_of(c)) != triton_backend.why_not(declined)
+    if cuda_backend.unavailable() is None:
+        assert cuda_backend.why_not(declined) == triton_backend.why_not(declined)
     if find_spec("triton") is None:
         assert triton_backend.unavailable() == "Triton is not installed"
     elif not torch.cuda.is_available():
