@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .backends import Backend, backends, use_backend
+from .backends import Backend, backends, register_backend, use_backend
 from .calibration import calibrate
 from .eight_bit import EightBitWeight
 from .factors import Factors, factorize
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     # Not in __all__: a star import would need transformers.
     from .loretta import LorettaAdpConfig as LorettaAdpConfig
     from .loretta import LorettaRepConfig as LorettaRepConfig
+    from .peft_layers import FusedAdapter as FusedAdapter
+    from .peft_layers import register_fused as register_fused
     from .peft_methods import register_peft_methods as register_peft_methods
     from .sharding import fully_shard as fully_shard
     from .switchlora import SwitchAdamW as SwitchAdamW
@@ -48,6 +50,7 @@ __all__ = [
     "freeze",
     "linear",
     "plan_freezing",
+    "register_backend",
     "remove",
     "use_backend",
 ]
@@ -60,7 +63,9 @@ _LAZY = {
     "SwitchAdamW": "switchlora",
     "SwitchLoraCallback": "switchlora.callback",
     "SwitchLoraConfig": "switchlora",
+    "FusedAdapter": "peft_layers",
     "fully_shard": "sharding",
+    "register_fused": "peft_layers",
     "register_peft_methods": "peft_methods",
 }
 

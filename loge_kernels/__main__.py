@@ -34,7 +34,7 @@ def info(json_file: JsonOption = None) -> None:
 
     def work() -> bool:
         from .backends import backends
-        from .cache import cache_dir
+        from .atomic import cache_dir
 
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         facts: dict[str, Any] = {

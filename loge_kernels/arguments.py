@@ -5,24 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .problem import Operands
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check(
-    x: Tensor,
-    weight: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    rows: Tensor | None,
-    residual: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    dropout: float,
-    exact_fraction: float,
-) -> None:
+def check(x: Tensor, operands: Operands, dropout: float, exact_fraction: float) -> None:
     """Raise ValueError or TypeError for an argument of `linear` of the wrong shape, dtype, device or range; the message
-    names it, its value and what would work."""
+    names it, its value and what would work. `x` is the one that the caller gave, of any number of dimensions."""
+    weight, left, right = operands.weight, operands.left, operands.right
+    bias, lora_A, lora_B = operands.bias, operands.lora_A, operands.lora_B
+    assert weight is not None
     if x.dtype not in _DTYPES:
         raise TypeError(f"x has dtype {x.dtype}; supported are float32, float16, bfloat16 and float64")
     if weight.dim() != 2:
@@ -37,8 +30,8 @@ def check(
         R = right.shape[0] if right.dim() == 2 else 0
         _same("factors.left", left, x, (N, R))
         _same("factors.right", right, x, (R, K))
-    if rows is not None and residual is not None:
-        _same("factors.residual", residual, x, (rows.shape[0], K))
+    if operands.rows is not None and operands.residual is not None:
+        _same("factors.residual", operands.residual, x, (operands.rows.shape[0], K))
     if (lora_A is None) != (lora_B is None):
         raise ValueError("lora_A and lora_B go together: give both or neither")
     if lora_A is not None and lora_B is not None:

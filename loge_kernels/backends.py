@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_backend, cuda_measured, reference, triton_backend
-from .problem import BackwardProblem, Gradients
+from .problem import BackwardProblem, Gradients, Operands
 from .verification import is_verified
 
 logger = logging.getLogger("loge_kernels")
@@ -28,11 +28,11 @@ _UNVERIFIED = "not verified on this GPU: 'auto' waits for python -m loge_kernels
 
 @dataclass(frozen=True, slots=True)
 class _Implementation:
-    unavailable: Callable[[], str | None]  # the reason why this machine cannot run it at all
-    why_not: Callable[[BackwardProblem], str | None]  # the reason why it cannot run this problem
     backward: Callable[[BackwardProblem], Gradients]
+    why_not: Callable[[BackwardProblem], str | None]  # the reason why it cannot run this problem
+    why_not_here: Callable[[], str | None]  # the reason why this machine cannot run it at all
     about: str
-    worse_than_next: Callable[[BackwardProblem], str | None] = lambda problem: None  # asked by "auto" alone
+    why_not_auto: Callable[[BackwardProblem], str | None] = lambda problem: None  # the reason why "auto" goes on
     state: Callable[[], str] = lambda: ""  # follows `about` where it can run
 
 
@@ -45,7 +45,7 @@ class Backend:
     reason: str
 
 
-def _triton_passed_over(problem: BackwardProblem) -> str | None:
+def _why_not_triton(problem: BackwardProblem) -> str | None:
     device = problem.dy.device
     if device.type != "cuda":
         return "on the CPU it runs in an interpreter, for tests"
@@ -53,16 +53,16 @@ def _triton_passed_over(problem: BackwardProblem) -> str | None:
         return _UNVERIFIED
     if cuda_measured.faster_than_triton(problem) and is_verified("cuda", device) and not cuda_backend.why_not(problem):
         return "the CUDA kernels are measured to be faster for this shape"
-    return triton_backend.slower_than_torch(problem)
+    return triton_backend.why_not_auto(problem)
 
 
-def _cuda_passed_over(problem: BackwardProblem) -> str | None:
+def _why_not_cuda(problem: BackwardProblem) -> str | None:
     device = problem.dy.device
     if device.type != "cuda":
         return None  # that reason is the backend's own
     if not is_verified("cuda", device):
         return _UNVERIFIED
-    return None if cuda_measured.faster_than_triton(problem) else triton_backend.slower_than_torch(problem)
+    return None if cuda_measured.faster_than_triton(problem) else triton_backend.why_not_auto(problem)
 
 
 def _state_on_gpu(name: str) -> str:
@@ -75,26 +75,26 @@ def _state_on_gpu(name: str) -> str:
 # In the order in which "auto" considers them.
 _REGISTRY: dict[str, _Implementation] = {
     "triton": _Implementation(
-        unavailable=triton_backend.unavailable,
-        why_not=triton_backend.why_not,
-        backward=triton_backend.backward,
+        triton_backend.backward,
+        triton_backend.why_not,
+        triton_backend.why_not_here,
         about="one-launch and two-launch kernels",
-        worse_than_next=_triton_passed_over,
+        why_not_auto=_why_not_triton,
         state=lambda: _state_on_gpu("triton"),
     ),
     "cuda": _Implementation(
-        unavailable=cuda_backend.unavailable,
-        why_not=cuda_backend.why_not,
-        backward=cuda_backend.backward,
+        cuda_backend.backward,
+        cuda_backend.why_not,
+        cuda_backend.why_not_here,
         about="one-launch CUDA C++ kernels",
-        worse_than_next=_cuda_passed_over,
+        why_not_auto=_why_not_cuda,
         state=lambda: f", built {cuda_backend.built_for()}{_state_on_gpu('cuda')}",
     ),
     "reference": _Implementation(
-        unavailable=lambda: None,
+        reference.backward,
         why_not=lambda problem: None,
-        backward=reference.backward,
-        about="plain PyTorch, any device; the specification",
+        why_not_here=lambda: None,
+        about="plain PyTorch, any device",
     ),
 }
 _override: str | None = None  # a plain global: torch.compile guards on it, and cannot read a ContextVar
@@ -105,9 +105,41 @@ def backends() -> list[Backend]:
     """Every backend of this package, in the order in which "auto" considers them."""
     rows = []
     for name, implementation in _REGISTRY.items():
-        reason = implementation.unavailable()
+        reason = implementation.why_not_here()
         rows.append(Backend(name, reason is None, reason or implementation.about + implementation.state()))
     return rows
+
+
+def register_backend(
+    name: str,
+    backward: Callable[[BackwardProblem], Gradients],
+    *,
+    why_not: Callable[[BackwardProblem], str | None] | None = None,
+    why_not_here: Callable[[], str | None] | None = None,
+    about: str = "",
+) -> None:
+    """Add a backend of your own, for the low-rank backward passes that name it (`backend=`, `use_backend`,
+    LOGE_BACKEND). "auto" does not choose it, and exact layers keep PyTorch's products.
+
+    Args:
+        name: its name; not one of `backends()`, nor "auto".
+        backward: computes what a `BackwardProblem` asks for (`loge_kernels.backend.problem`).
+        why_not: the reason why it cannot run a problem, or None; None: it runs all.
+        why_not_here: the reason why this machine cannot run it at all, or None; None: every machine can.
+        about: a few words for `backends()`.
+
+    Raises:
+        ValueError: a name that is taken.
+    """
+    if name == "auto" or name in _REGISTRY:
+        raise ValueError(f"name={name!r} is taken; these are: {', '.join(map(repr, ('auto', *_REGISTRY)))}")
+    _REGISTRY[name] = _Implementation(
+        backward,
+        why_not or (lambda problem: None),
+        why_not_here or (lambda: None),
+        about or "registered by the user",
+        why_not_auto=lambda problem: "registered by the user, and runs where it is named",
+    )
 
 
 def check_name(name: str, argument: str) -> str:
@@ -117,7 +149,7 @@ def check_name(name: str, argument: str) -> str:
     if name not in _REGISTRY:
         known = ", ".join(repr(known) for known in ("auto", *_REGISTRY))
         raise ValueError(f"{argument}={name!r} is not a backend; choose one of {known}")
-    reason = _REGISTRY[name].unavailable()
+    reason = _REGISTRY[name].why_not_here()
     if reason is not None:
         raise ValueError(f"{argument}={name!r} cannot run here: {reason}")
     return name
@@ -149,40 +181,30 @@ def requested(backend: str | None) -> str:
     return "auto" if not from_environment else check_name(from_environment, "LOGE_BACKEND")
 
 
-def run_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-    name: str,
-) -> tuple[Tensor, Tensor | None]:
+def run_forward(operands: Operands) -> tuple[Tensor, Tensor | None]:
     """y [M, N] and xa [M, P] (None without an adapter): PyTorch's products, or Triton's fused forward.
 
     The fused one is taken by "auto" where it is verified on this GPU and predicted to win, and by "triton" wherever it
     can run.
     """
-    if lora_A is not None and lora_B is not None and _fused_forward(x, weight, lora_A, dropout, name):
-        return triton_backend.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seed)
-    return reference.forward(x, weight, bias, lora_A, lora_B, scaling, dropout, seed)
+    return triton_backend.forward(operands) if _fused_forward(operands) else reference.forward(operands)
 
 
-def _fused_forward(x: Tensor, weight: Tensor, lora_A: Tensor, dropout: float, name: str) -> bool:
-    if name == "triton":
-        return triton_backend.forward_why_not(x, lora_A) is None
+def _fused_forward(operands: Operands) -> bool:
+    if operands.lora_A is None or operands.x is None:
+        return False
+    if operands.backend == "triton":
+        return triton_backend.why_not_forward(operands) is None
     return (
-        name == "auto"
-        and x.is_cuda
-        and is_verified("triton", x.device)
-        and triton_backend.forward_why_not(x, lora_A) is None
-        and triton_backend.forward_wins(x, weight, lora_A, dropout)
+        operands.backend == "auto"
+        and operands.x.is_cuda
+        and is_verified("triton", operands.x.device)
+        and triton_backend.why_not_forward(operands) is None
+        and triton_backend.forward_wins(operands)
     )
 
 
-def obstacle(problem: BackwardProblem, name: str) -> str | None:
+def why_not(problem: BackwardProblem, name: str) -> str | None:
     """The reason why backend `name` cannot run `problem`, or None; "auto" can run everything."""
     return None if name == "auto" else _REGISTRY[name].why_not(problem)
 
@@ -193,7 +215,7 @@ def run_backward(problem: BackwardProblem, name: str) -> Gradients:
     Without factors dX is a dense product, which PyTorch computes whatever the name: a model may have both kinds of
     layers. Raises ValueError with the backend's reason when a named backend cannot run this problem otherwise.
     """
-    if problem.need_dx and problem.left is None:
+    if problem.need_dx and problem.kind.startswith("dense"):
         return reference.backward(problem)
     gradients = _choose(problem, name)(problem)
     if problem.rows is not None and gradients.dx is not None:
@@ -203,14 +225,14 @@ def run_backward(problem: BackwardProblem, name: str) -> Gradients:
 
 def _choose(problem: BackwardProblem, name: str) -> Callable[[BackwardProblem], Gradients]:
     if name != "auto":
-        reason = obstacle(problem, name)
+        reason = why_not(problem, name)
         if reason is not None:
             raise ValueError(f"backend={name!r} cannot run this backward pass: {reason}; use backend='auto'")
         return _REGISTRY[name].backward
     passed_over: list[str] = []
     for candidate, implementation in _REGISTRY.items():
         reason = (
-            implementation.unavailable() or implementation.worse_than_next(problem) or implementation.why_not(problem)
+            implementation.why_not_here() or implementation.why_not_auto(problem) or implementation.why_not(problem)
         )
         if reason is None:
             _announce(candidate, passed_over)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from .autocast import without_autocast
 from .batches import Batch, numbered, on_device
-from .collectives import distributed, failing_alike, group_of
+from .collectives import distributed, failing_alike, group_of, unwrapped
 from .decompositions import leading_triplets
-from .sites import Site, Targets, find_sites, nothing_to_convert, unwrapped
+from .sites import Site, Targets, find_sites, why_nothing_to_convert
 from .statistics import LayerStatistics, Statistics
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -126,9 +126,9 @@ def _chosen(model: nn.Module, targets: Targets) -> list[Site]:
     if not model.training:
         raise ValueError("model is in eval mode, and calibration is to see training's gradients: call model.train()")
     sites = list(find_sites(model, targets))
-    chosen = [site for site in sites if site.obstacle is None]
+    chosen = [site for site in sites if site.why_not is None]
     if not chosen:
-        raise ValueError(nothing_to_convert(model, sites, targets))
+        raise ValueError(why_nothing_to_convert(model, sites, targets))
     return chosen
 
 
@@ -248,9 +248,8 @@ class _Collector:
     def add(self, dy: Tensor, x: Tensor | None) -> None:
         into = self.statistics
         rows = dy.reshape(-1, dy.shape[-1])  # [M, N]
-        squares = rows.float().square()
-        into.importance += squares.sum(0).to(into.importance.device)
-        into.norms.add(squares.sum(1).sqrt())
+        into.importance += rows.float().square().sum(0).to(into.importance.device)
+        into.tokens += len(rows)
         into.moment.add(rows @ self.site.weight().to(rows.dtype) if into.of_dx else rows)
         if into.scores is not None and x is not None:
             into.scores += self._scores(dy, x).to(into.scores.device)

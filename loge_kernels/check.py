@@ -1,15 +1,13 @@
-"""The correctness harness: every available backend, over awkward shapes, against float64 dense autograd.
+"""The correctness harness: every available backend, over awkward shapes, against `naive` in float64.
 
-The truth is autograd in float64 through the dense surrogate: the exact layer for the parameters, and for x the layer
-with `left @ right` (or the exact weight, for the exact rows) in the weight's place. Products in 8 bits are those of the
-rounded operands; where T = dY left is rounded again, dY and left are such that its sums are exact in any order, so that
-what it is rounded to is the same for all. The rule is that of `accuracy`.
+Products in 8 bits are those of the rounded operands; where T = dY left is rounded again, dY and left are such that its
+sums are exact in any order, so that what it is rounded to is the same for all. The rule is that of `accuracy`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -18,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from . import eight_bit
+from . import eight_bit, naive
 from .accuracy import Verdict, judge
-from .backends import backends, check_name, obstacle
+from .backends import backends, check_name, why_not
 from .dropout import draw_seed, keep_mask
 from .factors import Factors
 from .ops import linear
-from .problem import BackwardProblem
+from .problem import BackwardProblem, Operands
 from .reference import heaviest_rows
 from .verification import record
 
@@ -184,7 +182,7 @@ def run(
         rows = {result: Row(name, dtype, result) for result in ("y", *GRADIENTS)}
         for case in cases:
             inputs = _inputs(case, target, DTYPES[dtype])
-            reason = _eight_bit_obstacle(case, target) or obstacle(_problem(case, inputs), name)
+            reason = _why_not_eight_bits(case, target) or why_not(_problem(case, inputs), name)
             if reason is None:
                 for result, verdict in _check_case(case, inputs, name).items():
                     rows[result].add(verdict, case)
@@ -208,8 +206,7 @@ def _check_case(case: Case, inputs: dict[str, Tensor], backend: str) -> dict[str
     """The verdict on y and on each wanted gradient of one case."""
     results = _through_op(case, inputs, backend)
     double = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-    truth = _autograd(case, double, inputs)
-    plain = _autograd(case, inputs, inputs)
+    truth, plain = _naive(case, double, inputs), _naive(case, inputs, inputs)
     return {name: judge(results[name], plain[name], truth[name]) for name in results}
 
 
@@ -266,32 +263,21 @@ def _seed_of(case: Case) -> int:
 
 def _problem(case: Case, inputs: dict[str, Tensor]) -> BackwardProblem:
     """The case as its backend will meet it; xa is left out, since no backend's reason depends on it."""
-    low_rank = case.mode in _WITH_FACTORS
-    need = {name: name in case.wanted for name in GRADIENTS}
-    return BackwardProblem(
-        dy=inputs["dy"],
-        x=inputs["x"],
-        xa=None,
-        weight=inputs["weight"],
-        left=inputs["left"] if low_rank else None,
-        right=inputs["right"] if low_rank else None,
-        lora_A=inputs.get("lora_A"),
-        lora_B=inputs.get("lora_B"),
+    given = {name: inputs.get(name) for name in ("x", "weight", "lora_A", "lora_B")}
+    if case.mode in _WITH_FACTORS:
+        given |= {"left": inputs["left"], "right": inputs["right"]}
+    if case.mode in _LOW_RANK_DTYPE:
+        given["left_scale"] = inputs["left"][0].float()  # any: that there is one counts
+    operands = Operands(
+        **given,  # type: ignore[arg-type]
         scaling=_SCALING,
         dropout=_DROPOUT if case.dropout else 0.0,
-        seed=None,
         exact_fraction=_EXACT_ROWS if case.mode == "exact rows" else 0.0,
-        need_dx=need["x"],
-        need_dweight=need["weight"],
-        need_dbias=need["bias"],
-        need_dA=need["lora_A"],
-        need_dB=need["lora_B"],
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        left_scale=inputs["left"][0].float() if case.mode in _LOW_RANK_DTYPE else None,  # any: that there is one counts
     )
+    return BackwardProblem.of(inputs["dy"], None, [name in case.wanted for name in GRADIENTS], operands)
 
 
-def _eight_bit_obstacle(case: Case, device: torch.device) -> str | None:
+def _why_not_eight_bits(case: Case, device: torch.device) -> str | None:
     """Why the op would take this case's products in another dtype than 8 bits, or None."""
     shapes = [(case.N, case.K)] if case.mode in eight_bit.DTYPES else [(case.N, case.R), (case.R, case.K)]
     name = _LOW_RANK_DTYPE.get(case.mode, case.mode)
@@ -324,44 +310,27 @@ def _through_op(case: Case, inputs: dict[str, Tensor], backend: str) -> dict[str
     return {"y": y.detach(), **dict(zip(case.wanted, gradients, strict=True))}
 
 
-def _autograd(case: Case, inputs: dict[str, Tensor], original: dict[str, Tensor]) -> dict[str, Tensor]:
-    """y and the wanted gradients by dense autograd, in the dtype of `inputs`; the heaviest rows are those of the
-    original dY, so that both precisions agree on them."""
-    leaves = {name: inputs[name].detach().requires_grad_(name in case.wanted) for name in GRADIENTS if name in inputs}
-    x, weight = leaves["x"], leaves["weight"]
-    eight_bits = case.mode in (*eight_bit.DTYPES, *_LOW_RANK_DTYPE)
-    # With factors, and in 8 bits, x's gradient takes a path of its own.
-    y = (x if case.mode == "exact" else x.detach()) @ weight.t()
-    if case.mode in _WITH_FACTORS and not eight_bits:
-        through = _surrogate(case, x, weight.detach(), inputs, original)
-        y = y + (through - through.detach())
-    if "bias" in leaves:
-        y = y + leaves["bias"]
-    if "lora_A" in leaves:
-        kept = x if not case.dropout else torch.where(original["keep"], x / (1.0 - _DROPOUT), 0.0)
-        y = y + _SCALING * (kept @ leaves["lora_A"].t()) @ leaves["lora_B"].t()
-    wanted = [leaves[name] for name in case.wanted]
-    # Where x alone is wanted, in 8 bits, autograd has no part in it.
-    found: Sequence[Tensor | None] = [None] * len(wanted)
-    if y.requires_grad:
-        found = torch.autograd.grad(y, wanted, inputs["dy"], allow_unused=True)
-    gradients = dict(zip(case.wanted, found, strict=True))
-    if eight_bits and "x" in gradients:
+def _naive(case: Case, inputs: dict[str, Tensor], original: dict[str, Tensor]) -> dict[str, Tensor]:
+    """y and the wanted gradients by `naive`, in the dtype of `inputs`; the heaviest rows, and what is rounded to 8
+    bits, are those of the `original` operands, so that both precisions agree on them."""
+    x, W, dy = inputs["x"], inputs["weight"], inputs["dy"]
+    A, B = inputs.get("lora_A", x.new_empty(0, case.K)), inputs.get("lora_B", x.new_empty(case.N, 0))
+
+    def drop(tensor: Tensor) -> Tensor:
+        return torch.where(original["keep"], tensor / (1.0 - _DROPOUT), 0.0) if case.dropout else tensor
+
+    if case.mode in eight_bit.DTYPES or case.mode in _LOW_RANK_DTYPE:
         frozen = _in_eight_bits(case, original, x.dtype)
-        gradients["x"] = frozen if gradients["x"] is None else gradients["x"] + frozen
-    return {"y": y.detach(), **{name: g.detach() for name, g in gradients.items() if g is not None}}
-
-
-def _surrogate(case: Case, x: Tensor, weight: Tensor, inputs: dict[str, Tensor], original: dict[str, Tensor]) -> Tensor:
-    """What stands for x Wᵀ where x's gradient is taken."""
-    through = x @ inputs["right"].t() @ inputs["left"].t()
+    elif case.mode == "exact":
+        frozen = dy @ W
+    else:
+        frozen = naive.low_rank(dy, inputs["left"], inputs["right"], inputs.get("rows"), inputs.get("residual"))
     if case.mode == "exact rows":
-        heavy = torch.zeros(case.M, 1, dtype=torch.bool, device=x.device)
-        heavy[heaviest_rows(original["dy"], _EXACT_ROWS)] = True
-        return torch.where(heavy, x @ weight.t(), through)
-    if case.mode == "residual":
-        return through.index_add(1, inputs["rows"], x @ inputs["residual"].t())
-    return through
+        heavy = heaviest_rows(original["dy"], _EXACT_ROWS)
+        frozen[heavy] = dy[heavy] @ W
+    y = naive.forward(x, W, inputs.get("bias", x.new_zeros(1)), A, B, _SCALING, drop)
+    gradients = naive.backward(dy, x, frozen, A, B, _SCALING, drop)
+    return {"y": y, **{name: gradients[name] for name in case.wanted}}
 
 
 def _in_eight_bits(case: Case, original: dict[str, Tensor], dtype: torch.dtype) -> Tensor:

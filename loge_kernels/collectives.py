@@ -1,4 +1,4 @@
-"""Means over the ranks that train a model together, and errors that all of them see."""
+"""The ranks that train a model together: their wrapper and group, and errors that all of them see."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 Group = Any  # a torch.distributed.ProcessGroup, which not every build of torch has; None: the default one
 
@@ -17,28 +17,14 @@ def group_of(model: nn.Module) -> Group:
     return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a `DistributedDataParallel`, whose output head and names are those to go by."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def distributed() -> bool:
     """Whether this process has ranks beside it, or could have."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def mean_over_ranks(tensors: list[Tensor], group: Group = None) -> list[Tensor]:
-    """The mean of each tensor over the ranks of `group`, in one collective for each dtype and device; the tensors
-    themselves outside torch.distributed. Every rank gives the same shapes in the same order."""
-    if not distributed():
-        return tensors
-    buckets: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        buckets.setdefault((tensor.dtype, tensor.device), []).append(index)
-    means = list(tensors)
-    for indices in buckets.values():
-        flat = torch.cat([tensors[index].reshape(-1) for index in indices])
-        torch.distributed.all_reduce(flat, group=group)
-        flat /= torch.distributed.get_world_size(group)
-        parts = flat.split([tensors[index].numel() for index in indices])
-        for index, part in zip(indices, parts, strict=True):
-            means[index] = part.view(tensors[index].shape)
-    return means
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ def _extension() -> ModuleType | str:
         return f"the CUDA extension cannot be loaded: {error}"
 
 
-def unavailable() -> str | None:
+def why_not_here() -> str | None:
     """Why no CUDA kernel can run on this machine, or None."""
     extension = _extension()
     if isinstance(extension, str):
@@ -47,12 +47,12 @@ def built_for() -> str:
 
 def why_not(p: BackwardProblem) -> str | None:
     """Why the kernels cannot run this problem, or None."""
-    extension, reason = _extension(), unavailable()
+    extension, reason = _extension(), why_not_here()
     if reason is not None or isinstance(extension, str):
         return reason
     if p.dy.device.type != "cuda":
         return f"tensors are on {p.dy.device.type}, the kernels run on CUDA"
-    if p.exact_fraction > 0.0:
+    if p.kind == "mixed":
         return "exact_fraction needs dense products, which PyTorch computes"
     if p.left_scale is not None:
         return "the low-rank product is in 8 bits, which PyTorch computes"

@@ -28,14 +28,6 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def _mix_int(word: int) -> int:
-    word ^= word >> 16
-    word = (word * 0x7FEB352D) & _WORD
-    word ^= word >> 15
-    word = (word * 0x846CA68B) & _WORD
-    return word ^ (word >> 16)
-
-
 def _mix_(h: Tensor) -> Tensor:
     """`mix` in place on int32 lanes; the shift must be logical, so the sign's copies are masked off."""
     h ^= (h >> 16) & 0xFFFF
@@ -76,7 +68,9 @@ def keep_mask(seed: Tensor, rows: int, columns: int, probability: float) -> Tens
     return keep
 
 
-def drop(x: Tensor, seed: Tensor, probability: float) -> Tensor:
-    """`x` [M, K] with dropped elements zeroed and kept ones divided by `1 - probability`; a new tensor."""
+def drop(x: Tensor, seed: Tensor | None, probability: float) -> Tensor:
+    """`x` [M, K] with dropped elements zeroed and kept ones divided by `1 - probability`; x itself where none are."""
+    if seed is None or probability == 0.0:
+        return x
     keep = keep_mask(seed, x.shape[0], x.shape[1], probability)
     return torch.where(keep, x / (1.0 - probability), 0.0)

@@ -99,6 +99,14 @@ def why_not(dtype: str, device: torch.device, N: int, K: int) -> str | None:
     return None
 
 
+def refuse_float64(argument: str, name: str, dtype: torch.dtype, whose: str = "x") -> None:
+    """Raise TypeError for 8 bits, asked for as `argument`, over float64."""
+    if dtype == torch.float64:
+        raise TypeError(
+            f"{argument}={name!r} with {whose} in torch.float64; 8 bits are for float32, float16 and bfloat16"
+        )
+
+
 def announce(argument: str, dtype: str, reason: str, instead: torch.dtype) -> None:
     """Say, once for each reason, that what `argument`, exact_dtype or low_rank_dtype, is for runs in `instead`."""
     products = argument.removesuffix("_dtype").replace("_", "-")

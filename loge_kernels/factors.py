@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .autocast import without_autocast
 from .decompositions import gradient_directions, share, symmetric_root, truncated_svd
-from .eight_bit import EightBitWeight, announce, why_not
+from .eight_bit import EightBitWeight, announce, refuse_float64, why_not
 from .weight_version import WeightVersion
 
 METHODS = ("svd", "gradient")
@@ -86,7 +86,7 @@ class Factors:
             self.left_copy = None if name is None else EightBitWeight(name, "low_rank_dtype")
             self.right_copy = None if name is None else EightBitWeight(name, "low_rank_dtype")
 
-    def eight_bit_obstacle(self) -> str | None:
+    def why_not_eight_bits(self) -> str | None:
         """Why the products cannot run in `low_rank_dtype`, or None; without one there are none."""
         for name in ("left", "right"):
             factor = getattr(self, name)
@@ -100,14 +100,10 @@ class Factors:
         they are not to be read, or cannot run, which the logger says once. Raises TypeError for x in float64."""
         if self.left_copy is None or self.right_copy is None:
             return None
-        if x.dtype == torch.float64:
-            raise TypeError(
-                f"low_rank_dtype={self.left_copy.dtype!r} with x in torch.float64; 8 bits are for float32, float16 and "
-                "bfloat16"
-            )
+        refuse_float64("low_rank_dtype", self.left_copy.dtype, x.dtype)
         if self.rank == 0 or not (x.requires_grad and torch.is_grad_enabled()):
             return None
-        reason = self.eight_bit_obstacle()
+        reason = self.why_not_eight_bits()
         if reason is None:
             return [self.left_copy.current(self.left), self.right_copy.current(self.right)]
         if not torch.compiler.is_compiling():

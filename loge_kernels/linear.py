@@ -236,7 +236,9 @@ class LoGELinear(nn.Linear):
         factors = self.factors
         if self.gather is not None and hasattr(self.weight, "placements"):
             self.gather()
-        if factors is None or self._thawed() or (self.exact_every is not None and self.exact_every.is_exact()):
+        if factors is None or self.exact_fraction == 1.0 or self._thawed():
+            return None
+        if self.exact_every is not None and self.exact_every.is_exact():
             return None
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return factors
@@ -332,7 +334,7 @@ class LoGELinear(nn.Linear):
             exact_dtype=self.eight_bit,
         )
 
-    def adapter_obstacle(self, dtype: torch.dtype, input: Tensor | None = None) -> str | None:
+    def why_not_adapter(self, dtype: torch.dtype, input: Tensor | None = None) -> str | None:
         """Why an adapter in `dtype` cannot be given to `run`, with this input or ever (None), or None when it can."""
         if dtype in (self.weight.dtype, torch.float32):
             return None

@@ -20,7 +20,7 @@ from .linear import LoGELinear
 from .planning import LayerPlan, make_plan
 from .report import LayerPath, LayerReport, Report
 from .request import Request
-from .sites import Site, Targets, find_sites, nothing_to_convert, unwrapped
+from .sites import Site, Targets, find_sites, why_nothing_to_convert
 from .statistics import Statistics
 
 
@@ -117,9 +117,9 @@ def apply(
 def _convert(wrapped: nn.Module, targets: Targets, request: Request) -> Report:
     model = unwrapped(wrapped)
     sites = list(find_sites(model, targets))
-    chosen = [site for site in sites if site.obstacle is None]
+    chosen = [site for site in sites if site.why_not is None]
     if not chosen:
-        raise ValueError(nothing_to_convert(model, sites, targets))
+        raise ValueError(why_nothing_to_convert(model, sites, targets))
     plans = make_plan(wrapped, chosen, targets, request)
     for site in chosen:
         plan = plans[site.name]
@@ -156,7 +156,7 @@ def _row(site: Site, plan: LayerPlan | None, request: Request, every: int | None
     if site.frozen:
         return LayerReport(site.name, site.sizes, "frozen", "-", None, None, site.about("frozen prefix"), 1.0)
     if plan is None:
-        return LayerReport(site.name, site.sizes, "skipped", "-", None, None, site.obstacle or "", 0.0)
+        return LayerReport(site.name, site.sizes, "skipped", "-", None, None, site.why_not or "", 0.0)
     path, why = _path(site)
     reason = site.about("; ".join(part for part in (why, plan.reason) if part))
     factors = plan.factors
@@ -172,5 +172,5 @@ def _row(site: Site, plan: LayerPlan | None, request: Request, every: int | None
 def _path(site: Site) -> tuple[LayerPath, str]:
     if site.adapter is None:
         return ("base", site.beside) if site.beside else ("plain", "")
-    obstacle = site.adapter.obstacle()  # a FusedAdapter by now
-    return ("fused", "") if obstacle is None else ("base", obstacle)
+    why_not = site.adapter.why_not_fused()  # a FusedAdapter by now
+    return ("fused", "") if why_not is None else ("base", why_not)

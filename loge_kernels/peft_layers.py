@@ -24,8 +24,11 @@ def _hooked(module: nn.Module) -> bool:
 
 
 class FusedAdapter:
-    """What a layer of PEFT with a LoRA-like adapter becomes, over a base layer that is a `LoGELinear`: comes before
-    PEFT's class in the bases of one class for each of PEFT's (`FUSED`)."""
+    """What a layer of PEFT with a LoRA-like adapter becomes, over a base layer that is a `LoGELinear`.
+
+    A subclass has the layer's own class as its second base and says where the adapter's matrices are: `held`,
+    `why_not` and `lora`. `register_fused` makes `apply` use it.
+    """
 
     base_layer: Any
     disable_adapters: Any
@@ -35,21 +38,21 @@ class FusedAdapter:
     @staticmethod
     def convert_(layer: Any) -> None:
         """Make PEFT's layer one of these, in place; its base layer must be a `LoGELinear`."""
-        layer.__class__ = FUSED[type(layer)]
+        layer.__class__ = _FUSED[type(layer)]
 
     def revert_(self) -> None:
         """Undo `convert_`."""
-        self.__class__ = next(plain for plain, fused in FUSED.items() if fused is type(self))
+        self.__class__ = next(plain for plain, fused in _FUSED.items() if fused is type(self))
 
     def _get_name(self) -> str:
         """Of a printed model: PEFT's name for the layer, by which people search, and whose it is now."""
-        return next(plain.__name__ for plain, fused in FUSED.items() if isinstance(self, fused)) + "[LoGE]"
+        return next(plain.__name__ for plain, fused in _FUSED.items() if isinstance(self, fused)) + "[LoGE]"
 
     def held(self) -> list[str]:
         """The active adapters that the layer has."""
         raise NotImplementedError
 
-    def unfit(self, name: str) -> str | None:
+    def why_not(self, name: str) -> str | None:
         """Why this adapter is not two plain matrices, or None."""
         raise NotImplementedError
 
@@ -57,7 +60,7 @@ class FusedAdapter:
         """The adapter's A [P, K], B [N, P] and dropout."""
         raise NotImplementedError
 
-    def obstacle(self, x: Tensor | None = None) -> str | None:
+    def why_not_fused(self, x: Tensor | None = None) -> str | None:
         """Why the adapter cannot share the base layer's op as things stand (with this input), or None when it can."""
         found = self._find(x)
         return found if isinstance(found, str) else None
@@ -77,7 +80,7 @@ class FusedAdapter:
         if len(adapters) != 1:
             return f"{len(adapters)} active adapters"
         name = adapters[0]
-        reason = self.unfit(name)
+        reason = self.why_not(name)
         if reason is not None:
             return reason
         A, B, dropout = self.lora(name)
@@ -87,7 +90,7 @@ class FusedAdapter:
             return "hooks or a wrapper on the base layer or the adapter"
         if A.dtype != B.dtype:
             return f"adapter is {A.dtype} and {B.dtype}"
-        reason = self.base_layer.adapter_obstacle(A.dtype, x)
+        reason = self.base_layer.why_not_adapter(A.dtype, x)
         if reason is not None:
             return reason
         probability = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
@@ -126,7 +129,7 @@ class FusedLora(FusedAdapter):
     def held(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.lora_A]
 
-    def unfit(self, name: str) -> str | None:
+    def why_not(self, name: str) -> str | None:
         A, B = self.lora_A[name], self.lora_B[name]
         if name in self.lora_variant:
             return f"LoRA variant {type(self.lora_variant[name]).__name__}"
@@ -156,7 +159,32 @@ class LoGETorchaoLoraLinear(FusedLora, TorchaoLoraLinear):
     """PEFT's layer over a weight that torchao quantised."""
 
 
-FUSED: dict[type, type[FusedAdapter]] = {LoraLinear: LoGELoraLinear, TorchaoLoraLinear: LoGETorchaoLoraLinear}
+_FUSED: dict[type[nn.Module], type[FusedAdapter]] = {}
+
+
+def register_fused(layer_class: type[nn.Module], fused_class: type[FusedAdapter]) -> None:
+    """Let `apply` turn layers whose class is `layer_class` (a layer of PEFT's around a linear one) into `fused_class`,
+    whose adapter shares the base layer's op, and `remove` turn them back.
+
+    Raises TypeError where `fused_class` does not build on `FusedAdapter` first and on `layer_class`, ValueError where
+    `layer_class` has one already.
+    """
+    if not (issubclass(fused_class, FusedAdapter) and issubclass(fused_class, layer_class)):
+        raise TypeError(
+            f"fused_class={fused_class.__name__}: give a class with the bases (FusedAdapter, {layer_class.__name__})"
+        )
+    if layer_class in _FUSED:
+        raise ValueError(f"layer_class={layer_class.__name__} has {_FUSED[layer_class].__name__} already")
+    _FUSED[layer_class] = fused_class
+
+
+def fused_class(layer: nn.Module) -> type[FusedAdapter] | None:
+    """What `apply` makes of this layer; None for one whose adapter stays its own."""
+    return _FUSED.get(type(layer))
+
+
+register_fused(LoraLinear, LoGELoraLinear)
+register_fused(TorchaoLoraLinear, LoGETorchaoLoraLinear)
 
 if is_bnb_available() and is_bnb_4bit_available():
     from peft.tuners.lora import bnb
@@ -167,4 +195,5 @@ if is_bnb_available() and is_bnb_4bit_available():
     class LoGELoraLinear8bitLt(FusedLora, bnb.Linear8bitLt):
         """PEFT's layer over `bitsandbytes.nn.Linear8bitLt`."""
 
-    FUSED |= {bnb.Linear4bit: LoGELoraLinear4bit, bnb.Linear8bitLt: LoGELoraLinear8bitLt}
+    register_fused(bnb.Linear4bit, LoGELoraLinear4bit)
+    register_fused(bnb.Linear8bitLt, LoGELoraLinear8bitLt)

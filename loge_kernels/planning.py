@@ -16,6 +16,7 @@ from torch import nn
 from . import exact_dtype
 from .cache import cached_factors
 from .calibration import calibrate
+from .eight_bit import refuse_float64
 from .factors import Factors, resolve_rank
 from .request import Request
 from .sites import Site, Targets
@@ -63,8 +64,8 @@ def _check_weight(site: Site, request: Request) -> None:
         raise ValueError(f"the weight of layer {site.name!r} contains NaN or inf; the model is unchanged")
     for argument in ("exact_dtype", "low_rank_dtype"):
         dtype = getattr(request, argument)
-        if dtype not in (None, exact_dtype.AUTO) and weight.dtype == torch.float64:
-            raise TypeError(f"{argument}={dtype!r}: the weight of layer {site.name!r} is float64; give None")
+        if dtype not in (None, exact_dtype.AUTO):
+            refuse_float64(argument, dtype, weight.dtype, f"the weight of layer {site.name!r}")
 
 
 def _exact_dtype(site: Site, request: Request) -> tuple[str | None, str]:

@@ -18,20 +18,20 @@ Source: QLoGE, Zhang et al., Applied Sciences 2025, 15(1), 82, section 4.4.
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .autocast import autocast_dtype, without_autocast
+from .autograd import named, restore, save
 from .backends import requested, run_backward
 from .dropout import draw_seed
-from .eight_bit import DTYPES, announce, quantize_columns, why_not
+from .eight_bit import DTYPES, announce, as_bits, quantize_columns, why_not
 from .factors import Factors, as_buffers
 from .linear import LoGELinear
-from .problem import BackwardProblem, Gradients
+from .ops import factors_in_eight_bits, stand_ins
+from .problem import NO_GRADIENTS, BackwardProblem, Gradients, Operands
 from .reference import add_adapter
 
 
@@ -94,7 +94,7 @@ class QuantizedLinear(LoGELinear):
     def dense_weight(self) -> Tensor:
         return self.dequantize(self, self.factor_dtype(self))
 
-    def adapter_obstacle(self, dtype: torch.dtype, input: Tensor | None = None) -> str | None:
+    def why_not_adapter(self, dtype: torch.dtype, input: Tensor | None = None) -> str | None:
         if input is None:
             return None if dtype.is_floating_point else f"adapter is {dtype}"
         seen, inside = autocast_dtype(input) or input.dtype, self.product_dtype(input)
@@ -114,175 +114,88 @@ class QuantizedLinear(LoGELinear):
                 f"a quantised layer ({self.label(self)}) is inside torch.jit.trace or a transform of torch.func, which "
                 "cannot take its gradient: call loge_kernels.remove(model)"
             )
-        factors = None if self.exact_fraction == 1.0 else self.current_factors()
-        call = _Call(
-            layer=self,
-            dtype=self.product_dtype(input),
+        factors = self.current_factors()
+        seed = draw_seed(input.device) if dropout > 0.0 and lora_A is not None else None
+        operands = Operands(
+            x=input,
+            weight=None,
+            bias=self.bias,
+            lora_A=lora_A,
+            lora_B=lora_B,
+            seed=seed,
             scaling=float(scaling),
-            dropout=float(dropout) if lora_A is not None else 0.0,
-            exact_fraction=float(self.exact_fraction),
+            dropout=0.0 if seed is None else float(dropout),
+            exact_fraction=0.0 if factors is None else float(self.exact_fraction),
             backend=requested(self.backend),
+            **(
+                {}
+                if factors is None
+                else stand_ins(factors, factors.left.dtype) | factors_in_eight_bits(factors, input)
+            ),
         )
-        seed = draw_seed(input.device) if call.dropout > 0.0 else None
-        return _Quantized.apply(input, self.bias, *_frozen_operands(factors, input), lora_A, lora_B, seed, call)
+        return _Quantized.apply(self, *operands)
 
-    def exact_operands(self, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """For the dense product with dY [M, N]: the weight [N, K] in its dtype, or its 8-bit copy and scales [K]."""
+    def exact_operands(self, dy: Tensor) -> dict[str, Any]:
+        """For the dense product with dY [M, N]: the weight [N, K] in its dtype, or its 8-bit copy and scales [K], by
+        the operands' names."""
         weight = self.dequantize(self, dy.dtype)
         name = self.exact_dtype
         if name is None:
-            return weight, None, None
+            return {"weight": weight}
         reason = why_not(name, weight.device, *weight.shape)
         if reason is not None:
             announce("exact_dtype", name, reason, dy.dtype)
-            return weight, None, None
-        return None, *quantize_columns(weight, DTYPES[name])
-
-
-def layer_class(module: nn.Module) -> type[QuantizedLinear] | None:
-    """What a quantised linear layer becomes; None for any other module.
-
-    A library that is not loaded has no layers, so none is imported here for the first time.
-    """
-    if "bitsandbytes" in sys.modules:
-        from .bnb_layers import CLASSES
-
-        found = CLASSES.get(type(module))
-        if found is not None:
-            return found
-    if "torchao" in sys.modules:
-        from .torchao_layers import LoGETorchaoLinear, holds
-
-        if holds(module):
-            return LoGETorchaoLinear
-    return None
-
-
-def _frozen_operands(factors: Factors | None, x: Tensor) -> tuple[Tensor | None, ...]:
-    """left, right, rows, residual, left_scale and right_scale of a backward problem."""
-    if factors is None:
-        return (None,) * 6
-    copies = factors.in_eight_bits(x)
-    if copies is None:
-        return factors.left, factors.right, factors.rows, factors.residual, None, None
-    (left, left_scale), (right, right_scale) = copies
-    return left, right, factors.rows, factors.residual, left_scale, right_scale
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What one call of the op is given beside tensors."""
-
-    layer: QuantizedLinear
-    dtype: torch.dtype
-    scaling: float
-    dropout: float
-    exact_fraction: float
-    backend: str
+            return {"weight": weight}
+        dense, scale = quantize_columns(weight, DTYPES[name])
+        return {"dense": as_bits(dense), "dense_scale": scale}
 
 
 class _Quantized(torch.autograd.Function):
     """x [..., K] -> y [..., N]; keeps no weight, and x only for an adapter's dA."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        left: Tensor | None,
-        right: Tensor | None,
-        rows: Tensor | None,
-        residual: Tensor | None,
-        left_scale: Tensor | None,
-        right_scale: Tensor | None,
-        lora_A: Tensor | None,
-        lora_B: Tensor | None,
-        seed: Tensor | None,
-        call: _Call,
-    ) -> Tensor:
-        y = call.layer.library_forward(x)
-        adapter_input, xa = None, None
-        if lora_A is not None and lora_B is not None:
-            y = y.reshape(-1, y.shape[-1])
-            adapter_input = x.reshape(-1, x.shape[-1]).to(call.dtype)
-            y, xa = _add_adapter(y, adapter_input, lora_A, lora_B, call.scaling, call.dropout, seed)
+    def forward(ctx: Any, layer: QuantizedLinear, *inputs: Any) -> Tensor:
+        o = Operands(*inputs)
+        x = o.x
+        assert x is not None
+        y = layer.library_forward(x)
+        ctx.layer, ctx.dtype = layer, layer.product_dtype(x)
+        ctx.x_like, ctx.bias_dtype = (x.shape, x.dtype), None if o.bias is None else o.bias.dtype
+        xa = None
+        if o.lora_A is not None and o.lora_B is not None:
+            o = o._replace(x=x.reshape(-1, x.shape[-1]).to(ctx.dtype))
+            y, xa = _add_adapter(y.reshape(-1, y.shape[-1]), o)
             y = y.view(*x.shape[:-1], y.shape[-1])
-        as_buffers(left, right, rows, residual, left_scale, right_scale)
-        need = ctx.needs_input_grad
-        need_dx, need_dA, need_dB = need[0], need[8], need[9]
-        ctx.save_for_backward(
-            adapter_input if need_dA else None,
-            xa if need_dB else None,
-            left if need_dx else None,
-            right if need_dx else None,
-            rows if need_dx else None,
-            residual if need_dx else None,
-            left_scale if need_dx else None,
-            right_scale if need_dx else None,
-            lora_A if need_dx or need_dA else None,
-            lora_B if need_dx or need_dA or need_dB else None,
-            seed,
-        )
-        ctx.set_materialize_grads(False)
-        ctx.call, ctx.x_like, ctx.bias_dtype = call, (x.shape, x.dtype), None if bias is None else bias.dtype
+        as_buffers(*o.stand_ins)
+        save(ctx, o, Operands(*ctx.needs_input_grad[1:]), xa)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         if dy is None:
-            return (None,) * 12
+            return None, *NO_GRADIENTS
         if torch.is_grad_enabled():  # only create_graph=True runs backward so
             raise RuntimeError("a quantised layer has no second derivative: call backward without create_graph=True")
-        need = ctx.needs_input_grad
-        g = _differentiate(dy, ctx.saved_tensors, ctx.call, (need[0], need[1], need[8], need[9]))
+        g = _differentiate(ctx, dy.reshape(-1, dy.shape[-1]).to(ctx.dtype))
         shape, dtype = ctx.x_like
         dx = None if g.dx is None else g.dx.view(shape).to(dtype)
         dbias = None if g.dbias is None else g.dbias.to(ctx.bias_dtype)
-        return dx, dbias, *(None,) * 6, g.dA, g.dB, None, None
+        return None, *named((dx, None, dbias, g.dA, g.dB), ctx.need)
 
 
 @without_autocast
-def _add_adapter(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return add_adapter(*arguments)
+def _add_adapter(y: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
+    return add_adapter(y, operands)
 
 
 @without_autocast
-def _differentiate(
-    dy: Tensor, saved: tuple[Tensor | None, ...], call: _Call, need: tuple[bool, bool, bool, bool]
-) -> Gradients:
-    x, xa, left, right, rows, residual, left_scale, right_scale, lora_A, lora_B, seed = saved
-    need_dx, need_dbias, need_dA, need_dB = need
-    dy = dy.reshape(-1, dy.shape[-1]).to(call.dtype)
-    fraction = 0.0 if left is None else call.exact_fraction
-    if left_scale is None:
-        left, right = (None if t is None else t.to(dy.dtype) for t in (left, right))
-    weight, dense, dense_scale = None, None, None
-    if need_dx and (left is None or fraction > 0.0):
-        weight, dense, dense_scale = call.layer.exact_operands(dy)
-    problem = BackwardProblem(
-        dy=dy,
-        x=x,
-        xa=xa,
-        weight=weight,
-        left=left,
-        right=right,
-        lora_A=lora_A,
-        lora_B=lora_B,
-        scaling=call.scaling,
-        dropout=call.dropout,
-        seed=seed,
-        exact_fraction=fraction,
-        need_dx=need_dx,
-        need_dweight=False,
-        need_dbias=need_dbias,
-        need_dA=need_dA,
-        need_dB=need_dB,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        rows=rows,
-        residual=None if residual is None else residual.to(dy.dtype),
-        dense=dense,
-        dense_scale=dense_scale,
-        left_scale=left_scale,
-        right_scale=right_scale,
-    )
-    return run_backward(problem, call.backend)
+def _differentiate(ctx: Any, dy: Tensor) -> Gradients:
+    xa, o = restore(ctx)
+    if o.left_scale is None:
+        left, right, residual = (None if t is None else t.to(dy.dtype) for t in (o.left, o.right, o.residual))
+        o = o._replace(left=left, right=right, residual=residual)
+    elif o.residual is not None:
+        o = o._replace(residual=o.residual.to(dy.dtype))
+    if ctx.need.dx and o.kind != "low-rank":
+        o = o._replace(**ctx.layer.exact_operands(dy))
+    return run_backward(BackwardProblem.of(dy, xa, ctx.need, o), o.backend)

@@ -1,4 +1,6 @@
-"""The specification: forward and backward of the low-rank-gradient linear layer, in plain PyTorch.
+"""The backend that runs everywhere: forward and backward of the low-rank-gradient linear layer in PyTorch.
+
+`naive` has the same formulae and nothing else; here are the orders, dtypes and copies that make them fast.
 
 Convention of `torch.nn.Linear`, with a LoRA adapter as in PEFT:
 
@@ -35,41 +37,36 @@ from torch import Tensor
 from . import eight_bit
 from .dropout import drop
 from .orders import merged, merging_pays
-from .problem import BackwardProblem, Gradients
+from .problem import BackwardProblem, Gradients, Operands
 from .products import add, add_matmul, matmul
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+def forward(operands: Operands) -> tuple[Tensor, Tensor | None]:
     """y [M, N] and xa [M, P] (None without an adapter), both in x's dtype; shapes as in the module's docstring."""
-    if lora_A is not None and lora_B is not None and dropout == 0.0 and merging_pays(x.shape[0], x.shape[1], x.dtype):
-        A = lora_A.to(x.dtype)
-        y = matmul(x, merged(weight, A, (scaling * lora_B).to(x.dtype)).t())
-        return y if bias is None else add(y, bias), matmul(x, A.t())
+    o = operands
+    x, weight, A, B = o.x, o.weight, o.lora_A, o.lora_B
+    assert x is not None
+    assert weight is not None
+    if A is not None and B is not None and o.dropout == 0.0 and merging_pays(x.shape[0], x.shape[1], x.dtype):
+        A = A.to(x.dtype)
+        y = matmul(x, merged(weight, A, (o.scaling * B).to(x.dtype)).t())
+        return y if o.bias is None else add(y, o.bias), matmul(x, A.t())
     y = matmul(x, weight.t())
-    if bias is not None:
-        y = add(y, bias)
-    if lora_A is None or lora_B is None:
-        return y, None
-    return add_adapter(y, x, lora_A, lora_B, scaling, dropout, seed)
+    if o.bias is not None:
+        y = add(y, o.bias)
+    return (y, None) if A is None else add_adapter(y, o)
 
 
-def add_adapter(
-    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def add_adapter(y: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
     """y + s · xa Bᵀ [M, N] and xa [M, P]; y is used up. The products are taken in x's dtype; y may have another."""
-    adapter_input = drop(x, seed, dropout) if dropout > 0.0 and seed is not None else x
-    xa = matmul(adapter_input, lora_A.to(x.dtype).t())
-    scaled_B = (scaling * lora_B).to(x.dtype).t()
-    if y.dtype == x.dtype:
+    o = operands
+    assert o.x is not None
+    assert o.lora_A is not None
+    assert o.lora_B is not None
+    dtype = o.x.dtype
+    xa = matmul(drop(o.x, o.seed, o.dropout), o.lora_A.to(dtype).t())
+    scaled_B = (o.scaling * o.lora_B).to(dtype).t()
+    if y.dtype == dtype:
         return add_matmul(y, xa, scaled_B), xa
     return add(y, matmul(xa, scaled_B)), xa
 
@@ -84,7 +81,7 @@ def backward(problem: BackwardProblem) -> Gradients:
     low_rank = p.left is not None and p.need_dx
     projections = [p.left] if p.left is not None and low_rank and p.left_scale is None else []
     rank = sum(left.shape[1] for left in projections)
-    merge = _merges(p) and not low_rank
+    merge = _merges(p)
     if scaled_B is not None and ((p.need_dx and not merge) or p.need_dA):
         projections.append(scaled_B)
     T = matmul(p.dy, torch.cat(projections, dim=1)) if projections else None  # [M, R + P]
@@ -100,8 +97,7 @@ def backward(problem: BackwardProblem) -> Gradients:
         assert T is not None
         assert p.x is not None
         assert p.lora_A is not None
-        adapter_input = drop(p.x, p.seed, p.dropout) if p.dropout > 0.0 and p.seed is not None else p.x
-        gradients.dA = matmul(T[:, rank:].t(), adapter_input, p.lora_A.dtype)
+        gradients.dA = matmul(T[:, rank:].t(), drop(p.x, p.seed, p.dropout), p.lora_A.dtype)
     if p.need_dB:
         assert p.xa is not None
         assert p.lora_B is not None
@@ -116,8 +112,9 @@ def backward(problem: BackwardProblem) -> Gradients:
 
 def _merges(p: BackwardProblem) -> bool:
     """Whether an exact dX is cheaper through W + s B A (`orders`)."""
-    has_both = p.weight is not None and p.dense is None and p.lora_A is not None and p.lora_B is not None
-    return p.need_dx and has_both and p.dropout == 0.0 and merging_pays(p.dy.shape[0], p.dy.shape[1], p.dy.dtype)
+    if p.kind != "dense" or not p.need_dx or p.lora_A is None or p.lora_B is None:
+        return False
+    return p.dropout == 0.0 and merging_pays(p.dy.shape[0], p.dy.shape[1], p.dy.dtype)
 
 
 def _input_gradient(p: BackwardProblem, T: Tensor | None, rank: int, lora_A: Tensor | None) -> Tensor:
@@ -128,17 +125,17 @@ def _input_gradient(p: BackwardProblem, T: Tensor | None, rank: int, lora_A: Ten
             dx = _low_rank_in_eight_bits(p)
         else:
             assert T is not None
-            if lora_A is not None and not masked and p.exact_fraction == 0.0:
+            if lora_A is not None and not masked and p.kind == "low-rank":
                 return matmul(T, torch.cat([p.right, lora_A]))
             dx = matmul(T[:, :rank], p.right)
-        if p.exact_fraction > 0.0:
+        if p.kind == "mixed":
             heaviest = heaviest_rows(p.dy, p.exact_fraction)
             dx[heaviest] = _dense(p, p.dy[heaviest])
     else:
         dx = _dense(p, p.dy)
     if lora_A is not None:
         assert T is not None
-        if p.dropout > 0.0 and p.seed is not None:
+        if p.dropout > 0.0:
             dx += drop(matmul(T[:, rank:], lora_A), p.seed, p.dropout)
         else:
             dx = add_matmul(dx, T[:, rank:], lora_A)
@@ -168,7 +165,7 @@ def add_residual(dx: Tensor, p: BackwardProblem) -> Tensor:
     assert p.rows is not None
     assert p.residual is not None
     selected = p.dy.index_select(1, p.rows)  # [M, Q]
-    if p.exact_fraction > 0.0:
+    if p.kind == "mixed":
         selected.index_fill_(0, heaviest_rows(p.dy, p.exact_fraction), 0.0)
     return add_matmul(dx, selected, p.residual)
 

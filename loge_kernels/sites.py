@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .freezing.frozen_module import is_frozen
+from .freezing.prefix import embeddings
 from .linear import LoGELinear
-from .quantized import QuantizedLinear, layer_class
+from .formats import layer_class
+from .quantized import QuantizedLinear
 
 Targets = str | Iterable[str] | None
 
@@ -34,11 +36,11 @@ class Site:
     name: str
     linear: nn.Linear
     adapter: Any  # a layer of PEFT that can share its op, a FusedAdapter once converted
-    obstacle: str | None
+    why_not: str | None
     quantized: type[QuantizedLinear] | None = None  # what a quantised layer becomes
-    frozen: bool = False  # an obstacle: no backward reaches it
+    frozen: bool = False  # left alone: no backward reaches it
     beside: str = ""  # the class of a layer around it that is left as it is
-    stack: tuple[int, ...] | None = None  # the shape of several weights in one parameter: an obstacle
+    stack: tuple[int, ...] | None = None  # the shape of several weights in one parameter: left alone
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,7 +57,7 @@ class Site:
     @property
     def outline(self) -> Tensor:
         """Shape, dtype and device of `weight()` without its values: for questions about costs."""
-        if self.quantized is None or self.obstacle is not None:
+        if self.quantized is None or self.why_not is not None:
             return self.linear.weight
         dtype = self.quantized.factor_dtype(self.linear)
         return torch.empty((), dtype=dtype, device=self.linear.weight.device).expand(self.shape)
@@ -80,17 +82,12 @@ class Site:
         return "; ".join(part for part in (label, reason) if part)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a `DistributedDataParallel`, whose output head and names are those to go by."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
 def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
     """Every linear layer of the model that is not part of an adapter, with the reason where it is left alone."""
     wanted = _matcher(targets)
     explicit = targets is not None and targets != "all-linear"
     head = _output_head(model)
-    tuner_layer, lora_layers, saved_module = _peft_classes()
+    tuner_layer, fused_class, saved_module = _peft_classes()
     inside_adapters: set[int] = set()
     around: dict[int, tuple[str, nn.Module]] = {}
     frozen: set[int] = set()
@@ -116,18 +113,18 @@ def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
         path, wrapper = wrapped or (name, None)
         if not wanted(path):
             continue
-        adapter = wrapper if type(wrapper) in lora_layers else None
+        adapter = None if wrapper is None or fused_class(wrapper) is None else wrapper
         quantized = layer_class(module)
         if id(module) in frozen:
             yield Site(path, module, adapter, "frozen prefix", quantized, frozen=True)
             continue
-        obstacle = _obstacle(path, module, quantized, head, explicit)
+        why_not = _why_not(path, module, quantized, head, explicit)
         beside = ""
         if wrapper is not None and adapter is None:
             beside = f"its adapter is a {_full_name(wrapper)}"
-            if obstacle is None and not getattr(wrapper, "keeps_weight", False):
-                obstacle = f"{beside}: factors could not follow the weight when that merges"
-        yield Site(path, module, adapter, obstacle, quantized, beside=beside)
+            if why_not is None and not getattr(wrapper, "keeps_weight", False):
+                why_not = f"{beside}: factors could not follow the weight when that merges"
+        yield Site(path, module, adapter, why_not, quantized, beside=beside)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -158,7 +155,7 @@ def _library(module: nn.Module) -> str:
     return type(module).__module__.partition(".")[0]
 
 
-def _obstacle(
+def _why_not(
     path: str, module: Any, quantized: type[QuantizedLinear] | None, head: nn.Module | None, explicit: bool
 ) -> str | None:
     if type(module) is LoGELinear:
@@ -216,8 +213,7 @@ def _matcher(targets: Targets) -> Any:
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
+    head = embeddings(model, "output")
     # PEFT wraps a targeted head and one in modules_to_save.
     for attribute in ("base_layer", "original_module"):
         head = getattr(head, attribute, head)
@@ -225,24 +221,25 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _peft_classes() -> tuple[Any, Any, Any]:
-    """PEFT's layer classes where PEFT is loaded: a PEFT model cannot exist without it."""
+    """PEFT's layer classes and `fused_class` where PEFT is loaded: a PEFT model cannot exist without it."""
     if "peft" not in sys.modules:
-        return None, (), None
+        return None, None, None
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    from .peft_layers import FUSED
+    from .peft_layers import fused_class
 
-    return BaseTunerLayer, FUSED, ModulesToSaveWrapper
+    return BaseTunerLayer, fused_class, ModulesToSaveWrapper
 
 
-def nothing_to_convert(model: nn.Module, sites: list[Site], targets: Targets) -> str:
+def why_nothing_to_convert(model: nn.Module, sites: list[Site], targets: Targets) -> str:
+    """What to tell a user whose model has no layer to convert."""
     if sites:
         if all(site.frozen for site in sites):
             return f"nothing to convert in this {type(model).__name__}: every linear layer is in the frozen prefix"
         if any(isinstance(site.linear, LoGELinear) and site.linear.converted for site in sites):
             return "model is converted already; call loge_kernels.remove(model) first"
-        shown = "; ".join(f"{site.name} {site.obstacle}" for site in sites[:3])
+        shown = "; ".join(f"{site.name} {site.why_not}" for site in sites[:3])
         rest = f"; and {len(sites) - 3} more" if len(sites) > 3 else ""
         return f"nothing to convert in this {type(model).__name__}: {shown}{rest}"
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

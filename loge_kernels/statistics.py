@@ -4,7 +4,6 @@ Per layer, with q the number of scored singular directions (0 unless salience is
 
     moment       of dY [M, N] where N ≤ K, of dX = dY W [M, K] where K < N: `moments.Moment`, at most 64 MiB whole
     importance   [N]      Σ_t dY_tn²
-    norms        [≤ 4096] ‖dY_t‖ of evenly spaced tokens
     scores       [3, q]   sums over samples of g_j, |g_j| and g_j², g_j = u_jᵀ (∂L/∂W) v_j = Σ_t (dY_t · u_j)(x_t · v_j)
 """
 
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,44 +20,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import replacing
-from .cache import DAMAGED
+from .atomic import DAMAGED
 from .collectives import Group
 from .moments import Moment
 
-_FORMAT = "loge_kernels statistics 1"
-_NORMS = 4096  # token norms kept of a layer
-
-
-class TokenNorms:
-    """‖dY_t‖ of every stride-th token, at most 4096 of them: when they are full, every second goes."""
-
-    def __init__(self, values: Tensor | None = None, stride: int = 1, seen: int = 0) -> None:
-        self.values = torch.empty(0) if values is None else values
-        self.stride, self.seen = stride, seen
-
-    def add(self, norms: Tensor) -> None:
-        first = -self.seen % self.stride
-        self.seen += len(norms)
-        self.values = torch.cat([self.values, norms[first :: self.stride].float().cpu()])
-        while len(self.values) > _NORMS:
-            self.values, self.stride = self.values[::2].clone(), 2 * self.stride
-
-    def share_of_heaviest(self, fraction: float) -> float:
-        """The share of Σ‖dY‖² that the heaviest `fraction` of the tokens carries."""
-        squares = self.values.square().sort(descending=True).values
-        total = squares.sum().item()
-        return squares[: round(fraction * len(squares))].sum().item() / total if total > 0 else 0.0
+_FORMAT = "loge_kernels statistics 2"
 
 
 @dataclass(slots=True)
 class LayerStatistics:
-    """One linear layer's; shapes in the module's docstring. `shape` is (N, K)."""
+    """One linear layer's; shapes in the module's docstring. `shape` is (N, K), `tokens` how many reached it."""
 
     shape: tuple[int, int]
     moment: Moment
     importance: Tensor
-    norms: TokenNorms = field(default_factory=TokenNorms)
     scores: Tensor | None = None
+    tokens: int = 0
 
     @staticmethod
     def empty(shape: tuple[int, int], device: torch.device | str, scored: int = 0) -> LayerStatistics:
@@ -70,7 +47,7 @@ class LayerStatistics:
     @property
     def unseen(self) -> bool:
         """Whether no token reached the layer."""
-        return self.norms.seen == 0
+        return self.tokens == 0
 
     @property
     def of_dx(self) -> bool:
@@ -79,8 +56,8 @@ class LayerStatistics:
 
     @property
     def nbytes(self) -> int:
-        tensors = [self.moment.matrix, self.importance, self.norms.values]
-        return sum(t.nbytes for t in tensors + ([] if self.scores is None else [self.scores]))
+        tensors = [self.moment.matrix, self.importance] + ([] if self.scores is None else [self.scores])
+        return sum(t.nbytes for t in tensors)
 
 
 @dataclass(slots=True)
@@ -105,9 +82,8 @@ class Statistics:
         tensors: dict[str, Tensor] = {}
         header = {}
         for name, layer in self.layers.items():
-            norms = layer.norms
-            header[name] = [*layer.shape, layer.moment.whole, norms.stride, norms.seen]
-            parts = {"moment": layer.moment.matrix, "importance": layer.importance, "norms": norms.values}
+            header[name] = [*layer.shape, layer.moment.whole, layer.tokens]
+            parts = {"moment": layer.moment.matrix, "importance": layer.importance}
             parts |= {} if layer.scores is None else {"scores": layer.scores}
             tensors |= {f"{name}|{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
         about = {"format": _FORMAT, "batches": self.batches, "tokens": self.tokens, "layers": header}
@@ -124,16 +100,15 @@ class Statistics:
                     raise ValueError(f"its format is {about.get('format')!r}, not {_FORMAT!r}")
                 names = set(file.keys())
                 layers = {}
-                for name, (N, K, whole, stride, seen) in about["layers"].items():
+                for name, (N, K, whole, tokens) in about["layers"].items():
                     matrix = file.get_tensor(f"{name}|moment")
                     moment = Moment(min(N, K), device, whole)
                     if moment.matrix.shape != matrix.shape:
                         raise ValueError(f"the moment of {name} has shape {tuple(matrix.shape)}")
                     moment.matrix = matrix
-                    norms = TokenNorms(file.get_tensor(f"{name}|norms").cpu(), stride, seen)
                     scores = file.get_tensor(f"{name}|scores") if f"{name}|scores" in names else None
                     importance = file.get_tensor(f"{name}|importance")
-                    layers[name] = LayerStatistics((N, K), moment, importance, norms, scores)
+                    layers[name] = LayerStatistics((N, K), moment, importance, scores, tokens)
                 return Statistics(layers, about["batches"], about["tokens"])
         except OSError:
             raise
@@ -168,10 +143,4 @@ class Statistics:
             layer.moment.matrix = total(layer.moment.matrix)
             layer.importance = total(layer.importance)
             layer.scores = None if layer.scores is None else total(layer.scores)
-            mine = torch.full((_NORMS,), torch.nan, device=device)  # NaN: no token
-            mine[: len(layer.norms.values)] = layer.norms.values.to(device)
-            everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(everyone, mine, group=group)
-            layer.norms = TokenNorms()
-            for norms in everyone:
-                layer.norms.add(norms[~norms.isnan()])
+            layer.tokens = int(total(torch.tensor(layer.tokens)))

@@ -5,18 +5,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import triton_kernels as kernels
-from .problem import BackwardProblem, Gradients
+from .problem import BackwardProblem, Gradients, Operands
 from .products import matmul
 
 
-def unavailable() -> str | None:
+def why_not_here() -> str | None:
     """Why no Triton kernel can run on this machine, or None."""
     return kernels.unavailable()
 
 
 def why_not(p: BackwardProblem) -> str | None:
     """Why the kernels cannot run this problem, or None."""
-    if p.exact_fraction > 0.0:
+    if p.kind == "mixed":
         return "exact_fraction needs dense products, which PyTorch computes"
     if p.left_scale is not None:
         return "the low-rank product is in 8 bits, which PyTorch computes"
@@ -53,7 +53,7 @@ def backward(p: BackwardProblem) -> Gradients:
     return Gradients(dx=dx, dweight=dweight, dbias=dbias, dA=dA, dB=dB)
 
 
-def slower_than_torch(p: BackwardProblem) -> str | None:
+def why_not_auto(p: BackwardProblem) -> str | None:
     """The cost model's reason to prefer the PyTorch composition for this problem, or None."""
     if p.left is None or p.right is None:
         return "without factors dX is a dense product"
@@ -69,9 +69,10 @@ def slower_than_torch(p: BackwardProblem) -> str | None:
     return "PyTorch's products are predicted to be faster" if choice == "torch" else None
 
 
-def forward_why_not(x: Tensor, lora_A: Tensor | None) -> str | None:
+def why_not_forward(operands: Operands) -> str | None:
     """Why the fused forward cannot run these operands, or None."""
-    if lora_A is None:
+    x, lora_A = operands.x, operands.lora_A
+    if x is None or lora_A is None:
         return "without an adapter the forward is one dense product"
     if x.numel() == 0:
         return "nothing to compute"
@@ -80,22 +81,18 @@ def forward_why_not(x: Tensor, lora_A: Tensor | None) -> str | None:
     )
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(operands: Operands) -> tuple[Tensor, Tensor]:
     """y [M, N] and xa [M, P] in one launch that reads x once."""
-    y, xa = kernels.forward(x, weight, bias, lora_A, lora_B, scaling, dropout=dropout, seed=seed)
+    o = operands
+    y, xa = kernels.forward(o.x, o.weight, o.bias, o.lora_A, o.lora_B, o.scaling, dropout=o.dropout, seed=o.seed)
     return y, xa
 
 
-def forward_wins(x: Tensor, weight: Tensor, lora_A: Tensor, dropout: float) -> bool:
+def forward_wins(operands: Operands) -> bool:
     """Whether the cost model predicts the fused forward to beat cuBLAS's three products."""
+    x, weight, lora_A = operands.x, operands.weight, operands.lora_A
+    assert x is not None
+    assert weight is not None
+    assert lora_A is not None
     N, K = weight.shape
-    return kernels.forward_wins(x.shape[0], N, K, lora_A.shape[0], x.dtype, x.device, dropout > 0.0)
+    return kernels.forward_wins(x.shape[0], N, K, lora_A.shape[0], x.dtype, x.device, operands.dropout > 0.0)

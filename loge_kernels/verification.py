@@ -13,8 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .atomic import replacing
-from .cache import DAMAGED, cache_dir, make_private
+from .atomic import DAMAGED, cache_dir, make_private, replacing
 
 logger = logging.getLogger("loge_kernels")
 

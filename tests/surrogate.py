@@ -1,7 +1,4 @@
-"""What the op is tested against: dense autograd of the surrogate, written apart from `loge_kernels.reference`.
-
-The value uses the full weight; the gradient of x goes through `left @ right` (through the weight for the exact rows).
-"""
+"""Cases of the op, and what it is tested against: `loge_kernels.naive`, which test_naive holds against autograd."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import torch
 from torch import Tensor
 
 import loge_kernels as loge
+from loge_kernels import naive
 from loge_kernels.dropout import draw_seed, keep_mask
 from loge_kernels.problem import BackwardProblem
 
@@ -72,24 +70,20 @@ def case(
 
 
 def gradients(c: Case, scale: Tensor | None = None, exact_rows: Tensor | None = None) -> dict[str, Tensor]:
-    """y and the gradient of every tensor of `c` by autograd, in c's dtype.
+    """y and the gradient of every tensor of `c` by `naive`, in c's dtype.
 
     `scale` [M, K] multiplies the adapter's input (the dropout mask over 1 - p); `exact_rows` bool [M].
     """
-    leaves = {name: t.detach().clone().requires_grad_() for name in NAMES if (t := getattr(c, name)) is not None}
-    x, W = leaves["x"], leaves["weight"]
-    dense = x @ W.detach().t()
-    through = dense if c.left is None or c.right is None else x @ (c.left @ c.right).t()
+    N, K = c.weight.shape
+    A, B = (c.x.new_empty(0, K), c.x.new_empty(N, 0)) if c.lora_A is None else (c.lora_A, c.lora_B)
+    drop = naive.nothing_dropped if scale is None else lambda tensor: tensor * scale
+    exact = c.dy @ c.weight
+    frozen = exact if c.left is None else naive.low_rank(c.dy, c.left, c.right, None, None)
     if exact_rows is not None:
-        through = torch.where(exact_rows[:, None], dense, through)
-    y = x.detach() @ W.t() + (through - through.detach())
-    if c.bias is not None:
-        y = y + leaves["bias"]
-    if c.lora_A is not None:
-        adapter_input = x if scale is None else x * scale
-        y = y + c.scaling * (adapter_input @ leaves["lora_A"].t() @ leaves["lora_B"].t())
-    y.backward(c.dy)
-    return {"y": y.detach(), **{name: t.grad for name, t in leaves.items() if t.grad is not None}}
+        frozen = torch.where(exact_rows[:, None], exact, frozen)
+    y = naive.forward(c.x, c.weight, c.x.new_zeros(1) if c.bias is None else c.bias, A, B, c.scaling, drop)
+    found = naive.backward(c.dy, c.x, frozen, A, B, c.scaling, drop)
+    return {"y": y, **{name: found[name] for name in NAMES if getattr(c, name) is not None}}
 
 
 def leaves_of(c: Case, need: tuple[str, ...] = NAMES) -> dict[str, Tensor]:

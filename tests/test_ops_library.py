@@ -10,6 +10,8 @@ from surrogate import NAMES, Case, call, case, leaves_of
 from torch import Tensor
 
 from loge_kernels.eight_bit import EightBitWeight, as_bits
+from loge_kernels.ops import stand_ins
+from loge_kernels.problem import Operands
 
 LINEAR_CASES: dict[str, dict[str, Any]] = {
     "all": {},
@@ -29,19 +31,20 @@ LINEAR_CASES: dict[str, dict[str, Any]] = {
 
 def frozen_path(
     c: Case, count: int = 0, exact_dtype: str | None = None, low_rank_dtype: str | None = None
-) -> tuple[Tensor | None, ...]:
-    """From left to right_scale of an op's arguments, as the op passes them on."""
+) -> dict[str, Any]:
+    """The operands that stand for the weight, as the op passes them on."""
     made = c.factors()
     if made is not None and count:
         made = made.with_residual(c.weight.detach(), count)
-    rows, residual = (None, None) if made is None else (made.rows, made.residual)
-    dense, scale = (None, None) if exact_dtype is None else EightBitWeight(exact_dtype).current(c.weight)
-    left, right, left_scale, right_scale = c.left, c.right, None, None
+    found: dict[str, Any] = stand_ins(made)
+    if exact_dtype is not None:
+        dense, found["dense_scale"] = EightBitWeight(exact_dtype).current(c.weight)
+        found["dense"] = as_bits(dense)
     if low_rank_dtype is not None:
-        left, left_scale = EightBitWeight(low_rank_dtype).current(c.left)
-        right, right_scale = EightBitWeight(low_rank_dtype).current(c.right)
-    left, right, dense = (None if t is None else as_bits(t) for t in (left, right, dense))
-    return left, right, rows, residual, dense, scale, left_scale, right_scale
+        for name in ("left", "right"):
+            tensor, found[f"{name}_scale"] = EightBitWeight(low_rank_dtype).current(getattr(c, name))
+            found[name] = as_bits(tensor)
+    return found
 
 
 @pytest.mark.parametrize("options", LINEAR_CASES.values(), ids=LINEAR_CASES)
@@ -52,24 +55,25 @@ def test_opcheck_linear(options: dict[str, Any]) -> None:
     given = {name: options.pop(name) for name in names if name in options}
     c = case(dtype=torch.float32, **options)
     frozen = frozen_path(c, **given)
-    leaves = [None if t is None else t.requires_grad_() for t in (c.bias, c.lora_A, c.lora_B)]
+    trained = {name: t.requires_grad_() for name in ("bias", "lora_A", "lora_B") if (t := getattr(c, name)) is not None}
     seed = torch.tensor([1, 2]) if dropout else None
+    constants = {"scaling": 0.5, "dropout": dropout, "seed": seed, "exact_fraction": fraction, "backend": "reference"}
     weight = c.weight.requires_grad_("exact_dtype" not in given)
-    arguments = (c.x.requires_grad_(), weight, *frozen, *leaves)
-    torch.library.opcheck(
-        torch.ops.loge_kernels.linear.default, (*arguments, 0.5, dropout, seed, fraction, "reference")
-    )
+    operands = Operands(c.x.requires_grad_(), weight, **frozen, **trained, **constants)
+    torch.library.opcheck(torch.ops.loge_kernels.linear.default, tuple(operands))
 
 
 @pytest.mark.parametrize("exact_dtype", [None, "float8", "int8"])
 @pytest.mark.parametrize("needs", [(True,) * 5, (True, False, False, True, True), (False, False, True, False, True)])
 def test_opcheck_backward(needs: tuple[bool, ...], exact_dtype: str | None) -> None:
     c = case(dtype=torch.bfloat16)
-    A, B = c.lora_A.float(), c.lora_B.float()
-    xa = c.x @ c.lora_A.t()
-    operands = (c.dy, c.x, xa, c.weight, *frozen_path(c, 3, exact_dtype, exact_dtype), A, B)
-    constants = (0.5, 0.25, torch.tensor([1, 2]), 0.0 if exact_dtype is None else 0.4)
-    torch.library.opcheck(torch.ops.loge_kernels.linear_backward.default, (*operands, *constants, *needs, "reference"))
+    fraction = 0.0 if exact_dtype is None else 0.4
+    constants = {"scaling": 0.5, "dropout": 0.25, "seed": torch.tensor([1, 2]), "exact_fraction": fraction}
+    adapter = {"lora_A": c.lora_A.float(), "lora_B": c.lora_B.float()}
+    frozen = frozen_path(c, 3, exact_dtype, exact_dtype)
+    operands = Operands(c.x, c.weight, **frozen, **adapter, **constants, backend="reference")
+    given = (c.dy, c.x @ c.lora_A.t(), list(needs), *operands)
+    torch.library.opcheck(torch.ops.loge_kernels.linear_backward.default, given)
 
 
 HELD = EightBitWeight("int8")

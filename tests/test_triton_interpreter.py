@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loge_kernels import reference
 from loge_kernels import triton_kernels as tk
-from loge_kernels.problem import BackwardProblem
+from loge_kernels.problem import BackwardProblem, Operands
 from loge_kernels.triton_kernels.configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig
 from loge_kernels.triton_kernels.model import Flags, Traffic, predicted_bytes
 
@@ -343,9 +343,10 @@ class TestForward:
                 patch.setattr(launch, "torch", buffers)
                 y, xa = tk.forward(x, weight, bias, p.lora_A, p.lora_B, 0.5, dropout=dropout, seed=seed, config=FORWARD)
             buffers.check()
-            operands = (x, weight, bias, p.lora_A, p.lora_B)
-            plain = reference.forward(*operands, 0.5, dropout, seed)
-            exact = reference.forward(*(t if t is None else t.double() for t in operands), 0.5, dropout, seed)
+            adapter = {"lora_A": p.lora_A, "lora_B": p.lora_B, "scaling": 0.5, "dropout": dropout, "seed": seed}
+            operands = Operands(x, weight, bias=bias, **adapter)
+            double = {n: t.double() for n, t in operands._asdict().items() if isinstance(t, Tensor) and n != "seed"}
+            plain, exact = reference.forward(operands), reference.forward(operands._replace(**double))
             for name, computed, q, e in zip(("y", "xa"), (y, xa), plain, exact, strict=True):
                 assert q is not None
                 assert e is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,27 +90,21 @@ def backward(
         or (dropout > 0.0 and seed is None)
     ):
         raise ValueError("a tensor that the needed gradients read is None")
-
-    # A tensor that is not read stands for itself by dy: a pointer has to have a type.
-    p_left = dy if factor is None else factor.contiguous()
-    p_right = right.contiguous() if right is not None and need_dx else dy
-    p_A = lora_A.contiguous() if lora_A is not None and P else dy
-    p_B = lora_B.contiguous() if lora_B is not None and P else dy
-    p_x = x if x is not None and need_dA else dy
-    p_xa = xa.contiguous() if xa is not None and need_dB else dy
     drops = dropout > 0.0 and P > 0
-    p_seed = seed if seed is not None and drops else dy
-    stride_dy_m, stride_dy_n = dy.stride()
-    stride_x_m, stride_x_k = p_x.stride()
-    aligned_n = N % 8 == 0 and stride_dy_n == 1 and stride_dy_m % 8 == 0 and dy.data_ptr() % 16 == 0
-    aligned_k = (
-        K % 8 == 0
-        and (not need_dA or (stride_x_k == 1 and stride_x_m % 8 == 0 and p_x.data_ptr() % 16 == 0))
-        and p_right.data_ptr() % 16 == 0
-        and p_A.data_ptr() % 16 == 0
+    # A tensor that is not read stands for itself by dy: a pointer has to have a type.
+    given = _Inputs(
+        dy,
+        x if x is not None and need_dA else dy,
+        xa.contiguous() if xa is not None and need_dB else dy,
+        dy if factor is None else factor.contiguous(),
+        right.contiguous() if right is not None and need_dx else dy,
+        lora_A.contiguous() if lora_A is not None and P else dy,
+        lora_B.contiguous() if lora_B is not None and P else dy,
+        seed if seed is not None and drops else dy,
     )
     dtype, device = dy.dtype, dy.device
     needs = (need_dx, need_dA, need_dB, need_dbias, drops, deterministic)
+    aligned_n, aligned_k = _alignment(given, N, K, need_dA)
     key = (M, N, K, R, P, dtype, device, needs, aligned_n, aligned_k, config)
     plan = _plans.get(key)
     if plan is None:
@@ -118,24 +112,10 @@ def backward(
         other = _form_to_compile(plan.config, R, P, dtype, device, needs, aligned_n and aligned_k) if M else None
         if config is None and other is not None:
             row = slice(0, 1)
-            backward(
-                dy[row],
-                None if x is None else x[row],
-                None if xa is None else xa[row],
-                left,
-                right,
-                lora_A,
-                lora_B,
-                scaling,
-                dropout=dropout,
-                seed=seed,
-                need_dx=need_dx,
-                need_dA=need_dA,
-                need_dB=need_dB,
-                need_dbias=need_dbias,
-                deterministic=deterministic,
-                config=other,
-            )
+            x_row, xa_row = None if x is None else x[row], None if xa is None else xa[row]
+            options: dict[str, Any] = {"dropout": dropout, "seed": seed, "deterministic": deterministic}
+            options |= {"need_dx": need_dx, "need_dA": need_dA, "need_dB": need_dB, "need_dbias": need_dbias}
+            backward(dy[row], x_row, xa_row, left, right, lora_A, lora_B, scaling, **options, config=other)
     rows = plan.rows
 
     lead = (rows,) if deterministic else ()
@@ -144,52 +124,87 @@ def backward(
     dA = allocate((*lead, P, K), dtype=torch.float32, device=device) if need_dA else None
     dB = allocate((*lead, N, P), dtype=torch.float32, device=device) if need_dB else None
     db = allocate((*lead, N), dtype=torch.float32, device=device) if need_dbias else None
-    p_dx, p_dA = dy if dx is None else dx, dy if dA is None else dA
-    p_dB, p_db = dy if dB is None else dB, dy if db is None else db
-
     if rows:
-        threshold, inv_keep = (_threshold(dropout), 1.0 / (1.0 - dropout)) if drops else (0, 1.0)
+        results = tuple(dy if result is None else result for result in (dx, dA, dB, db))
+        mask = (_threshold(dropout), 1.0 / (1.0 - dropout)) if drops else (0, 1.0)
         with _on(device):
-            if isinstance(plan.config, OneLaunchConfig):
-                inputs = (dy, p_x, p_xa, p_left, p_right, p_A, p_B)
-                sizes = (M, N, K, stride_dy_m, stride_dy_n, stride_x_m, stride_x_k)
-                one_launch_backward[(rows,)](
-                    *inputs,
-                    p_dx,
-                    p_dA,
-                    p_dB,
-                    p_db,
-                    p_seed,
-                    *sizes,
-                    float(scaling),
-                    threshold,
-                    inv_keep,
-                    **plan.constants,
-                )
-            else:
-                splits = max(1, cdiv(N, plan.n_chunk))
-                layers = splits if deterministic else 1
-                t_allocate = torch.empty if deterministic else torch.zeros
-                t_shape = (layers, rows * plan.config.block_m, plan.constants["WIDTH"])
-                t = t_allocate(t_shape, dtype=torch.float32, device=device)
-                tiles = max(1, cdiv(R, plan.constants["BR"]))
-                n_sizes = (M, N, plan.n_chunk, stride_dy_m, stride_dy_n)
-                project[(rows, tiles, splits)](
-                    dy, p_xa, p_left, p_B, t, p_dB, p_db, *n_sizes, float(scaling), **plan.constants
-                )
-                if need_dx or need_dA:
-                    expand = expand_slab if keeps_t(R, plan.config) else expand_tiles
-                    k_sizes = (M, K, plan.k_chunk, layers, stride_x_m, stride_x_k)
-                    expand[(cdiv(K, plan.k_chunk), rows)](
-                        t, p_x, p_right, p_A, p_dx, p_dA, p_seed, *k_sizes, threshold, inv_keep, **plan.expand
-                    )
+            launch = _launch_once if isinstance(plan.config, OneLaunchConfig) else _launch_twice
+            launch(plan, given, results, (M, N, K, R), float(scaling), mask)
     # Without lora_A or lora_B their gradients are not asked for.
     return (
         dx,
-        None if dA is None else _finished(dA, p_A.dtype, deterministic),
-        None if dB is None else _finished(dB, p_B.dtype, deterministic),
+        None if dA is None else _finished(dA, given.lora_A.dtype, deterministic),
+        None if dB is None else _finished(dB, given.lora_B.dtype, deterministic),
         None if db is None else _finished(db, dtype, deterministic),
     )
+
+
+class _Inputs(NamedTuple):
+    """What the kernels read, in their order; `dy` in the place of what a call does not read."""
+
+    dy: Tensor
+    x: Tensor
+    xa: Tensor
+    left: Tensor
+    right: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    seed: Tensor
+
+
+def _alignment(given: _Inputs, N: int, K: int, need_dA: bool) -> tuple[bool, bool]:
+    """Whether rows along N, and rows along K, start on 16-byte boundaries and are contiguous."""
+    stride_m, stride_n = given.dy.stride()
+    aligned_n = N % 8 == 0 and stride_n == 1 and stride_m % 8 == 0 and given.dy.data_ptr() % 16 == 0
+    stride_m, stride_k = given.x.stride()
+    aligned_k = (
+        K % 8 == 0
+        and (not need_dA or (stride_k == 1 and stride_m % 8 == 0 and given.x.data_ptr() % 16 == 0))
+        and given.right.data_ptr() % 16 == 0
+        and given.lora_A.data_ptr() % 16 == 0
+    )
+    return aligned_n, aligned_k
+
+
+def _launch_once(
+    plan: Plan,
+    given: _Inputs,
+    results: tuple[Tensor, ...],
+    sizes: tuple[int, int, int, int],
+    scaling: float,
+    mask: tuple[int, float],
+) -> None:
+    """`results` are dX, dA, dB and db, `sizes` M, N, K and R, `mask` the threshold of dropout and 1 / (1 - p)."""
+    *inputs, seed = given
+    numbers = (*sizes[:3], *given.dy.stride(), *given.x.stride(), scaling, *mask)
+    one_launch_backward[(plan.rows,)](*inputs, *results, seed, *numbers, **plan.constants)
+
+
+def _launch_twice(
+    plan: Plan,
+    given: _Inputs,
+    results: tuple[Tensor, ...],
+    sizes: tuple[int, int, int, int],
+    scaling: float,
+    mask: tuple[int, float],
+) -> None:
+    """As `_launch_once`: T = dY [left | s·B] first, then what is made of it."""
+    (M, N, K, R), (dx, dA, dB, db) = sizes, results
+    splits = max(1, cdiv(N, plan.n_chunk))
+    layers = splits if plan.flags.deterministic else 1
+    allocate = torch.empty if plan.flags.deterministic else torch.zeros
+    t_shape = (layers, plan.rows * plan.config.block_m, plan.constants["WIDTH"])
+    t = allocate(t_shape, dtype=torch.float32, device=given.dy.device)
+    tiles = max(1, cdiv(R, plan.constants["BR"]))
+    n_sizes = (M, N, plan.n_chunk, *given.dy.stride(), scaling)
+    inputs = (given.dy, given.xa, given.left, given.lora_B)
+    project[(plan.rows, tiles, splits)](*inputs, t, dB, db, *n_sizes, **plan.constants)
+    if plan.flags.need_dx or plan.flags.need_dA:
+        assert isinstance(plan.config, TwoLaunchConfig)
+        expand = expand_slab if keeps_t(R, plan.config) else expand_tiles
+        k_sizes = (M, K, plan.k_chunk, layers, *given.x.stride(), *mask)
+        inputs = (t, given.x, given.right, given.lora_A)
+        expand[(cdiv(K, plan.k_chunk), plan.rows)](*inputs, dx, dA, given.seed, *k_sizes, **plan.expand)
 
 
 def _make_plan(

@@ -22,7 +22,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from ..cache import DAMAGED, fingerprint
+from ..atomic import DAMAGED
+from ..cache import fingerprint
 from .files import explained, write_tensors
 from .options import FinetuneError
 from .training import Record

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..sites import unwrapped
+from ..collectives import unwrapped
 from .frozen_module import freeze_, is_frozen, unfreeze_
 from .plan import FreezePlan
 from .prefix import find_stack

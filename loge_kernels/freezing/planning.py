@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..batches import Batch
-from ..collectives import group_of
-from ..sites import unwrapped
+from ..collectives import group_of, unwrapped
 from .gains import GAINS, Gain
 from .plan import FreezePlan
 from .prefix import find_stack

@@ -49,7 +49,7 @@ def find_stack(model: nn.Module) -> Stack:
 
 def _before(model: nn.Module, stack: str) -> list[nn.Module]:
     """The siblings of `stack`, and of what it lies in, that run before it, each once."""
-    embedding, head = _called(model, "get_input_embeddings"), _called(model, "get_output_embeddings")
+    embedding, head = embeddings(model, "input"), embeddings(model, "output")
     found: list[nn.Module] = []
     parent = model
     for step in stack.split("."):
@@ -66,8 +66,9 @@ def _before(model: nn.Module, stack: str) -> list[nn.Module]:
     return found
 
 
-def _called(model: Any, name: str) -> nn.Module | None:
-    get = getattr(model, name, None)
+def embeddings(model: Any, which: str) -> nn.Module | None:
+    """transformers' "input" or "output" embeddings of a model, as they stand there (PEFT wraps them); None without."""
+    get = getattr(model, f"get_{which}_embeddings", None)
     try:
         return get() if callable(get) else None
     except NotImplementedError:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..batches import Batch, numbered, on_device
 from ..collectives import Group, distributed, failing_alike
-from .prefix import Stack
+from .prefix import Stack, embeddings
 
 # A norm between the last layer and the head, in the models of transformers.
 _FINAL_NORMS = (
@@ -29,8 +29,7 @@ _IGNORED = -100  # transformers' label for a token without one
 
 def output_head(model: Any) -> nn.Module:
     """The linear layer that maps hidden states to labels: the output embeddings or a classifier. Raises ValueError."""
-    get = getattr(model, "get_output_embeddings", None)
-    found = [get() if callable(get) else None]
+    found = [embeddings(model, "output")]
     found += [module for name, module in model.named_modules() if name.rpartition(".")[2] in _CLASSIFIERS]
     for head in found:
         # PEFT wraps a targeted head and one in modules_to_save, which trains in a copy.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..peft_layers import FUSED, FusedAdapter
+from ..peft_layers import FusedAdapter, register_fused
 from .rep_layer import RepLinear
 
 
@@ -14,11 +14,11 @@ class LoGERepLinear(FusedAdapter, RepLinear):
     def held(self) -> list[str]:
         return RepLinear.held(self)
 
-    def unfit(self, name: str) -> str | None:
+    def why_not(self, name: str) -> str | None:
         return None
 
     def lora(self, name: str) -> tuple[Tensor, Tensor, nn.Module]:
         return (*self.matrices(name), self.loretta_rep_dropout[name])
 
 
-FUSED[RepLinear] = LoGERepLinear
+register_fused(RepLinear, LoGERepLinear)

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from ..peft_layers import FUSED, FusedLora
+from ..peft_layers import FusedLora, register_fused
 from .edit import add_product_, needs_remainder
 from .law import deviations, fill_
 
@@ -66,4 +66,4 @@ class LoGESwitchLoraLinear(FusedLora, SwitchLoraLinear):
     """`SwitchLoraLinear` over a `LoGELinear`."""
 
 
-FUSED[SwitchLoraLinear] = LoGESwitchLoraLinear
+register_fused(SwitchLoraLinear, LoGESwitchLoraLinear)
