@@ -33,8 +33,8 @@ def info(json_file: JsonOption = None) -> None:
     """Versions, devices, backends and where the cache lies."""
 
     def work() -> bool:
-        from .backends import backends
         from .atomic import cache_dir
+        from .backends import backends
 
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         facts: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """Files: the folder that keeps what is expensive to compute again, and files that are written whole or not at all.
 
-The folder is `$LOGE_CACHE`, or `loge_kernels` under `$XDG_CACHE_HOME` or `~/.cache`; `LOGE_CACHE=off`, or a user without
-a home directory, keeps nothing.
+The folder is `$LOGE_CACHE`, or `loge_kernels` under `$XDG_CACHE_HOME` or `~/.cache`; `LOGE_CACHE=off`, or a user
+without a home directory, keeps nothing.
 """
 
 from __future__ import annotations

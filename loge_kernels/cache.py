@@ -7,11 +7,9 @@ written anew.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 
 import torch

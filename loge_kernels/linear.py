@@ -15,23 +15,10 @@ from .eight_bit import EightBitWeight, why_not
 from .exact_every import ExactEvery
 from .factors import Factors
 from .ops import linear
-
-_ADDED = (
-    "factors",
-    "eight_bit",
-    "lora_A",
-    "lora_B",
-    "scaling",
-    "lora_dropout",
-    "exact_fraction",
-    "exact_every",
-    "backend",
-    "gather",
-    "shard_sums",
-)
+from .sharded import ShardedLinear
 
 
-class LoGELinear(nn.Linear):
+class LoGELinear(ShardedLinear):
     """A drop-in `torch.nn.Linear`: the same forward and state dict, a cheaper backward.
 
     `factors` stands for the weight in the activation gradient (None: the exact dense product). They follow a frozen
@@ -45,13 +32,10 @@ class LoGELinear(nn.Linear):
     pre-trained layer.
     """
 
-    factors: Factors | None
     eight_bit: EightBitWeight | None
     exact_every: ExactEvery | None
-    _converted: bool
+    _added: tuple[str, ...]  # the attributes that `convert_` gave it
     _was_frozen: bool  # the weight, when `apply` came
-    gather: Callable[[], None] | None  # brings a sharded weight that a checkpoint reads in backward
-    shard_sums: Tensor | None  # of this rank's part of a weight that `fully_shard` sharded
     lora_A: nn.Parameter | None  # [P, K]
     lora_B: nn.Parameter | None  # [N, P]
 
@@ -147,22 +131,23 @@ class LoGELinear(nn.Linear):
         exact_dtype: str | None = None,
     ) -> None:
         """Make a plain `nn.Linear` one of these, in place: same object, same parameters, hooks and names."""
+        before = set(vars(linear))
         linear.__class__ = cls
         assert isinstance(linear, cls)
         linear._adopt(factors, exact_fraction, backend, exact_dtype)
-        linear._converted = True
         linear._was_frozen = not linear.weight.requires_grad
+        linear._added = (*(set(vars(linear)) - before), "lora_A", "lora_B", "_added")
 
     def revert_(self) -> None:
         """Undo `convert_`."""
-        for name in (*_ADDED, "_converted", "_was_frozen"):
+        for name in self._added:
             delattr(self, name)
         self.__class__ = nn.Linear  # type: ignore[assignment]
 
     @property
     def converted(self) -> bool:
         """Whether this layer was an `nn.Linear` before `convert_`."""
-        return getattr(self, "_converted", False)
+        return hasattr(self, "_added")
 
     @property
     def exact_dtype(self) -> str | None:
@@ -234,8 +219,7 @@ class LoGELinear(nn.Linear):
         """The factors that this forward's backward uses, made anew first when a frozen weight has changed under them;
         None for an exact one."""
         factors = self.factors
-        if self.gather is not None and hasattr(self.weight, "placements"):
-            self.gather()
+        self.gather_weight()
         if factors is None or self.exact_fraction == 1.0 or self._thawed():
             return None
         if self.exact_every is not None and self.exact_every.is_exact():
@@ -244,72 +228,18 @@ class LoGELinear(nn.Linear):
             return factors
         if torch._C._are_functorch_transforms_active():
             return factors  # the op refuses them
-        if hasattr(self.weight, "ds_id"):
-            raise ValueError(
-                f"the weight of this {tuple(factors.left.shape[:1] + factors.right.shape[1:])} layer with factors is "
-                "partitioned by DeepSpeed ZeRO-3, whose backward gathers whole weights: use ZeRO stage 1 or 2, or "
-                "loge_kernels.fully_shard"
-            )
+        self.refuse_partitioned()
         made_of = factors.made_of
         if not made_of.changed(self.weight):
             if not made_of.bound:
                 factors.bind(self.weight)
         elif self.sharded:
-            self._follow_shards(factors)
+            self.follow_shards(factors)
         elif factors.follows_from_weight and (not self.weight.requires_grad or made_of.is_other(self.weight)):
             self.refresh()
         if factors.left.device != self.weight.device:  # FSDP moves parameters by itself
             factors.apply_(lambda tensor: tensor.to(self.weight.device))
         return factors
-
-    @property
-    def sharded(self) -> bool:
-        """Whether FSDP holds this layer's parameters, or a tensor-parallel plan its weight."""
-        managed = getattr(self, "_is_fsdp_managed_module", False)  # torch's mark, of FSDP1 and FSDP2
-        return managed or hasattr(self._parameters.get("weight"), "placements")
-
-    def _follow_shards(self, factors: Factors) -> None:
-        """Take the weight as FSDP gathered it for the one that the factors are of; ValueError where it is another."""
-        if hasattr(self.weight, "placements"):
-            raise ValueError(
-                f"the weight {tuple(self.weight.shape)} of this layer is a DTensor with placements "
-                f"{self.weight.placements}: FSDP gathers weights in the forward of the modules that it shards, and "
-                "tensor parallelism is not supported"
-            )
-        if not isinstance(self.weight, nn.Parameter):
-            raise ValueError(
-                "a layer with factors is inside a FullyShardedDataParallel (FSDP1), which flattens its parameters: "
-                "use loge_kernels.fully_shard (FSDP2)"
-            )
-        if factors.made_of.invalid:
-            raise ValueError(
-                "the weight of a layer has changed since it was sharded, and its factors cannot follow: load or merge "
-                "weights before the model is sharded"
-            )
-        factors.bind(self.weight)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if hasattr(param, "placements") and not self.sharded and getattr(self, "factors", None) is not None:
-            # As torch's ColwiseParallel and RowwiseParallel do. FSDP puts its DTensors in by another way.
-            raise ValueError(
-                "a layer with factors cannot be split by a tensor-parallel plan: leave it out of the plan, or shard "
-                "the model by loge_kernels.fully_shard"
-            )
-        super().register_parameter(name, param)
-
-    def note_shard(self) -> None:
-        """Remember what this rank's part of a sharded weight holds: a later load of other values is then seen, also one
-        into the tensors of `state_dict()`, as distributed checkpoints do it."""
-        self.shard_sums = _sums(self.weight) if self.sharded and self.factors is not None else None
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        parent: Any = super()
-        if self.shard_sums is None:
-            self.note_shard()  # sharded by torch's own `fully_shard`
-        before = self.shard_sums
-        parent._load_from_state_dict(*args, **kwargs)
-        if before is not None and not torch.equal(before, _sums(self.weight)):
-            self.invalidate()
 
     def forward(self, input: Tensor) -> Tensor:
         dropout = self.lora_dropout if self.training else 0.0
@@ -344,12 +274,6 @@ class LoGELinear(nn.Linear):
         adapter = "" if self.lora_A is None else f", lora_rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"
         factors = "" if self.factors is None else f", {self.factors}"
         return super().extra_repr() + adapter + factors
-
-
-def _sums(weight: Any) -> Tensor:
-    """Two sums over this rank's part of a weight, which tell it from another: float64 [2]."""
-    mine = (weight.to_local() if hasattr(weight, "to_local") else weight).detach().double().flatten()
-    return torch.stack([mine.sum(), mine @ torch.arange(1, mine.numel() + 1, dtype=mine.dtype, device=mine.device)])
 
 
 def _probability(name: str, value: float) -> float:

@@ -14,6 +14,7 @@ from torch import nn
 
 from . import exact_every as forwards
 from .batches import Batch
+from .collectives import unwrapped
 from .freezing.freeze import freeze, unfreeze
 from .freezing.plan import FreezePlan
 from .linear import LoGELinear

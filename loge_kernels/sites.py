@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .formats import layer_class
 from .freezing.frozen_module import is_frozen
 from .freezing.prefix import embeddings
 from .linear import LoGELinear
-from .formats import layer_class
 from .quantized import QuantizedLinear
 
 Targets = str | Iterable[str] | None

@@ -19,8 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .atomic import replacing
-from .atomic import DAMAGED
+from .atomic import DAMAGED, replacing
 from .collectives import Group
 from .moments import Moment
 
