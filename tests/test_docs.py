@@ -125,14 +125,37 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
-def test_every_page_is_in_the_index_and_what_it_includes_exists(page: Path) -> None:
+def test_every_page_is_in_the_index(page: Path) -> None:
     if page.name != "index.md":
         assert re.search(rf"^{page.stem}$", (DOCS / "index.md").read_text(), re.MULTILINE)
-    text = page.read_text()
-    for included, options in re.findall(r"^```{include} (\S+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        source = (page.parent / included).read_text()
-        for marker in re.findall(r'"(.+)"', options):
-            assert source.count(f"\n{marker}") == 1, marker
+
+
+def test_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 170
+    assert sum(line.startswith("|") for line in lines) <= 25
+
+
+@every_page
+def test_a_page_holds_its_own_text(page: Path) -> None:
+    assert not re.search(r"\{(?:literal)?include\}|\.\. (?:literal)?include::", page.read_text())
+
+
+@every_page
+def test_code_uses_no_private_name(page: Path) -> None:
+    assert private_names(page.read_text()) == []
+
+
+def private_names(text: str) -> list[str]:
+    """Names with a leading underscore in a page's blocks and between its backticks."""
+    fence = re.compile(r"^```(.*?)^```$", re.MULTILINE | re.DOTALL)
+    code = [*fence.findall(text), *re.findall(r"`([^`]+)`", fence.sub("", text))]
+    return [name for part in code for name in re.findall(r"(?<!\w)_[a-z]\w*", part)]
+
+
+def test_what_is_private() -> None:
+    page = "`a._hidden`, `requires_grad_()`, _emphasis_\n```python\nfrom a import _b, c_d\n__version__\n```\n"
+    assert private_names(page) == ["_b", "_hidden"]
 
 
 def test_messages_exist() -> None:
