@@ -1,10 +1,13 @@
-"""What every test starts from: one thread, a fixed seed, a cache of its own and no backend chosen from outside."""
+"""What every test starts from: one thread, a fixed seed, a cache of its own and no backend chosen from outside; and
+fixtures of several files."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +24,24 @@ def either_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     """A CPU that has matrix instructions for 16 bits, and one that has none, whatever this one is."""
     monkeypatch.setattr(products, "slow_on_cpu", lambda dtype: request.param and dtype.itemsize == 2)
     return request.param
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield
+    gc.collect()  # DDP's reducer must not outlive the group
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def compiler() -> Iterator[Any]:
+    """What torch counts of its graphs; none is there before the test."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 from models import VOCABULARY
@@ -81,6 +83,21 @@ class Collectives(TorchDispatchMode):
     def total(self, name: str, backward: bool) -> int:
         """Bytes of the collectives whose operator has `name` in it."""
         return sum(s.nbytes for s in self.sent if name in s.name and s.backward == backward)
+
+
+@contextmanager
+def broadcasts() -> Iterator[list[int]]:
+    """The bytes of each broadcast of a DistributedDataParallel in the block."""
+    sent: list[int] = []
+    broadcast = distributed._broadcast_coalesced
+
+    def counted(group: Any, tensors: list[Tensor], *rest: Any) -> Any:
+        sent.append(sum(tensor.nbytes for tensor in tensors))
+        return broadcast(group, tensors, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "_broadcast_coalesced", counted)
+        yield sent
 
 
 def error_of(call: Callable[[], Any]) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from models import VOCABULARY, assert_close, lora
 from torch import Tensor, nn
@@ -14,13 +15,19 @@ import loge_kernels as loge
 
 EXACT: dict[str, Any] = {"exact_dtype": None}
 LOW: dict[str, Any] = {"rank": 16, "subspace": "svd", "exact_dtype": None}
+ONE_IN_TWO = {**LOW, "exact_every": 2}
+REENTRANT = pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
 
 
-def pair(base: nn.Module | None = None, policy: dict[str, Any] | None = None, **options: Any) -> tuple[Any, Any]:
+def pair(
+    base: nn.Module | None = None, policy: dict[str, Any] | None = None, reentrant: bool | None = None, **options: Any
+) -> tuple[Any, Any]:
     """(PEFT's model, a deep copy of it after `loge.apply` with `policy`), in training mode, every lora_B other than
-    zero. `base`: what PEFT wraps, or None for a tiny LLaMA; `options` are those of `LoraConfig`."""
+    zero. `base`: what PEFT wraps, or None for a tiny LLaMA; `reentrant`: how both are checkpointed, as `checkpointed`
+    has it; `options` are those of `LoraConfig`."""
     plain = lora(base, **options).train()
-    return plain, applied(copy.deepcopy(plain), policy)
+    model = applied(copy.deepcopy(plain), policy)
+    return checkpointed(plain, reentrant), checkpointed(model, reentrant)
 
 
 def applied(model: Any, policy: dict[str, Any] | None = None) -> Any:
@@ -32,7 +39,7 @@ def applied(model: Any, policy: dict[str, Any] | None = None) -> Any:
 def three() -> tuple[Any, Any, Any]:
     """PEFT's model; the same of low rank; the same of low rank, one training forward in two exact."""
     plain, low = pair(policy=LOW)
-    return plain, low, applied(copy.deepcopy(plain), {**LOW, "exact_every": 2})
+    return plain, low, applied(copy.deepcopy(plain), ONE_IN_TWO)
 
 
 def batch(seed: int = 0, rows: int = 2, length: int = 8) -> dict[str, Tensor]:
@@ -62,13 +69,41 @@ def derived(model: Any, seed: int = 0) -> dict[str, Tensor]:
     return found
 
 
-def train(model: Any, steps: Iterable[int] = range(3), lr: float = 0.1) -> None:
-    """Plain SGD, a batch a step."""
-    optimizer = torch.optim.SGD(trained(model).values(), lr=lr)
+def train(
+    model: Any,
+    steps: Iterable[int] = range(3),
+    optimizer: torch.optim.Optimizer | None = None,
+    lr: float = 0.1,
+    loss: Callable[[Any, int], Tensor] = loss_of,
+) -> None:
+    """A batch a step, by plain SGD where no optimizer is given."""
+    optimizer = optimizer or torch.optim.SGD(trained(model).values(), lr=lr)
     for step in steps:
-        loss_of(model, step).backward()
+        loss(model, step).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trained(model).values(), lr=1e-2, eps=1e-3)
+
+
+def step_in_backward(model: Any, kind: Callable[..., torch.optim.Optimizer], **options: float) -> None:
+    """Three batches; each parameter steps as soon as its gradient is there, and keeps none."""
+    handles = []
+    for p in trained(model).values():
+        own = kind([p], **options)
+
+        def step(p: Tensor, own: torch.optim.Optimizer = own) -> None:
+            own.step()
+            own.zero_grad()
+
+        handles.append(p.register_post_accumulate_grad_hook(step))
+    for seed in range(3):
+        loss_of(model, seed).backward()
+        assert not gradients_of(model)
+    for handle in handles:
+        handle.remove()
 
 
 def checkpointed(model: Any, reentrant: bool | None) -> Any:

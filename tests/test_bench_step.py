@@ -13,9 +13,6 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
 from loge_kernels.bench import on_paper, step, step_trainer
 from loge_kernels.bench.commands import bench_app
 from loge_kernels.bench.policies import parse, parse_all

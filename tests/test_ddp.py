@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import lora
-from ranks import on_two_ranks, train
-from torch import Tensor, distributed
+from ranks import broadcasts, on_two_ranks, train
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 import loge_kernels as loge
@@ -51,20 +50,11 @@ def events_of_a_step(model: Any, rows: slice) -> list[str]:
 
 def work(rank: int) -> dict[str, Any]:
     rows = slice(2 * rank, 2 * rank + 2)
-    sent: list[int] = []
-    broadcast = distributed._broadcast_coalesced
-
-    def counted(group: Any, tensors: list[Tensor], *rest: Any) -> Any:
-        sent.append(sum(tensor.nbytes for tensor in tensors))
-        return broadcast(group, tensors, *rest)
-
-    distributed._broadcast_coalesced = counted
     found: dict[str, Any] = {}
     for name in ("peft", *POLICIES):
         model = lora() if name == "peft" else applied(name)
-        sent.clear()
-        found[name] = train(DistributedDataParallel(model), rows, STEPS)
-        found[f"{name} broadcasts"] = list(sent)
+        with broadcasts() as found[f"{name} broadcasts"]:
+            found[name] = train(DistributedDataParallel(model), rows, STEPS)
     found["peft events"] = events_of_a_step(lora(), rows)
     found["low rank events"] = events_of_a_step(applied("low rank"), rows)
     return found
@@ -92,13 +82,3 @@ def test_gradients_are_reduced_while_backward_runs(ranks: list[dict[str, Any]]) 
         assert ours.count("r") > 2
         assert "g" in ours[ours.index("r") :]
         assert abs(ours.index("r") - peft.index("r")) <= 1  # an adapter's A and B come in another order
-
-
-def long_run(rank: int) -> list[float]:
-    return train(DistributedDataParallel(applied("exact every")), slice(2 * rank, 2 * rank + 2), 200)
-
-
-@pytest.mark.slow
-def test_200_steps(tmp_path: Path) -> None:
-    together = torch.tensor(on_two_ranks(long_run, tmp_path)).mean(0)
-    assert (together - torch.tensor(train(applied("exact every"), slice(None), 200))).abs().max() < 1e-3

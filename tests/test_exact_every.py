@@ -1,9 +1,7 @@
-"""`ExactEvery`: which forwards count, where they are counted, what copies begin with. Larger loops: `test_kinds`."""
+"""`ExactEvery`: which forwards count, and where. Larger loops: `test_kinds`; copies: `test_copies`."""
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import loge_kernels as loge
-from loge_kernels.exact_every import ExactEvery
 
 
 class Backbone(nn.Module):
@@ -110,16 +107,3 @@ def test_remove_takes_it_away_and_no_hook_of_the_users() -> None:
     assert kinds(model, 3) == "eee"
     loge.apply(model, 2, exact_every=3, exact_dtype=None)
     assert kinds(model, 4) == "elle"
-
-
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_a_copy_begins_exact(way: Callable[[Any], Any]) -> None:
-    counter = ExactEvery(3)
-    for _ in range(4):
-        counter.advance()
-    other = way(counter)
-    assert (counter.exact, other.exact, other.every) == (False, True, 3)
-    model = applied(3)
-    assert kinds(model, 2) == "el"
-    assert kinds(way(model), 4) == "elle"
-    assert kinds(model, 2) == "le"

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import finetuning
 import pytest
 import torch
 from ranks import WORLD, on_two_ranks
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import loge_kernels as loge
 from loge_kernels import atomic
 from loge_kernels.atomic import replacing
+from loge_kernels.finetune import FinetuneError, job
 
 STEPS = 8
 DIES_AT = 5  # in this step's backward, on rank 1
@@ -149,16 +151,11 @@ def test_statistics_that_end_early(tmp_path: Path, damage: str) -> None:
 
 @pytest.fixture
 def tiny_run(base: Any) -> Any:
-    pytest.importorskip("peft")
-    pytest.importorskip("matplotlib")
     return dataclasses.replace(base, method=("loge",))
 
 
 def killed(monkeypatch: pytest.MonkeyPatch, options: Any, at: int) -> None:
     """Run with a state on disk after every step, and end without a word in step `at`."""
-    import finetuning
-
-    from loge_kernels.finetune import job
 
     class Killed(BaseException):
         pass
@@ -185,10 +182,6 @@ def test_finetune_killed_and_its_state_damaged(
     tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Goes on from the state before the last step; where the file on disk is damaged, from the one before that."""
-    import finetuning
-
-    from loge_kernels.finetune import FinetuneError
-
     whole, _ = finetuning.go(tiny_run, out=tmp_path / "whole")
     killed(monkeypatch, tiny_run, at=6)  # in the third turn, of lora, loge and back again
     path = Path(tiny_run.out) / "state" / "lora.safetensors"

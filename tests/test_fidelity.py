@@ -11,14 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_llama
 import torch
 from rich.console import Console
-
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-pytest.importorskip("matplotlib")
-
-import tiny_llama
 
 import loge_kernels as loge
 from loge_kernels.bench import fidelity, fidelity_report, fidelity_training, on_paper

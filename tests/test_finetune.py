@@ -8,10 +8,6 @@ import pytest
 import torch
 from finetuning import go, tokenizer_of
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-pytest.importorskip("matplotlib")
-
 from loge_kernels import finetune
 from loge_kernels.finetune import FinetuneError, FinetuneOptions, data, memory, runs, training
 

@@ -6,11 +6,6 @@ import re
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-pytest.importorskip("matplotlib")
-
 from finetuning import go, interrupted
 from peft import PeftModel
 from transformers import AutoModelForCausalLM

@@ -13,14 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from finetuning import CURVES, TEXT, go, interrupted, tokenizer_of
+from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-pytest.importorskip("matplotlib")
-
-from matplotlib.figure import Figure
 
 from loge_kernels import finetune
 from loge_kernels.finetune import FinetuneError, FinetuneOptions, Interrupted, files, options, results, training

@@ -184,7 +184,6 @@ def test_a_plan_freezes_a_model() -> None:
 
 
 def test_the_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plan = loge.plan_freezing(llama(), batches())
     plan.plot(tmp_path / "new" / "plan.png")
     assert (tmp_path / "new" / "plan.png").read_bytes().startswith(b"\x89PNG")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from models import assert_close, gradients, llama, lora, tokens
 from ranks import on_two_ranks
 from torch import Tensor
@@ -16,14 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import loge_kernels as loge
 
 
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("one_rank")
 def test_before_the_wrapper_not_after_it() -> None:
     model = lora()
     wrapped: Any = DistributedDataParallel(model)
@@ -40,7 +31,7 @@ def test_before_the_wrapper_not_after_it() -> None:
     loge.remove(wrapped)
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("one_rank")
 def test_a_wrapper_of_a_model_whose_prefix_never_trained_is_looked_through() -> None:
     model = llama()
     model.requires_grad_(False)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import lora, tokens
 from ranks import Collectives, error_of, on_two_ranks, train
+from situations import checkpointed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -64,12 +65,6 @@ def by_fsdp1(model: Any) -> Any:
     return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
 
 
-def checkpointed(model: Any, reentrant: bool = False) -> Any:
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    return model
-
-
 def hooked_checkpoints(model: Any) -> Any:
     """The checkpoint around FSDP's hooks, which then run once more in backward."""
     for layer in layers_of(model):
@@ -116,12 +111,12 @@ VARIANTS: dict[str, tuple[dict[str, Any] | None, Callable[[Any], Any]]] = {
     "exact every": (EVERY, by_us),
     "several forwards": (EVERY, lambda model: Several(by_us(model))),
     "several, another order": (EVERY, lambda model: Several(by_us(model), flipped=True)),
-    "several, checkpointed": (EVERY, lambda model: Several(by_us(checkpointed(model)))),
+    "several, checkpointed": (EVERY, lambda model: Several(by_us(checkpointed(model, False)))),
     "upper layers": (UPPER, by_us),
     "residual": (RESIDUAL, by_us),
     "exact rows": ({**LOW, "exact_fraction": 1.0}, by_us),
-    "checkpointed": (LOW, lambda model: by_us(checkpointed(model))),
-    "checkpointed, exact every": (EVERY, lambda model: by_us(checkpointed(model))),
+    "checkpointed": (LOW, lambda model: by_us(checkpointed(model, False))),
+    "checkpointed, exact every": (EVERY, lambda model: by_us(checkpointed(model, False))),
     "reentrant": (LOW, lambda model: by_us(checkpointed(model, reentrant=True))),
     "reentrant, exact every": (EVERY, lambda model: by_us(checkpointed(model, reentrant=True))),
     "hooks inside": (LOW, lambda model: hooked_checkpoints(by_us(model))),
@@ -361,13 +356,3 @@ def test_of_lists_of_lists_the_members_are_blocks() -> None:
     model.requires_grad_(False)
     loge.apply(model, 16)
     assert sharding._blocks(model, None) == [layer for pair in model for layer in pair]
-
-
-@pytest.mark.slow
-def test_200_steps(tmp_path: Path) -> None:
-    losses = torch.tensor(on_two_ranks(long_run, tmp_path)).mean(0)
-    assert (losses - alone(200, EVERY)).abs().max() < 1e-3
-
-
-def long_run(rank: int) -> list[float]:
-    return train(by_us(applied(EVERY)), slice(2 * rank, 2 * rank + 2), 200)

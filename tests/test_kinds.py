@@ -11,7 +11,8 @@ import pytest
 import torch
 from models import assert_close, assert_differ, tokens
 from situations import (
-    LOW,
+    ONE_IN_TWO,
+    REENTRANT,
     applied,
     assert_same_gradients,
     assert_same_weights,
@@ -21,6 +22,7 @@ from situations import (
     gradients_of,
     loss_of,
     pair,
+    step_in_backward,
     three,
     train,
     trained,
@@ -29,8 +31,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Found = dict[str, Tensor]
-EVERY = {**LOW, "exact_every": 2}
-REENTRANT = pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
 
 
 def added(*found: Found) -> Found:
@@ -69,9 +69,8 @@ def test_one_backward_of_several_forwards(reentrant: bool | None) -> None:
 @pytest.mark.parametrize("together", [False, True])
 def test_accumulation_over_exact_forwards(together: bool, reentrant: bool | None) -> None:
     """The kinds do not matter here: every one is PEFT's own."""
-    models = pair(lora_dropout=0.0)
+    models = pair(reentrant=reentrant, lora_dropout=0.0)
     for one in models:
-        checkpointed(one, reentrant)
         for step in range(2):
             losses = [loss_of(one, 2 * step + k) for k in range(2)]
             if together:
@@ -80,13 +79,6 @@ def test_accumulation_over_exact_forwards(together: bool, reentrant: bool | None
                 for loss in losses:
                     loss.backward()
     assert_same_gradients(*models)
-
-
-@REENTRANT
-def test_the_kinds_of_a_training(reentrant: bool | None) -> None:
-    plain, low = pair(policy=LOW)
-    model = applied(copy.deepcopy(plain), {**LOW, "exact_every": 3})
-    check_kinds(tuple(checkpointed(one, reentrant) for one in (plain, low, model)), "ellelle")
 
 
 def test_a_graph_keeps_its_kind() -> None:
@@ -191,18 +183,9 @@ def test_the_whole_model_in_one_checkpoint(reentrant: bool, kinds: str) -> None:
 
 
 def test_an_optimizer_in_backward() -> None:
-    plain, model = pair(policy=EVERY)
-    other = applied(copy.deepcopy(plain), EVERY)
-    for p in trained(model).values():
-        own = torch.optim.SGD([p], lr=0.3)
-
-        def step(p: Tensor, own: torch.optim.Optimizer = own) -> None:
-            own.step()
-            own.zero_grad()
-
-        p.register_post_accumulate_grad_hook(step)
-    for seed in range(3):
-        loss_of(model, seed).backward()
+    plain, model = pair(policy=ONE_IN_TWO)
+    other = applied(copy.deepcopy(plain), ONE_IN_TWO)
+    step_in_backward(model, torch.optim.SGD, lr=0.3)
     train(other, lr=0.3)
     assert_same_weights(other, model)
 
@@ -224,7 +207,7 @@ def in_threads(*functions: Callable[[], None]) -> None:
     assert not failures, failures
 
 
-@pytest.mark.parametrize("policy", [None, EVERY], ids=["exact", "exact_every"])
+@pytest.mark.parametrize("policy", [None, ONE_IN_TWO], ids=["exact", "exact_every"])
 @REENTRANT
 def test_two_models_in_two_threads(policy: dict[str, Any] | None, reentrant: bool | None) -> None:
     """Each is in its forward while the other is in its backward, and they are not at the same count: the second has

@@ -11,7 +11,8 @@ import torch
 from models import assert_close, assert_differ
 from peft import LoraConfig, get_peft_model
 from situations import (
-    LOW,
+    ONE_IN_TWO,
+    REENTRANT,
     applied,
     assert_same_gradients,
     assert_same_weights,
@@ -21,6 +22,7 @@ from situations import (
     gradients_of,
     loss_of,
     pair,
+    step_in_backward,
     train,
     trained,
 )
@@ -28,7 +30,6 @@ from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 
 Loop = Callable[[Any], None]
-REENTRANT = pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
 
 
 def assert_same_loop(loop: Loop, models: tuple[Any, Any], rtol: float = 3e-5) -> None:
@@ -43,45 +44,13 @@ def assert_same_loop(loop: Loop, models: tuple[Any, Any], rtol: float = 3e-5) ->
     assert_close(derived(model, 9), derived(plain, 9), rtol)
 
 
-# The optimizer inside the backward
-
-
-def stepping_in_backward(kind: Callable[..., torch.optim.Optimizer], **options: float) -> Loop:
-    """Each parameter steps as soon as its gradient is there, and keeps none."""
-
-    def loop(model: Any) -> None:
-        for p in trained(model).values():
-            own = kind([p], **options)
-
-            def step(p: Tensor, own: torch.optim.Optimizer = own) -> None:
-                own.step()
-                own.zero_grad()
-
-            p.register_post_accumulate_grad_hook(step)
-        for seed in range(3):
-            loss_of(model, seed).backward()
-            assert not gradients_of(model)
-        for p in trained(model).values():
-            p._post_accumulate_grad_hooks.clear()
-
-    return loop
-
-
 # AdamW divides by the root of the square: where a gradient is all rounding, a large eps keeps it small.
 @REENTRANT
 @pytest.mark.parametrize(
-    "loop",
-    [
-        stepping_in_backward(torch.optim.SGD, lr=0.3),
-        stepping_in_backward(torch.optim.AdamW, lr=0.03, eps=1e-2),
-    ],
-    ids=["sgd", "adamw"],
+    "options", [{"kind": torch.optim.SGD, "lr": 0.3}, {"kind": torch.optim.AdamW, "lr": 0.03, "eps": 1e-2}]
 )
-def test_an_optimizer_for_each_parameter_in_backward(loop: Loop, reentrant: bool | None) -> None:
-    models = pair()
-    for one in models:
-        checkpointed(one, reentrant)
-    assert_same_loop(loop, models)
+def test_an_optimizer_for_each_parameter_in_backward(options: dict[str, Any], reentrant: bool | None) -> None:
+    assert_same_loop(lambda model: step_in_backward(model, **options), pair(reentrant=reentrant))
 
 
 # Backwards that are given up, or repeated, before one step
@@ -183,10 +152,9 @@ def test_backwards_before_one_step(loop: Loop) -> None:
 
 @REENTRANT
 def test_some_gradients_first_and_then_all(reentrant: bool | None) -> None:
-    models = pair()
+    models = pair(reentrant=reentrant)
     found = []
     for one in models:
-        checkpointed(one, reentrant)
         loss = loss_of(one)
         some = {name: p for name, p in trained(one).items() if "layers.1.mlp" in name}
         if reentrant is not True:  # torch refuses autograd.grad over reentrant checkpoints
@@ -229,8 +197,7 @@ class Stopped(Exception):
 def test_training_goes_on_after_an_exception_in_backward(reentrant: bool | None, exact_every: int | None) -> None:
     plain, model = pair()
     if exact_every is not None:  # against a copy whose backward was not disturbed
-        policy = {**LOW, "exact_every": exact_every}
-        plain, model = (applied(copy.deepcopy(plain), policy) for _ in range(2))
+        plain, model = (applied(copy.deepcopy(plain), ONE_IN_TWO) for _ in range(2))
     for one in (plain, model):
         checkpointed(one, reentrant)
         middle = one.get_submodule("base_model.model.model.layers.1")
@@ -279,14 +246,7 @@ def on_hidden_states(model: Any, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("loss", [distilled, on_hidden_states])
 def test_losses_on_hidden_states(loss: Callable[..., Tensor]) -> None:
-    def loop(model: Any) -> None:
-        optimizer = torch.optim.SGD(trained(model).values(), lr=0.1)
-        for seed in range(3):
-            loss(model, seed).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    assert_same_loop(loop, pair())
+    assert_same_loop(lambda model: train(model, loss=loss), pair())
 
 
 # Compiled autograd

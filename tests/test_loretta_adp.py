@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("peft")
-
 from loretta_models import (
     ENCODERS,
     FAMILIES,
@@ -18,6 +14,7 @@ from loretta_models import (
     output,
 )
 from peft import get_peft_model
+from torch import nn
 
 import loge_kernels as loge
 from loge_kernels.loretta.adp_layer import AdpLinear

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-pytest.importorskip("peft")
-
 from peft import get_peft_model
 from transformers import (
     DebertaConfig,

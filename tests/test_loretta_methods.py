@@ -6,14 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("peft")
-
 from loretta_models import ENCODERS, FAMILIES, adapted, adapters, family, gradients, inputs, moved, output, train
 from models import assert_close, assert_differ, stand_ins, use_surrogate
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
 import loge_kernels as loge
 

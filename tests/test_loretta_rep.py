@@ -7,10 +7,6 @@ import json
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("peft")
-
 from loretta_models import (
     adapted,
     adapters,
@@ -23,6 +19,7 @@ from loretta_models import (
 from models import assert_close, assert_differ
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
 import loge_kernels as loge
 from loge_kernels.loretta.rep_layer import RepLinear

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-pytest.importorskip("peft")
-
 from loge_kernels.loretta.modes import check_shapes, modes_of, near_equal
 from loge_kernels.loretta.tensor_train import TensorTrain
 

@@ -4,18 +4,19 @@ reason."""
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 from models import assert_close, input_gradient, llama, lora
+from ranks import broadcasts
 from situations import (
     EXACT,
     LOW,
+    ONE_IN_TWO,
+    adamw,
     applied,
     assert_same_gradients,
     assert_same_weights,
@@ -26,7 +27,7 @@ from situations import (
     train,
     trained,
 )
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -41,7 +42,6 @@ SIZE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "initializer_range": 0.15,
 }
-ONE_IN_TWO = {**LOW, "exact_every": 2}
 BOTH = pytest.mark.parametrize("policy", [EXACT, LOW], ids=["exact", "low rank"])
 
 
@@ -217,26 +217,6 @@ def is_linear(name: str) -> bool:
 # Wrappers around optimizers and around models
 
 
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    yield
-    gc.collect()  # DDP's reducer must not outlive the group
-    distributed.destroy_process_group()
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trained(model).values(), lr=1e-2, eps=1e-3)
-
-
-def steps(model: Any, optimizer: torch.optim.Optimizer, count: int = 3) -> None:
-    for seed in range(count):
-        loss_of(model, seed).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 class Lookahead(torch.optim.Optimizer):
     """Zhang et al., arXiv 1907.08610: an optimizer around another one, whose weights are pulled back every k steps."""
 
@@ -265,7 +245,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 def test_optimizers_around_optimizers(wrapped: Callable[[nn.Module], Any], one_rank: None) -> None:
     plain, model = pair()
     for one in (plain, model):
-        steps(one, wrapped(one), 4)
+        train(one, range(4), wrapped(one))
     assert_same_weights(plain, model, 5e-5)
     # Which forwards are exact is no matter of the optimizer: the first and the third are.
     plain, model = pair(policy=ONE_IN_TWO)
@@ -295,29 +275,19 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:find_unused_parameters=True")
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 @BOTH
-def test_distributed_data_parallel(
-    policy: dict[str, Any], options: dict[str, Any], one_rank: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent: list[int] = []
-    broadcast = distributed._broadcast_coalesced
-
-    def counted(group: Any, tensors: list[Tensor], *rest: Any) -> Any:
-        sent.append(sum(tensor.nbytes for tensor in tensors))
-        return broadcast(group, tensors, *rest)
-
-    monkeypatch.setattr(distributed, "_broadcast_coalesced", counted)
-    broadcasts = []
+def test_distributed_data_parallel(policy: dict[str, Any], options: dict[str, Any], one_rank: None) -> None:
+    found = []
     plain, model = pair(policy=policy)
     twin = plain if policy is EXACT else applied(pair()[0], policy)
     for one in (plain, model):
-        sent.clear()
-        wrapped = DistributedDataParallel(one, **options)
-        for seed in range(3):
-            one.zero_grad()
-            loss_of(wrapped, seed).backward()
-        broadcasts.append(list(sent))
+        with broadcasts() as sent:
+            wrapped = DistributedDataParallel(one, **options)
+            for seed in range(3):
+                one.zero_grad()
+                loss_of(wrapped, seed).backward()
+        found.append(sent)
         del wrapped
-    assert broadcasts[0] == broadcasts[1]
+    assert found[0] == found[1]
     if twin is not plain:
         for seed in range(3):
             twin.zero_grad()

@@ -2,13 +2,12 @@
 
 import pickle
 
+import peft
 import pytest
+from peft import mapping
+from peft.utils.peft_types import PeftType
 
-peft = pytest.importorskip("peft")
-
-from peft.utils.peft_types import PeftType  # noqa: E402
-
-from loge_kernels.peft_methods import register  # noqa: E402
+from loge_kernels.peft_methods import register
 
 
 @pytest.fixture
@@ -20,8 +19,6 @@ def member():
         prefix = "example_"
 
     yield register("loge_example", Config, Model), Config, Model
-    from peft import mapping
-
     for table in (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING):
         table.pop("LOGE_EXAMPLE")
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING.pop("LOGE_EXAMPLE")
@@ -36,8 +33,6 @@ def test_a_registered_method_is_a_member_like_any_other(member):
     assert PeftType.LOGE_EXAMPLE is found
     assert isinstance(found, str)
     assert pickle.loads(pickle.dumps(found)) is found
-    from peft import mapping
-
     assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[found] is config
     assert mapping.PEFT_TYPE_TO_TUNER_MAPPING[found] is model
     assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING[found] == "example_"

@@ -12,9 +12,6 @@ import torch
 from rich.console import Console
 from tiny_llama import TEXT
 
-pytest.importorskip("peft")
-pytest.importorskip("tokenizers")
-
 from loge_kernels.bench import pretrain, pretrain_training
 from loge_kernels.bench.pretrain import PretrainOptions, best, order_holds, read_rates
 

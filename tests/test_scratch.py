@@ -8,14 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
-
-pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
-pytest.importorskip("matplotlib")
-
 import tiny_llama
 import torch
+from rich.console import Console
 
 from loge_kernels.bench.scratch import ScratchOptions, run
 from loge_kernels.finetune import FinetuneOptions, models

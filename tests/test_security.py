@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import loge_kernels
 from loge_kernels import bench, triton_kernels, verification
 from loge_kernels.cache import cached_factors
+from loge_kernels.triton_kernels import tuning
 
 _MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 _BUILTINS = {"eval", "exec", "compile", "__import__"}
@@ -206,7 +207,6 @@ def test_everything_in_the_cache_is_its_owners(work: str, tmp_path: Path, monkey
         verification.record("reference", torch.device("cpu"))
         verification.is_verified.cache_clear()
     else:
-        tuning = pytest.importorskip("loge_kernels.triton_kernels.tuning")
         tuning.write_entries("a_card", (), "a test")
     found = [tmp_path / "new" / "cache", *(tmp_path / "new" / "cache").rglob("*")]
     assert len(found) > 1
@@ -219,7 +219,6 @@ def test_everything_in_the_cache_is_its_owners(work: str, tmp_path: Path, monkey
     "text", ["[]", "null", "[" * 100_000, "1" * 10_000, '{"schema": 1e999}', "\x00"], ids=lambda t: t[:9]
 )
 def test_a_hostile_table_is_ignored(text: str, tmp_path: Path, caplog: Any) -> None:
-    tuning = pytest.importorskip("loge_kernels.triton_kernels.tuning")
     path = tuning.table_path("a_card")
     path.parent.mkdir(parents=True)
     path.write_text(text)
@@ -228,7 +227,6 @@ def test_a_hostile_table_is_ignored(text: str, tmp_path: Path, caplog: Any) -> N
 
 
 def test_the_lock_truncates_nothing(tmp_path: Path) -> None:
-    tuning = pytest.importorskip("loge_kernels.triton_kernels.tuning")
     precious = tmp_path / "precious"
     precious.write_text("mine")
     path = tuning.table_path("a_card")

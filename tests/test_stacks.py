@@ -11,11 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-pytest.importorskip("peft")
-
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from models import VOCABULARY, assert_close, assert_differ, bases, llama, logits, lora, tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,8 @@ from models import assert_close, lora, modules_of
 from situations import (
     EXACT,
     LOW,
+    ONE_IN_TWO,
+    adamw,
     applied,
     assert_same_weights,
     batch,
@@ -21,10 +23,10 @@ from situations import (
     gradients_of,
     loss_of,
     pair,
+    train,
     trained,
 )
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.distributed.checkpoint import state_dict as checkpoints
 from torch.distributed.checkpoint.state_dict import StateDictOptions
@@ -33,7 +35,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import loge_kernels as loge
 
-ONE_IN_TWO = {**LOW, "exact_every": 2}
 POLICIES = {"exact": EXACT, "low rank": LOW, "8 bits": {"exact_dtype": "int8"}, "one in two": ONE_IN_TWO}
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
@@ -136,17 +137,6 @@ OPTIONS = {
 }
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trained(model).values(), lr=1e-2, eps=1e-3)
-
-
-def steps(model: Any, optimizer: torch.optim.Optimizer, count: int = 3) -> None:
-    for seed in range(count):
-        loss_of(model, seed).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @every_policy
 def test_distributed_checkpoints_are_pefts(policy: dict[str, Any], options: StateDictOptions) -> None:
@@ -154,7 +144,7 @@ def test_distributed_checkpoints_are_pefts(policy: dict[str, Any], options: Stat
     saved = []
     for one in models:
         optimizer = adamw(one)
-        steps(one, optimizer)
+        train(one, optimizer=optimizer)
         state = checkpoints.get_state_dict(one, optimizer, options=options)
         saved.append(copy.deepcopy((*state, optimizer.state_dict())))
     (weights, moments, numbered), (our_weights, our_moments, our_numbered) = saved
@@ -169,7 +159,7 @@ def test_distributed_checkpoints_are_pefts(policy: dict[str, Any], options: Stat
         checkpoints.set_state_dict(one, optimizer, **load)
         assert_close(values(one), {name: tensor for name, tensor in state.items() if "lora" in name}, 0.0)
         optimizer.load_state_dict(number)
-        steps(one, optimizer)
+        train(one, optimizer=optimizer)
     if policy is EXACT:
         assert_close(our_weights, weights, 1e-5)
         assert_same_weights(*models)
@@ -302,15 +292,6 @@ class Blocks(nn.Module):
         for layer in self.layers:
             x = x + (layer(x) if self.reentrant is None else checkpoint(layer, x, use_reentrant=self.reentrant))
         return x.square().mean()
-
-
-@pytest.fixture
-def compiler() -> Iterator[Any]:
-    """What torch counts of its graphs."""
-    torch._dynamo.reset()
-    counters.clear()
-    yield counters
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

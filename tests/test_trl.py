@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import tiny_llama
 
-pytest.importorskip("peft")
-pytest.importorskip("accelerate")
 pytest.importorskip("trl", reason="TRL is not installed: pip install -c constraints.txt trl (Python 3.11 or newer)")
 
 from datasets import Dataset

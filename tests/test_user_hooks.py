@@ -9,24 +9,12 @@ from typing import Any
 import pytest
 import torch
 from models import assert_close
-from situations import (
-    EXACT,
-    applied,
-    assert_same_gradients,
-    checkpointed,
-    derived,
-    gradients_of,
-    loss_of,
-    pair,
-    trained,
-)
+from situations import REENTRANT, applied, assert_same_gradients, derived, gradients_of, loss_of, pair, trained
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 
 import loge_kernels as loge
 
 Seen = list[tuple[str, str, Tensor]]
-REENTRANT = pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
 
 
 def assert_same_calls(models: tuple[Any, Any], watch: Callable[[Any], tuple[Seen, ExitStack]], seed: int = 0) -> None:
@@ -94,9 +82,7 @@ PARTS: dict[str, Callable[[str], bool]] = {
 @REENTRANT
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
 def test_hooks_of_modules(part: Callable[[str], bool], reentrant: bool | None) -> None:
-    models = pair()
-    for one in models:
-        checkpointed(one, reentrant)
+    models = pair(reentrant=reentrant)
     assert_same_calls(models, lambda model: hooked(model, part))
     assert_close(derived(models[1], 3), derived(models[0], 3), 1e-5)  # without them
 
@@ -112,9 +98,8 @@ def test_hooks_from_before_apply() -> None:
 @REENTRANT
 def test_gradients_of_each_sample(reentrant: bool | None) -> None:
     """As differentially private training takes them: activations times gradients of the outputs, sample by sample."""
-    models = pair()
+    models = pair(reentrant=reentrant)
     for one in models:
-        checkpointed(one, reentrant)
         seen, handles = hooked(one, PARTS["adapters"])
         with handles:
             loss_of(one).backward()
@@ -158,10 +143,9 @@ def retaining(model: Any, names: tuple[str, ...]) -> tuple[dict[str, Tensor], di
 
 @REENTRANT
 def test_retained_gradients_and_tensor_hooks_fire_once(reentrant: bool | None) -> None:
-    models = pair()
+    models = pair(reentrant=reentrant)
     found: list[dict[str, Tensor]] = []
     for one in models:
-        checkpointed(one, reentrant)
         kept, calls, stack = retaining(one, ("v_proj", "down_proj", "layers.1"))
         with stack:
             loss_of(one).backward()
@@ -175,9 +159,8 @@ def test_retained_gradients_and_tensor_hooks_fire_once(reentrant: bool | None) -
 
 @REENTRANT
 def test_hooks_of_parameters_fire_once(reentrant: bool | None) -> None:
-    models = pair()
+    models = pair(reentrant=reentrant)
     for one in models:
-        checkpointed(one, reentrant)
         calls: list[tuple[str, str]] = []
         stack = ExitStack()
         for name, p in trained(one).items():
@@ -211,13 +194,3 @@ def test_gradients_that_a_hook_replaces() -> None:
             stack.callback(block.register_full_backward_hook(halved).remove)
             loss_of(one).backward()
     assert_same_gradients(*models)
-
-
-@pytest.mark.parametrize("policy", [EXACT, {"rank": 16, "subspace": "svd"}], ids=["exact", "low"])
-def test_what_is_kept_for_backward_passes_through_the_users_hooks(policy: dict[str, Any]) -> None:
-    plain, model = pair(policy=policy)
-    expected = derived(applied(plain, policy))
-    with save_on_cpu():
-        loss = loss_of(model)
-    loss.backward()
-    assert_close(gradients_of(model), expected, 1e-6)
