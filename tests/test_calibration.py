@@ -305,6 +305,10 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert_equal(loge.Statistics.load(tmp_path / "statistics.safetensors"), statistics)
     assert [path.name for path in tmp_path.iterdir()] == ["statistics.safetensors"]
     assert "14 layers, 3 batches, 72 tokens" in str(statistics)
+    path = tmp_path / "statistics.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"statistics.safetensors' holds no statistics of loge_kernels\.calibrate: "):
+        loge.Statistics.load(path)
 
 
 def test_an_interrupted_calibration_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +329,7 @@ def test_an_interrupted_calibration_goes_on(tmp_path: Path, monkeypatch: pytest.
         loge.calibrate(model, batches(), scores=True, file=file)
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", LISTED])
+@pytest.mark.parametrize("content", [b"", b"junk", b"\xff" * 500, b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", LISTED])
 def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x"
     path.write_bytes(content)

@@ -38,13 +38,7 @@ def outline(N: int, K: int, dtype: torch.dtype = torch.float32, device: str = "c
     ],
 )
 def test_on_a_cpu(
-    N: int,
-    K: int,
-    dtype: torch.dtype,
-    vnni: bool,
-    expected: str | None,
-    word: str,
-    monkeypatch: pytest.MonkeyPatch,
+    N: int, K: int, dtype: torch.dtype, vnni: bool, expected: str | None, word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exact_dtype, "cpu_multiplies_int8", lambda: vnni)
     name, reason = choose(outline(N, K, dtype), "auto")

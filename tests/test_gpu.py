@@ -12,10 +12,7 @@ from loge_kernels import check, cuda_backend
 from loge_kernels.accuracy import judge
 from loge_kernels.products import matmul
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 CUDA = "cuda"
 BACKENDS = ["triton", "cuda-sm80", "cuda-sm90"]

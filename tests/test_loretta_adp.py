@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loretta_models import (
-    ENCODERS,
-    FAMILIES,
-    adapted,
-    adapters,
-    family,
-    moved,
-    output,
-)
+from loretta_models import ENCODERS, FAMILIES, adapted, adapters, family, moved, output
 from peft import get_peft_model
 from torch import nn
 

@@ -5,12 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import (
-    DebertaConfig,
-    DebertaForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import DebertaConfig, DebertaForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import loge_kernels as loge
 

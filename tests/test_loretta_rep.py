@@ -7,15 +7,7 @@ import json
 
 import pytest
 import torch
-from loretta_models import (
-    adapted,
-    adapters,
-    family,
-    gradients,
-    inputs,
-    moved,
-    output,
-)
+from loretta_models import adapted, adapters, family, gradients, inputs, moved, output
 from models import assert_close, assert_differ
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file

@@ -10,16 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from surrogate import (
-    Case,
-    assert_same,
-    assert_within_twice,
-    case,
-    drawn_mask,
-    gradients,
-    heaviest,
-    run,
-)
+from surrogate import Case, assert_same, assert_within_twice, case, drawn_mask, gradients, heaviest, run
 from torch import Tensor, nn
 
 import loge_kernels as loge

@@ -105,15 +105,25 @@ def overlapping(path: Path) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(800))
 
 
-def not_finite(path: Path) -> None:
-    write(path, FACTORS, {"left": torch.full((20, 4), torch.nan), "right": torch.zeros(4, 30)})
+def factors_of(left: torch.Tensor, right: torch.Tensor, header: object = FACTORS) -> Callable[[Path], None]:
+    return lambda path: write(path, header, {"left": left, "right": right})
 
 
+def directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+LEFT, RIGHT = torch.zeros(20, 4), torch.zeros(4, 30)
 HOSTILE = {
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(os.urandom(3000)),
+    "a directory": directory,
     "a pickle": lambda path: torch.save({"left": torch.zeros(20, 4)}, path),
     "a huge header": huge_header,
     "bytes beyond the end": overlapping,
-    "numbers that are none": not_finite,
+    "numbers that are none": factors_of(torch.full((20, 4), torch.nan), RIGHT),
     "an energy that is none": lambda path: write(path, '{"format": "loge_kernels factors 1", "energy": NaN}'),
     "an endless energy": lambda path: write(path, '{"format": "loge_kernels factors 1", "energy": 1e999}'),
     "an energy above one": lambda path: write(path, FACTORS | {"energy": 1e30}),
@@ -123,9 +133,11 @@ HOSTILE = {
     "a deep nest": lambda path: write(path, "[" * 100_000),
     "no JSON": lambda path: write(path, "{"),
     "other tensors": lambda path: write(path, FACTORS, {"left": torch.zeros(20, 4)}),
-    "another dtype on the right": lambda path: write(
-        path, FACTORS, {"left": torch.zeros(20, 4), "right": torch.zeros(4, 30).half()}
-    ),
+    "another dtype": factors_of(LEFT.half(), RIGHT.half()),
+    "another dtype on the right": factors_of(LEFT, RIGHT.half()),
+    "another shape": factors_of(LEFT, RIGHT[:3]),
+    "another format": factors_of(LEFT, RIGHT, FACTORS | {"format": "loge_kernels factors 0"}),
+    "no header": lambda path: save_file({"left": LEFT, "right": RIGHT}, path),
 }
 
 
@@ -137,13 +149,19 @@ def test_hostile_factors_are_ignored(damage: Callable[[Path], None], tmp_path: P
     damage(path)
     again = cached_factors(weight, 4)
     assert torch.equal(again.left, good.left)
+    assert torch.equal(again.right, good.right)
     assert again.energy == good.energy
-    assert f"ignoring the damaged cache file {path}" in caplog.text
+    assert caplog.text.count(f"ignoring the damaged cache file {path}") == 1
+    if damage is not directory:  # which cannot be replaced by a file
+        cached_factors(weight, 4)
+        assert len(caplog.records) == 1, "it was written anew"
 
 
 @pytest.mark.parametrize(
     "text",
     [
+        "",
+        "{",
         "[]",
         "null",
         '{"verified": 7}',
@@ -212,7 +230,7 @@ def test_everything_in_the_cache_is_its_owners(work: str, tmp_path: Path, monkey
     assert len(found) > 1
     for path in found:
         mode = stat.S_IMODE(path.stat().st_mode)
-        assert mode == 0o700 if path.is_dir() else not mode & 0o077 or path.suffix == ".lock", path
+        assert mode == (0o700 if path.is_dir() else 0o600) or path.suffix == ".lock", path
 
 
 @pytest.mark.parametrize(

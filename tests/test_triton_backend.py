@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import interpreted, needs_triton
 from surrogate import case, problem_of
 
 import loge_kernels as loge
 from loge_kernels import cuda_backend, triton_backend
-
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-
-
-def interpreted(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
 
 @needs_triton
 def test_the_harness_through_the_op(tmp_path: Path) -> None:
     file = tmp_path / "check.json"
     command = ["-m", "loge_kernels", "check", "--backend", "triton", "--dtype", "float32", "--part", "2/7"]
-    done = interpreted([*command, "--json", str(file)])
+    done = interpreted(*command, "--json", str(file))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     report = json.loads(file.read_text())
     assert {row["result"] for row in report["rows"] if row["cases"]} == {"y", "x", "weight", "bias", "lora_A", "lora_B"}
@@ -44,7 +35,7 @@ def test_auto_leaves_the_cpu_to_torch_and_says_why() -> None:
         "x = torch.randn(3, 16, requires_grad=True); w = torch.randn(20, 16);"
         "loge.linear(x, w, loge.factorize(w, 16)).sum().backward()"
     )
-    done = interpreted(["-c", code])
+    done = interpreted("-c", code)
     assert "backend 'auto' uses 'reference' (triton: on the CPU it runs in an interpreter" in done.stderr
 
 

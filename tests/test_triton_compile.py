@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
-
 import pytest
+from interpreter import INTERPRETED, needs_triton
 
 from loge_kernels.triton_kernels import compile_check
 from loge_kernels.triton_kernels.compile_check import ARCHITECTURES, Row, compile_job, jobs_for
 
 pytestmark = [
-    pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled in Triton's interpreter"),
+    needs_triton,
+    pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in Triton's interpreter"),
 ]
 
 

@@ -1,25 +1,20 @@
 """`bench --tune`, end to end in Triton's interpreter.
 
-TRITON_INTERPRET must be set before Triton is first imported, so most tests of this file run in a pytest of their own,
-which `test_in_a_process_of_its_own` starts; with TRITON_INTERPRET=1 in the environment they run directly. That two
-processes can write the table at once is tested in `test_triton_dispatch.py`.
+That two processes can write the table at once is tested in `test_triton_dispatch.py`.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreter import INTERPRETED, assert_passes_interpreted, needs_triton
 from rich.console import Console
 
 from loge_kernels import triton_kernels as tk
@@ -27,9 +22,6 @@ from loge_kernels.bench import tune
 from loge_kernels.triton_kernels import availability, dispatch, tuning
 from loge_kernels.triton_kernels.configs import Config, OneLaunchConfig, TwoLaunchConfig
 from loge_kernels.triton_kernels.devices import DEFAULT
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 ONE = OneLaunchConfig(block_m=32, block_n=64, block_k=64, num_warps=4, num_stages=2)
 OTHER = OneLaunchConfig(block_m=16, block_n=64, block_k=64, num_warps=4, num_stages=2)
@@ -92,18 +84,12 @@ def break_backward(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     monkeypatch.setattr(tk, "backward", broken)
 
 
-@NEEDS_TRITON
+@needs_triton
 def test_in_a_process_of_its_own() -> None:
-    if INTERPRETED:
-        pytest.skip("already in the interpreter")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert_passes_interpreted(__file__)
 
 
-@NEEDS_TRITON
+@needs_triton
 class TestTuning:
     __test__ = INTERPRETED
 
@@ -146,7 +132,6 @@ class TestTuning:
         for one in measured:
             one.times = [{"median": 1.0}]
         winner = tune._winner(entry, measured, "float32", torch.device("cpu"))
-        assert winner is not None
         assert winner.config == entry.config
 
     def test_the_mean_is_geometric(self) -> None:
