@@ -77,6 +77,16 @@ def adapters(model: nn.Module) -> dict[str, str]:
     return {name: type(m).__name__ for name, m in model.named_modules() if isinstance(m, LorettaLayer)}
 
 
+def gradcheck(module: nn.Module, x: Tensor) -> bool:
+    """Whether the gradients of `x` and of every parameter that trains are those of finite differences."""
+    trained = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters() if p.requires_grad}
+
+    def apply(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(trained, values, strict=True)), (x,))
+
+    return torch.autograd.gradcheck(apply, (x.requires_grad_(), *trained.values()))
+
+
 def train(model: Any, name: str, steps: int = 20, rate: float = 5e-3) -> list[float]:
     """The losses of some steps of AdamW on one batch."""
     model.train()

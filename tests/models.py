@@ -85,6 +85,15 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance:
         assert error <= tolerance * tensor.abs().max().item() + 1e-12, f"{name}: {error}"
 
 
+def assert_within_twice_pefts(got: dict[str, Tensor], pefts: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    """The same dtypes as PEFT's gradients, and at most twice their relative error, and a rounding to 8 bits."""
+    assert set(got) == set(pefts) == set(truth)
+    for name, expected in truth.items():
+        assert got[name].dtype == pefts[name].dtype, name
+        ours, theirs = ((g[name].double() - expected).norm() / expected.norm() for g in (got, pefts))
+        assert ours <= 2 * theirs + 2**-8, (name, ours, theirs)
+
+
 def assert_differ(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """At least one gradient is visibly another."""
     assert any((got[n].double() - t.double()).norm() > 0.01 * t.double().norm() for n, t in expected.items())

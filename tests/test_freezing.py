@@ -10,19 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from models import assert_close, gradients, llama, logits, lora, tokens
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from situations import checkpointed
 from torch import Tensor, nn
-from transformers import (
-    EsmConfig,
-    EsmForMaskedLM,
-    Lfm2Config,
-    Lfm2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 import loge_kernels as loge
 
@@ -60,6 +52,14 @@ def saved_bytes(model: nn.Module) -> int:
     loss.backward()
     model.zero_grad()
     return sum(kept.values())
+
+
+def freeze(model: nn.Module, layers: int, converted: bool) -> None:
+    """By `apply`, or alone."""
+    if converted:
+        loge.apply(model, 0.25, freeze_below=layers)
+    else:
+        loge.freeze(model, layers)
 
 
 def test_gradients_above_the_boundary_are_those_without_freezing() -> None:
@@ -118,15 +118,12 @@ def test_freeze_and_apply_compose(order: str) -> None:
     assert_close(gradients(model), gradients(deep()), 0.0)
 
 
-@pytest.mark.parametrize("frozen_by", ["apply", "freeze"])
-def test_remove_restores_everything(frozen_by: str) -> None:
+@pytest.mark.parametrize("converted", [True, False])
+def test_remove_restores_everything(converted: bool) -> None:
     model, other = deep(modules_to_save=["embed_tokens"]), deep(modules_to_save=["embed_tokens"])
     classes = [(name, type(module)) for name, module in model.named_modules()]
     keys, dictionary = set(vars(model.get_base_model().model.layers[0])), model.state_dict()
-    if frozen_by == "apply":
-        loge.apply(model, 0.25, freeze_below=3)
-    else:
-        loge.freeze(model, 3)
+    freeze(model, 3, converted)
     assert not any("embed" in name for name in trained(model))
     assert list(model.state_dict()) == list(dictionary)
     loge.remove(model)
@@ -143,20 +140,11 @@ def test_remove_restores_everything(frozen_by: str) -> None:
 def test_checkpointing_and_inputs_that_require_gradients(reentrant: bool, hooks_first: bool, converted: bool) -> None:
     model, other = deep(), deep()
 
-    def checkpointing() -> None:
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()
-
-    def freeze() -> None:
-        if converted:
-            loge.apply(model, 0.25, freeze_below=2)
-        else:
-            loge.freeze(model, 2)
-
     if converted:
         loge.apply(other, 0.25)
     expected = {name: g for name, g in gradients(other).items() if not below(name)}
-    for call in (checkpointing, freeze) if hooks_first else (freeze, checkpointing):
+    calls = [lambda: checkpointed(model, reentrant), lambda: freeze(model, 2, converted)]
+    for call in calls if hooks_first else reversed(calls):
         call()
     runs = []
     layers = model.get_base_model().model.layers
@@ -288,9 +276,11 @@ _SIZES = {
 @pytest.mark.parametrize(
     ("make", "norm"),
     [
-        (lambda: EsmForMaskedLM(EsmConfig(**_SIZES, pad_token_id=1, mask_token_id=2)), "emb_layer_norm_after"),
+        (lambda: hf.EsmForMaskedLM(hf.EsmConfig(**_SIZES, pad_token_id=1, mask_token_id=2)), "emb_layer_norm_after"),
         (
-            lambda: Lfm2ForCausalLM(Lfm2Config(**_SIZES, num_key_value_heads=2, layer_types=["full_attention"] * 3)),
+            lambda: hf.Lfm2ForCausalLM(
+                hf.Lfm2Config(**_SIZES, num_key_value_heads=2, layer_types=["full_attention"] * 3)
+            ),
             "embedding_norm",
         ),
     ],
@@ -332,16 +322,16 @@ def test_models_that_cannot_be_cut() -> None:
         loge.freeze(nn.Linear(4, 4), 1)
     with pytest.raises(TypeError, match="model is a int"):
         loge.freeze(3, 1)  # type: ignore[arg-type]
-    config = T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    config = hf.T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
     with pytest.raises(ValueError, match=r"two stacks of layers, .*decoder\.block.*encoder\.block"):
-        loge.freeze(T5ForConditionalGeneration(config), 1)
+        loge.freeze(hf.T5ForConditionalGeneration(config), 1)
 
 
 @pytest.mark.slow
 def test_half_of_the_layers_frozen_is_a_step_1_3_times_as_fast() -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4}
-    whole = lora(LlamaForCausalLM(LlamaConfig(vocab_size=1000, use_cache=False, **sizes)))
+    whole = lora(hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=1000, use_cache=False, **sizes)))
     half = copy.deepcopy(whole)
     loge.freeze(half, 4)
     ids = torch.randint(1000, (2, 128))

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from models import gradients, lora
+from quantized_layers import K, N, quantised
 from test_eight_bit import FLOATS, NAMED, adapter_part, in_float32, rounded_rows, run
 from torch import Tensor, nn
 
 import loge_kernels as loge
-from loge_kernels import Factors, LoGELinear
+from loge_kernels import Factors, LoGELinear, eight_bit
 from loge_kernels.accuracy import judge
 
 
@@ -39,13 +40,10 @@ class InEightBits:
 
     def factors(self) -> Factors:
         made = self.case.factors()
-        assert made is not None
         made.low_rank_dtype = self.name
         return made
 
     def truth(self, inside: torch.dtype = torch.float64) -> Tensor:
-        assert self.case.left is not None
-        assert self.case.right is not None
         return rounded_chain(self.case.dy, self.case.left, self.case.right, self.name, inside)
 
 
@@ -106,8 +104,6 @@ def test_autocast() -> None:
 
 def follows(layer: LoGELinear) -> None:
     """Whether dX comes from the factors as they are."""
-    factors = layer.factors
-    assert factors is not None
     x, dy = torch.randn(5, 24, requires_grad=True), torch.randn(5, 20)
     (got,) = torch.autograd.grad(layer(x), x, dy)
     factors = layer.factors
@@ -118,7 +114,6 @@ def follows(layer: LoGELinear) -> None:
 
 def layer() -> LoGELinear:
     made = LoGELinear.from_linear(nn.Linear(24, 20), rank=8, lora_rank=0)
-    assert made.factors is not None
     made.factors.low_rank_dtype = "int8"
     return made
 
@@ -126,7 +121,6 @@ def layer() -> LoGELinear:
 def test_copies_are_made_once_and_follow_the_factors() -> None:
     one = layer()
     factors = one.factors
-    assert factors is not None
     follows(one)
     held = factors.left_copy.tensor
     follows(one)
@@ -167,6 +161,30 @@ def test_float64_is_refused() -> None:
         loge.linear(torch.ones(1, 4).double(), torch.ones(4, 4).double(), made)
 
 
+@pytest.mark.parametrize(
+    ("module", "argument", "reason"),
+    [("ops", "exact_dtype", "no such type"), ("factors", "low_rank_dtype", "of left, no such type")],
+)
+def test_where_it_cannot_run_the_other_product_does_and_says_so_once(
+    module: str, argument: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(f"loge_kernels.{module}.why_not", lambda *arguments: "no such type")
+    monkeypatch.setattr(eight_bit, "_announced", set())
+    c = in_float32(torch.bfloat16, R=None if argument == "exact_dtype" else 5)
+    made = c.factors()
+    if made is not None:
+        made.low_rank_dtype = "int8"
+    options = {"factors": made} if made is not None else {"exact_dtype": "int8"}
+    for _ in range(2):
+        assert torch.equal(run(c, **options)["x"], run(c)["x"])
+    # A choice of backend may be told too, once a process.
+    (record,) = [r for r in caplog.records if r.name == "loge_kernels" and r.levelname == "WARNING"]
+    products = argument.removesuffix("_dtype").replace("_", "-")
+    assert record.getMessage() == (
+        f"{argument}='int8' cannot run here: {reason}; the {products} products run in torch.bfloat16"
+    )
+
+
 # In a model
 
 
@@ -184,13 +202,9 @@ def test_a_model(name: str) -> None:
 
 
 def test_over_a_quantised_base() -> None:
-    pytest.importorskip("bitsandbytes")
-    from quantized_layers import quantised
-
     model = nn.Sequential(quantised("nf4"))
     loge.apply(model, 0.5, low_rank_dtype="int8")
     one: Any = model[0]
-    N, K = one.out_features, one.in_features
     x, dy = torch.randn(6, K, requires_grad=True), torch.randn(6, N)
     (got,) = torch.autograd.grad(one(x), x, dy)
     f = one.factors

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from models import assert_close, input_gradient, llama, lora
+from quantized_layers import K, N
 from ranks import broadcasts
 from situations import (
     EXACT,
@@ -212,6 +213,60 @@ SHAPES = {"gate_up_proj": {96, 32}, "down_proj": {32, 48}}
 
 def is_linear(name: str) -> bool:
     return name.endswith("weight") and any(part in name for part in ("_proj.", "lm_head")) and "lora" not in name
+
+
+# Quantised layers that cannot be converted
+
+
+def left_alone(layer: nn.Module) -> str:
+    model = nn.Sequential(layer, nn.Linear(N, N)).requires_grad_(False)
+    before = type(layer)
+    row = loge.apply(model, 0.25).layers[0]
+    assert row.path == "skipped"
+    assert type(model[0]) is before
+    return row.reason
+
+
+def test_layers_that_are_left_alone() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    assert "not quantised yet" in left_alone(bnb.nn.Linear4bit(K, N))
+    assert "not quantised yet" in left_alone(bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False))
+    assert "has_fp16_weights=False" in left_alone(bnb.nn.Linear8bitLt(K, N))
+
+    class Own(bnb.nn.Linear4bit):
+        pass
+
+    assert "Own" in left_alone(Own(K, N).to("cpu"))
+    turned = bnb.nn.Linear4bit(K, N).to("cpu")
+    turned.in_features, turned.out_features = N, K
+    assert f"({N}, {K})" in left_alone(turned)
+
+
+def test_activations_that_torchao_quantises_too() -> None:
+    pytest.importorskip("torchao")
+    from torchao import quantization
+
+    model = nn.Sequential(nn.Linear(K, N))
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    assert "weight-only" in left_alone(model[0])
+
+
+@pytest.mark.parametrize("library", ["gptqmodel", "awq"])
+def test_gptq_and_awq_are_refused(library: str) -> None:
+    """By name: these are no layers of the libraries, whose packages cannot be installed for the tests."""
+
+    class TorchLinear(nn.Module):
+        in_features, out_features = K, N
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(K // 8, N, dtype=torch.int32))
+
+    TorchLinear.__module__ = f"{library}.nn_modules.qlinear.torch"
+    model = nn.Sequential(TorchLinear(), nn.Linear(N, N)).requires_grad_(False)
+    row = loge.apply(model, 0.25).layers[0]
+    assert (row.shape, row.path) == ((N, K), "skipped")
+    assert f"of {library}: GPTQ and AWQ" in row.reason
 
 
 # Wrappers around optimizers and around models

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import LINEARS, VOCABULARY, assert_close, gradients, llama, lora, randomised
+from models import LINEARS, VOCABULARY, assert_close, assert_within_twice_pefts, gradients, llama, lora, randomised
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,33 +35,41 @@ def built(base: torch.dtype, adapters: torch.dtype = torch.float32, **options: A
     return model.train()
 
 
-def errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    assert set(got) == set(truth)
-    return {n: ((got[n].double() - t).norm() / t.norm()).item() for n, t in truth.items()}
+def applied(model: Any, full_rank: bool) -> Any:
+    """Exactly, or through factors that leave nothing out."""
+    loge.apply(model, 1.0, exact_dtype=None)
+    for module in model.modules():
+        if full_rank and isinstance(module, loge.LoGELinear) and module.converted:
+            module.factors = loge.factorize(module.weight, 1.0)
+    return model
+
+
+full_rank = pytest.mark.parametrize("full_rank", [False, True], ids=["exact", "factors of full rank"])
+
+
+@full_rank
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=["float32 adapters", "16-bit adapters"])
+def test_a_bfloat16_base_is_as_good_as_pefts(adapters: torch.dtype, full_rank: bool) -> None:
+    model, other = applied(built(torch.bfloat16, adapters), full_rank), built(torch.bfloat16, adapters)
+    truth = gradients(built(torch.float64, torch.float64))
+    assert_within_twice_pefts(gradients(model), gradients(other), truth)
 
 
 @pytest.mark.usefixtures("either_processor")
-@pytest.mark.parametrize("factors", [None, 1.0], ids=["exact", "factors of full rank"])
+@full_rank
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=["float32 base", "16-bit base"])
 @pytest.mark.parametrize("dtype", HALF, ids=["bfloat16", "float16"])
-def test_autocast_is_as_good_as_pefts(dtype: torch.dtype, base: torch.dtype, factors: float | None) -> None:
+def test_autocast_is_as_good_as_pefts(dtype: torch.dtype, base: torch.dtype, full_rank: bool) -> None:
     """float32 activations come in (the embeddings' or the norms'), weights and adapters are in what `base` says."""
     base = dtype if base == torch.bfloat16 else base
-    model, other, truth = built(base), built(base), gradients(built(torch.float64, torch.float64))
+    model, other, truth = applied(built(base), full_rank), built(base), gradients(built(torch.float64, torch.float64))
     if dtype == torch.float16 and base == dtype:  # rounded to float16, not bfloat16
         exact = built(base)
         truth = gradients(exact.double())
-    loge.apply(model, 1.0)
-    if factors is not None:
-        for module in model.modules():
-            if isinstance(module, loge.LoGELinear) and module.converted:
-                module.factors = loge.factorize(module.weight, factors)
     with autocast(dtype):
         got, plain = gradients(model), gradients(other)
-    ours, theirs = errors(got, truth), errors(plain, truth)
-    for name in truth:
-        assert got[name].dtype == plain[name].dtype == torch.float32
-        assert ours[name] <= 2 * theirs[name] + 2**-8, (name, ours[name], theirs[name])
+    assert {gradient.dtype for gradient in got.values()} == {torch.float32}
+    assert_within_twice_pefts(got, plain, truth)
 
 
 @pytest.mark.parametrize("overflows", [False, True])
@@ -86,10 +94,7 @@ def test_a_grad_scaler_steps_as_with_peft(overflows: bool) -> None:
     (scale, moved), (expected_scale, expected) = found
     assert scale == expected_scale
     assert all(t.count_nonzero() == 0 for t in moved.values()) == overflows
-    if overflows:
-        assert_close(moved, expected, 0.0)
-    else:
-        assert_close(moved, expected, 0.02)
+    assert_close(moved, expected, 0.0 if overflows else 0.02)
 
 
 # Casts
