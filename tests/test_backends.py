@@ -53,7 +53,6 @@ def step(backend: str | None = None) -> torch.Tensor:
     torch.manual_seed(0)
     x, weight = torch.randn(3, 6, requires_grad=True), torch.randn(5, 6)
     loge.linear(x, weight, loge.Factors(torch.randn(5, 2), torch.randn(2, 6)), backend=backend).sum().backward()
-    assert x.grad is not None
     return x.grad
 
 

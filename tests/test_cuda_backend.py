@@ -376,8 +376,6 @@ def test_the_adapter_hands_over_the_whole_problem(recorder: Recorder) -> None:
     assert sent["kernel"] == recorder.kernels[-1]  # Hopper's own where the build has it
     assert sent["dy"] == wide.data_ptr()
     assert all(sent[name] != 0 for name in POINTERS)
-    assert gradients.dA is not None
-    assert gradients.dB is not None
     assert gradients.dA.shape == (8, 16)
     assert torch.count_nonzero(gradients.dA) == torch.count_nonzero(gradients.dB) == 0  # atomics add to zeros
     assert gradients.dbias is not None
@@ -389,9 +387,6 @@ def test_no_rows_give_zeros(recorder: Recorder, deterministic: bool) -> None:
     half = torch.float16
     empty = {"dy": torch.empty(0, 24, dtype=half), "x": torch.empty(0, 16, dtype=half), "deterministic": deterministic}
     gradients = cuda_backend.backward(problem(**adapter(0) | empty))
-    assert gradients.dx is not None
-    assert gradients.dA is not None
-    assert gradients.dB is not None
     assert gradients.dx.shape == (0, 16)
     assert torch.equal(gradients.dA, torch.zeros(8, 16))
     assert torch.equal(gradients.dB, torch.zeros(24, 8))

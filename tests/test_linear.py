@@ -30,7 +30,6 @@ def input_gradient(layer: nn.Module, seed: int = 0) -> Tensor:
     torch.manual_seed(seed)
     x = torch.randn(5, 24, requires_grad=True)
     (layer(x) * torch.randn(5, 20)).sum().backward()
-    assert x.grad is not None
     return x.grad
 
 
@@ -282,13 +281,6 @@ def test_errors(options: dict[str, Any], error: type[Exception], parts: list[str
     with pytest.raises(error) as caught:
         LoGELinear.from_linear(**{"linear": nn.Linear(24, 20), "rank": 8, **options})
     assert all(part in str(caught.value) for part in parts), caught.value
-
-
-def test_a_weight_that_is_not_finite() -> None:
-    linear = nn.Linear(24, 20)
-    linear.weight.data[3, 3] = float("nan")
-    with pytest.raises(ValueError, match="NaN"):
-        LoGELinear.from_linear(linear, rank=8)
 
 
 def test_repr_shows_the_adapter_and_the_factors() -> None:

@@ -30,11 +30,9 @@ def test_every_order_is_right(size: str, order: str, dtype: torch.dtype, monkeyp
     if order != "chosen":
         monkeypatch.setattr(reference, "merging_pays", lambda *_: order == "merged")
     got = run(c.to(dtype), WANTED)
+    limits = {} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 2e-5}
     for name, tensor in expected.items():
-        if dtype == torch.float64:
-            torch.testing.assert_close(got[name], tensor)
-        else:
-            torch.testing.assert_close(got[name].double(), tensor, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(got[name].double(), tensor, **limits)
 
 
 def merges(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -53,9 +53,7 @@ def test_every_method_starts_alike_and_is_kept(tiny: PretrainOptions, monkeypatc
     assert lora["trainable"] == unswitched["trainable"] == switched["trainable"] < full["trainable"]
     assert (full["switched"], lora["switched"], unswitched["switched"]) == (None, None, None)
     assert switched["switched"] > 0
-    assert tiny.png is not None
     assert tiny.png.stat().st_size > 1000
-    assert tiny.json is not None
     assert json.loads(tiny.json.read_text())["passed"] == order_holds(result["rows"])
 
     def refuse(*arguments: object) -> None:

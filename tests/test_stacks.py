@@ -15,25 +15,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from models import VOCABULARY, assert_close, assert_differ, bases, llama, logits, lora, tokens
 from safetensors.torch import load_file, save_file
+from situations import EXACT, LOW, ONE_IN_TWO, trained
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import loge_kernels as loge
 
-EXACT: dict[str, Any] = {"exact_dtype": None}
-LOW: dict[str, Any] = {"rank": 16, "exact_dtype": None}
-EVERY: dict[str, Any] = {**LOW, "exact_every": 2}
-
 
 def converted(model: Any, policy: dict[str, Any] | None) -> Any:
     if policy is not None:
         loge.apply(model, **policy)
     return model
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.fixture
@@ -62,7 +55,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerates_loop_is_the_one_by_hand(precision: str, fresh_state: None) -> None:
     """Three micro-batches a step, every second forward exact."""
-    model, other = (converted(lora(), EVERY) for _ in range(2))
+    model, other = (converted(lora(), ONE_IN_TWO) for _ in range(2))
     by_hand = optimizer_of(other)
     for number, batch in enumerate(rows(9)):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -140,11 +133,11 @@ def test_no_more_is_kept_than_by_peft(
     plain, model = kept(None), lora()
     # Rows chosen in backward may need either product: under autocast, the casts of the weight and of 16 directions.
     casts = sum(2 * 16 * sum(model.get_submodule(name).weight.shape) for name in bases(model)) if options else 0
-    for policy, more in ((EXACT, 0), (LOW, 0), (EVERY, 0), ({**LOW, "exact_fraction": 0.25}, casts)):
+    for policy, more in ((EXACT, 0), (LOW, 0), (ONE_IN_TWO, 0), ({**LOW, "exact_fraction": 0.25}, casts)):
         assert kept(policy) <= plain + more, policy
 
 
-@pytest.mark.parametrize("policy", [EXACT, LOW, EVERY], ids=["exact", "low rank", "exact every"])
+@pytest.mark.parametrize("policy", [EXACT, LOW, ONE_IN_TWO], ids=["exact", "low rank", "exact every"])
 def test_trained_interrupted_and_resumed(policy: dict[str, Any], tmp_path: Path) -> None:
     """A resumed run equals the uninterrupted one: there is nothing of ours in a checkpoint, and it begins with an exact
     forward. Exactly applied, a run equals PEFT's."""
@@ -203,7 +196,7 @@ save_file({"logits": output.logits.detach()}, out)
 
 
 def test_adapters_are_pefts_where_this_package_is_not(tmp_path: Path) -> None:
-    model = converted(lora(), EVERY)
+    model = converted(lora(), ONE_IN_TWO)
     optimizer = optimizer_of(model)
     for batch in rows(2):
         model(**batch).loss.backward()

@@ -12,18 +12,13 @@ pytest.importorskip("trl", reason="TRL is not installed: pip install -c constrai
 
 from datasets import Dataset
 from models import lora
+from situations import EXACT, LOW, ONE_IN_TWO
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import loge_kernels as loge
 
-LOW: dict[str, Any] = {"rank": 16, "exact_dtype": None}
-POLICIES: dict[str, dict[str, Any] | None] = {
-    "peft": None,
-    "exact": {"exact_dtype": None},
-    "low": LOW,
-    "every": {**LOW, "exact_every": 2},
-}
+POLICIES = {"peft": None, "exact": EXACT, "low": LOW, "every": ONE_IN_TWO}
 
 
 def norms(policy: dict[str, Any] | None, base: Path, out: Path, checkpointing: bool) -> list[float]:
