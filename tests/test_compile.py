@@ -107,7 +107,10 @@ def test_a_dropout_mask_is_one_mask_in_a_compiled_step(backend: str, dropout: fl
     K = 16
     factors = loge.factorize(torch.randn(K, K), 4)
     weight = torch.zeros(K, K)
-    layer = lambda x, A, B: loge.linear(x, weight, factors, lora_A=A, lora_B=B, dropout=dropout)  # noqa: E731
+
+    def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return loge.linear(x, weight, factors, lora_A=A, lora_B=B, dropout=dropout)
+
     compiled = whole(layer, backend=backend)
     for rows in (40, 56):
         A, B = torch.eye(K, requires_grad=True), torch.eye(K, requires_grad=True)
