@@ -118,7 +118,7 @@ def run(
     with the reason, where Triton's kernels cannot run and for options that cannot be, before anything is measured.
     """
     console = console or Console()
-    reason = tk.unavailable()
+    reason = tk.why_not_here()
     if reason is not None:
         raise ValueError(f"nothing can be tuned here: {reason}")
     device = pick_device(options.device)

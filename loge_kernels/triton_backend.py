@@ -11,7 +11,7 @@ from .products import matmul
 
 def why_not_here() -> str | None:
     """Why no Triton kernel can run on this machine, or None."""
-    return kernels.unavailable()
+    return kernels.why_not_here()
 
 
 def why_not(p: BackwardProblem) -> str | None:

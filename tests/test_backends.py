@@ -36,9 +36,9 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Fake], Fake]:
     def put(name: str, fake: Fake) -> Fake:
         made = replace(
             registry._REGISTRY["reference"],
-            unavailable=lambda: fake.missing,
+            why_not_here=lambda: fake.missing,
             why_not=lambda problem: fake.refuses,
-            worse_than_next=lambda problem: fake.slower,
+            why_not_auto=lambda problem: fake.slower,
             backward=fake.backward,
             about="a fake",
         )
@@ -172,3 +172,31 @@ def test_the_problem_carries_torchs_determinism(register: Callable[[str, Fake], 
     finally:
         torch.use_deterministic_algorithms(before)
     assert fake.problems[0].deterministic is deterministic
+
+
+def test_a_registered_backend_runs_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    toy = Fake()
+    loge.register_backend("toy", toy.backward, why_not=lambda problem: toy.refuses, about="a toy")
+    assert loge.backends()[-1] == loge.Backend("toy", True, "a toy")
+    expected = step("reference")
+    assert torch.equal(step(), expected)
+    assert toy.problems == []  # "auto" does not choose it
+    assert torch.equal(step("toy"), expected)
+    with loge.use_backend("toy"):
+        assert torch.equal(step(), expected)
+    assert len(toy.problems) == 2
+    toy.refuses = "only on Sundays"
+    with pytest.raises(ValueError, match="only on Sundays"):
+        step("toy")
+    for name in ("toy", "auto", "reference"):
+        with pytest.raises(ValueError, match=f"name='{name}' is taken"):
+            loge.register_backend(name, toy.backward)
+
+
+def test_a_registered_backend_says_why_it_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    loge.register_backend("elsewhere", Fake().backward, why_not_here=lambda: "no such card")
+    assert loge.backends()[-1] == loge.Backend("elsewhere", False, "no such card")
+    with pytest.raises(ValueError, match="no such card"):
+        step("elsewhere")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import loge_kernels as loge
 from loge_kernels.calibration import SCORED
 from loge_kernels.moments import Moment
-from loge_kernels.statistics import LayerStatistics, TokenNorms
+from loge_kernels.statistics import LayerStatistics
 
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
 UP = "base_model.model.model.layers.1.mlp.up_proj"
@@ -58,7 +58,7 @@ def test_the_sums_are_those_of_every_batch() -> None:
         rows = dy @ weight if layer.of_dx else dy
         torch.testing.assert_close(layer.moment.matrix, rows.t() @ rows)
         torch.testing.assert_close(layer.importance, dy.square().sum(0))
-        torch.testing.assert_close(layer.norms.values, dy.norm(dim=1))
+        assert layer.tokens == len(dy)
 
 
 def test_scores_are_the_weight_gradient_along_each_singular_pair() -> None:
@@ -214,7 +214,7 @@ def test_inside_autocast_the_sums_stay_in_float32() -> None:
             torch.testing.assert_close(layer.moment.matrix.diagonal(), layer.importance, rtol=1e-5, atol=0.0)
 
 
-# Sketches and norms
+# Sketches
 
 
 def test_a_sketch_gives_the_leading_part_back() -> None:
@@ -237,7 +237,7 @@ def test_wide_layers_are_sketched(monkeypatch: pytest.MonkeyPatch) -> None:
     statistics = loge.calibrate(model, batches())
     layer = statistics.layers[QUERY]
     assert layer.moment.matrix.shape == (64, 24)
-    assert layer.nbytes == 4 * (64 * 24 + 64 + len(layer.norms.values))
+    assert layer.nbytes == 4 * (64 * 24 + 64)
     report = loge.apply(model, 16, calibration=statistics)
     assert all(row.energy is not None and 0.3 < row.energy <= 1.0 for row in report.converted)
 
@@ -266,17 +266,6 @@ def test_a_sketch_of_more_than_4096_is_one() -> None:
     torch.testing.assert_close((some @ root.t()).square().sum(), expected, rtol=1e-2, atol=0.0)
 
 
-def test_token_norms_stay_bounded_and_even() -> None:
-    norms = TokenNorms()
-    for start in range(0, 20000, 700):
-        norms.add(torch.arange(start, start + 700).float())
-    assert len(norms.values) <= 4096
-    assert norms.seen == 20300
-    assert torch.equal(norms.values, torch.arange(0, 20300, norms.stride).float())
-    heavy = TokenNorms(torch.tensor([3.0, 1.0, 1.0, 1.0]))
-    assert heavy.share_of_heaviest(0.25) == pytest.approx(9 / 12)
-
-
 # Files
 
 HEADER = b'{"__metadata__":{"loge":"[]"}}'
@@ -294,7 +283,7 @@ def assert_equal(found: loge.Statistics, expected: loge.Statistics) -> None:
         assert layer.shape == other.shape
         torch.testing.assert_close(layer.moment.matrix, other.moment.matrix)
         torch.testing.assert_close(layer.importance, other.importance)
-        torch.testing.assert_close(layer.norms.values, other.norms.values)
+        assert layer.tokens == other.tokens
         torch.testing.assert_close(layer.scores, other.scores)
 
 

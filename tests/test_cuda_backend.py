@@ -272,7 +272,7 @@ def test_measured_shapes_are_preferred_to_triton(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(registry, "is_verified", lambda name, device: True)
     monkeypatch.setattr(cuda_backend, "why_not", lambda problem: None)
-    monkeypatch.setattr(registry.triton_backend, "slower_than_torch", lambda problem: None)
+    monkeypatch.setattr(registry.triton_backend, "why_not_auto", lambda problem: None)
     monkeypatch.setattr(cuda_measured, "_rows", lambda: (ROW | changes,))
     assert (registry._triton_passed_over(on_cuda()) is not None) is preferred
     assert registry._cuda_passed_over(on_cuda()) is None
@@ -283,7 +283,7 @@ def test_measured_or_not_triton_stays_where_cuda_cannot(obstacle: str, monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(registry, "is_verified", lambda name, device: name == "triton" or obstacle != "unverified")
     monkeypatch.setattr(cuda_backend, "why_not", lambda problem: "no" if obstacle == "refuses" else None)
-    monkeypatch.setattr(registry.triton_backend, "slower_than_torch", lambda problem: None)
+    monkeypatch.setattr(registry.triton_backend, "why_not_auto", lambda problem: None)
     monkeypatch.setattr(cuda_measured, "_rows", lambda: (ROW,))
     assert registry._triton_passed_over(on_cuda()) is None
 
@@ -309,7 +309,7 @@ def test_an_empty_table_prefers_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_the_kernels_do_not_compute_is_refused(
     changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_backend, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda_backend, "why_not_here", lambda: None)
     assert reason in (cuda_backend.why_not(on_cuda(**changes)) or "")
 
 

@@ -34,8 +34,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def use_kernel(monkeypatch: pytest.MonkeyPatch, kernel: str, sm_count: int | None = None) -> None:
     """Has the backend "cuda" run `kernel`, as on a device of `sm_count` multiprocessors."""
-    if cuda_backend.unavailable() is not None:
-        pytest.skip(str(cuda_backend.unavailable()))
+    if cuda_backend.why_not_here() is not None:
+        pytest.skip(str(cuda_backend.why_not_here()))
     extension = import_module("loge_kernels._C")
     capability = torch.cuda.get_device_capability()
     if kernel not in extension.kernels or (kernel == "sm90" and capability != (9, 0)):

@@ -52,11 +52,11 @@ def test_two_active_adapters() -> None:
         one.base_model.set_adapter(["default", "second"])
 
     model, other = two(both)
-    obstacles = {model.get_submodule(name).obstacle() for name in modules_of(model, LoGELoraLinear)}
+    obstacles = {model.get_submodule(name).why_not_fused() for name in modules_of(model, LoGELoraLinear)}
     assert obstacles == {"2 active adapters", None}
     assert_close(gradients(model), gradients(other))
     model.set_adapter("second")
-    obstacles = {model.get_submodule(name).obstacle() for name in modules_of(model, LoGELoraLinear)}
+    obstacles = {model.get_submodule(name).why_not_fused() for name in modules_of(model, LoGELoraLinear)}
     assert obstacles == {"0 active adapters", None}
 
 
@@ -85,7 +85,7 @@ def test_merge_and_unmerge(safe: bool) -> None:
     assert torch.equal(logits(model), logits(other))
     assert_low_rank_of_its_weights(model, other)
     layer = model.get_submodule(modules_of(model, LoGELoraLinear)[0])
-    assert layer.obstacle() == "adapter is merged"
+    assert layer.why_not_fused() == "adapter is merged"
     for one in (model, other):
         one.unmerge_adapter()
     assert_close(gradients(model), before, 1e-3)

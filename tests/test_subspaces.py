@@ -115,7 +115,7 @@ def test_refusals_change_nothing(options: dict[str, object], message: str) -> No
     statistics = loge.calibrate(model, batches())
     layer = loge.LayerStatistics.empty
     untouched = layer((64, 64), "cpu")
-    untouched.norms.add(torch.zeros(3))
+    untouched.tokens = 3
     statistics_of = {
         "good": statistics,
         "partial": loge.Statistics({UP: statistics.layers[UP]}),

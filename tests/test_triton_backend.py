@@ -45,12 +45,12 @@ def test_reasons() -> None:
     declined = problem_of(c, left_scale=torch.ones(5), right_scale=torch.ones(11))
     assert triton_backend.why_not(declined) == "the low-rank product is in 8 bits, which PyTorch computes"
     assert triton_backend.why_not(problem_of(c)) != triton_backend.why_not(declined)
-    if cuda_backend.unavailable() is None:
+    if cuda_backend.why_not_here() is None:
         assert cuda_backend.why_not(declined) == triton_backend.why_not(declined)
     if find_spec("triton") is None:
-        assert triton_backend.unavailable() == "Triton is not installed"
+        assert triton_backend.why_not_here() == "Triton is not installed"
     elif not torch.cuda.is_available():
-        assert "no CUDA GPU" in (triton_backend.unavailable() or "")
+        assert "no CUDA GPU" in (triton_backend.why_not_here() or "")
         with pytest.raises(ValueError, match="backend='triton' cannot run here: no CUDA GPU"):
             loge.linear(torch.randn(2, 4), torch.randn(5, 4), None, backend="triton")
 

@@ -310,7 +310,7 @@ class TestReasons:
             "metadata.version = version\n"
             "import torch\n"
             "from loge_kernels import triton_kernels as tk\n"
-            "assert tk.unavailable() == 'Triton is not installed', tk.unavailable()\n"
+            "assert tk.why_not_here() == 'Triton is not installed', tk.why_not_here()\n"
             "why = tk.why_not(dtype=torch.float32, device=torch.device('cuda'), R=16, P=8)\n"
             "assert why == 'Triton is not installed', why\n"
             "assert tk.explain(8192, 4096, 4096, 128, 16, device='NVIDIA H200').candidates\n"

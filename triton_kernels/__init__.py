@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .availability import unavailable
+from .availability import why_not_here
 from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig
 from .dispatch import explain, forward_wins, why_not
 from .model import Flags
@@ -21,8 +21,8 @@ __all__ = [
     "explain",
     "forward",
     "forward_wins",
-    "unavailable",
     "why_not",
+    "why_not_here",
 ]
 
 

@@ -49,7 +49,7 @@ def interpreter_broken() -> str | None:
     return None
 
 
-def unavailable() -> str | None:
+def why_not_here() -> str | None:
     """The reason why nothing here can run on this machine, or None."""
     reason = triton_missing()
     if reason is not None:
@@ -71,7 +71,7 @@ def why_not(
     lora_dtype: torch.dtype | None = None,
 ) -> str | None:
     """The reason why `backward` cannot run such a problem, or None. R = 0 without factors, P = 0 without adapter."""
-    reason = unavailable()
+    reason = why_not_here()
     if reason is not None:
         return reason
     if interpreted() and device.type == "cpu":
