@@ -138,7 +138,8 @@ def main() -> None:
         packages=packages,
         package_dir=MAPPED,
         package_data={
-            "loge_kernels": ["py.typed", "cuda_measured.json"],
+            "loge_kernels": ["py.typed"],
+            "loge_kernels.backend": ["cuda_measured.json"],
             "loge_kernels.triton_kernels": ["configs/*.json", "resources.json"],
         },
         ext_modules=[] if nvcc is None else [Extension("loge_kernels._C", sources=[])],

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from loge_kernels import planning
-from loge_kernels.factors import Factors, projection, resolve_rank
+from loge_kernels.conversion import plan as planning
+from loge_kernels.factors.factors import Factors, projection, resolve_rank
 
 CONTROLS = ("random", "dropped")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loge_kernels.accuracy import Verdict, judge
+from loge_kernels.check.accuracy import Verdict, judge
 
 from .operands import Operands
 

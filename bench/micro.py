@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from loge_kernels.accuracy import Verdict
-from loge_kernels.backends import check_name
-from loge_kernels.factors import resolve_rank
-from loge_kernels.products import slow_on_cpu
+from loge_kernels.backend.choice import check_name
+from loge_kernels.check.accuracy import Verdict
+from loge_kernels.factors.factors import resolve_rank
+from loge_kernels.numerics.matmul import slow_on_cpu
 
 from . import output
 from .baselines import BASELINES, DIRECTIONS, Candidate, candidates, check_baselines

@@ -22,7 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from loge_kernels.factors import resolve_rank
+from loge_kernels.factors.factors import resolve_rank
 
 from . import paper_model
 from .output import check_writable, print_wide, write

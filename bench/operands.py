@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loge_kernels.factors import Factors
+from loge_kernels.factors.factors import Factors
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 
-from loge_kernels.products import slow_on_cpu
+from loge_kernels.numerics.matmul import slow_on_cpu
 
 Formula = Literal["product", "exact", "low-rank"]
 Sequence_ = Literal["separate", "concatenated", "fused"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from loge_kernels.accuracy import Verdict
+from loge_kernels.check.accuracy import Verdict
 
 from .shapes import Shape
 

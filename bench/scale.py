@@ -29,7 +29,7 @@ from rich.table import Table
 from typer import Argument, Option
 
 from loge_kernels.command_line import check_counts
-from loge_kernels.factors import resolve_rank
+from loge_kernels.factors.factors import resolve_rank
 
 from .on_paper import PaperPolicy, predict
 from .options import Json

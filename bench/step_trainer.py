@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import loge_kernels as loge
-from loge_kernels.eight_bit import DTYPES
+from loge_kernels.numerics.eight_bit import DTYPES
 
 from .policies import Policy
 

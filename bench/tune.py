@@ -23,10 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from torch import Tensor
 
-from loge_kernels import reference
 from loge_kernels import triton_kernels as tk
-from loge_kernels.accuracy import judge
-from loge_kernels.problem import BackwardProblem
+from loge_kernels.backend import reference
+from loge_kernels.backend.problem import BackwardProblem
+from loge_kernels.check.accuracy import judge
 from loge_kernels.triton_kernels import availability, compile_check, dispatch, tuning
 from loge_kernels.triton_kernels.configs import (
     Config,

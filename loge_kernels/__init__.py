@@ -3,31 +3,31 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .backends import Backend, backends, register_backend, use_backend
-from .calibration import calibrate
-from .eight_bit import EightBitWeight
-from .factors import Factors, factorize
+from .backend.choice import Backend, backends, register_backend, use_backend
+from .conversion.apply import apply, remove
+from .conversion.calibrate import calibrate
+from .conversion.report import LayerReport, Report
+from .factors.factors import Factors, factorize
+from .factors.statistics import LayerStatistics, Statistics
 from .freezing.freeze import FrozenPrefix, freeze
 from .freezing.plan import FreezePlan
-from .freezing.planning import plan_freezing
-from .linear import LoGELinear
-from .model import apply, remove
-from .ops import linear
-from .report import LayerReport, Report
-from .statistics import LayerStatistics, Statistics
+from .freezing.plan_freezing import plan_freezing
+from .layers.linear import LoGELinear
+from .numerics.eight_bit import EightBitWeight
+from .op.linear import linear
 from .triton_kernels import explain
 
 if TYPE_CHECKING:
     # Not in __all__: a star import would need transformers.
-    from .loretta import LorettaAdpConfig as LorettaAdpConfig
-    from .loretta import LorettaRepConfig as LorettaRepConfig
-    from .peft_layers import FusedAdapter as FusedAdapter
-    from .peft_layers import register_fused as register_fused
-    from .peft_methods import register_peft_methods as register_peft_methods
-    from .sharding import fully_shard as fully_shard
-    from .switchlora import SwitchAdamW as SwitchAdamW
-    from .switchlora import SwitchLoraConfig as SwitchLoraConfig
-    from .switchlora.callback import SwitchLoraCallback as SwitchLoraCallback
+    from .integrations.fsdp import fully_shard as fully_shard
+    from .layers.peft import FusedAdapter as FusedAdapter
+    from .layers.peft import register_fused as register_fused
+    from .methods.loretta import LorettaAdpConfig as LorettaAdpConfig
+    from .methods.loretta import LorettaRepConfig as LorettaRepConfig
+    from .methods.registry import register_peft_methods as register_peft_methods
+    from .methods.switchlora import SwitchAdamW as SwitchAdamW
+    from .methods.switchlora import SwitchLoraConfig as SwitchLoraConfig
+    from .methods.switchlora.callback import SwitchLoraCallback as SwitchLoraCallback
 
 __version__ = "0.1.0"
 
@@ -58,15 +58,15 @@ __all__ = [
 
 # Imported on first use: they build on transformers or PEFT, which take seconds to import.
 _LAZY = {
-    "LorettaAdpConfig": "loretta",
-    "LorettaRepConfig": "loretta",
-    "SwitchAdamW": "switchlora",
-    "SwitchLoraCallback": "switchlora.callback",
-    "SwitchLoraConfig": "switchlora",
-    "FusedAdapter": "peft_layers",
-    "fully_shard": "sharding",
-    "register_fused": "peft_layers",
-    "register_peft_methods": "peft_methods",
+    "LorettaAdpConfig": "methods.loretta",
+    "LorettaRepConfig": "methods.loretta",
+    "SwitchAdamW": "methods.switchlora",
+    "SwitchLoraCallback": "methods.switchlora.callback",
+    "SwitchLoraConfig": "methods.switchlora",
+    "FusedAdapter": "layers.peft",
+    "fully_shard": "integrations.fsdp",
+    "register_fused": "layers.peft",
+    "register_peft_methods": "methods.registry",
 }
 
 

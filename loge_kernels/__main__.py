@@ -33,8 +33,8 @@ def info(json_file: JsonOption = None) -> None:
     """Versions, devices, backends and where the cache lies."""
 
     def work() -> bool:
-        from .atomic import cache_dir
-        from .backends import backends
+        from .backend.choice import backends
+        from .files import cache_dir
 
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         facts: dict[str, Any] = {
@@ -82,7 +82,7 @@ def check(
     json_file: JsonOption = None,
 ) -> None:
     """Hold every backend against float64 dense autograd, over awkward shapes and every combination of features."""
-    from . import check as harness
+    from .check import harness as harness
 
     def work() -> bool:
         if compile_for is not None:

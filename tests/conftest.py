@@ -13,10 +13,10 @@ import pytest
 import torch
 from finetuning import base, finished, tiny, whole  # noqa: F401 (fixtures)
 
-from loge_kernels import products
+from loge_kernels.numerics import matmul as products
 
 # The package exports a function of the same name, so `from loge_kernels import backends` is not the module.
-backends = import_module("loge_kernels.backends")
+backends = import_module("loge_kernels.backend.choice")
 
 
 @pytest.fixture(params=[False, True], ids=["16-bit instructions", "float32 blocks"])

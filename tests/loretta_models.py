@@ -11,7 +11,7 @@ from models import VOCABULARY, llama
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from loge_kernels.loretta.layer import LorettaLayer
+from loge_kernels.methods.loretta.layer import LorettaLayer
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {**SIZES, "vocab_size": VOCABULARY, "initializer_range": 0.1}

@@ -12,7 +12,7 @@ from models import llama
 from torch import Tensor, nn
 
 import loge_kernels as loge
-from loge_kernels.quantized import QuantizedLinear
+from loge_kernels.layers.quantized import QuantizedLinear
 
 N, K = 96, 128
 BITSANDBYTES = ("nf4", "nf4 in bfloat16", "fp4", "int8")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import loge_kernels as loge
-from loge_kernels import naive
-from loge_kernels.dropout import draw_seed, keep_mask
-from loge_kernels.problem import BackwardProblem
+from loge_kernels.backend import naive
+from loge_kernels.backend.problem import BackwardProblem
+from loge_kernels.numerics.dropout import draw_seed, keep_mask
 
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")  # what may need a gradient
 NEEDS = ("need_dx", "need_dweight", "need_dbias", "need_dA", "need_dB")

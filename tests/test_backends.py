@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import loge_kernels as loge
-from loge_kernels import reference
-from loge_kernels.problem import BackwardProblem, Gradients
+from loge_kernels.backend import reference
+from loge_kernels.backend.problem import BackwardProblem, Gradients
 
-registry = import_module("loge_kernels.backends")
+registry = import_module("loge_kernels.backend.choice")
 
 
 class Fake:

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loge_kernels import reference
-from loge_kernels.backends import _REGISTRY
+from loge_kernels.backend import reference
+from loge_kernels.backend.choice import _REGISTRY
 from loge_kernels.bench import micro, output, roofline, shapes, timing
 from loge_kernels.bench.baselines import candidates
 from loge_kernels.bench.gate import Gate

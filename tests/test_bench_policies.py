@@ -14,11 +14,11 @@ from models import gradients, lora, modules_of
 from typer.testing import CliRunner
 
 import loge_kernels as loge
-from loge_kernels import planning
 from loge_kernels.bench import classify, fidelity, on_paper, pretrain, scale, scratch, step
 from loge_kernels.bench.commands import bench_app
 from loge_kernels.bench.options import WHOLE, add_command
 from loge_kernels.bench.policies import argument, parse, parse_all
+from loge_kernels.conversion import plan as planning
 
 
 def test_what_is_typed() -> None:

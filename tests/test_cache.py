@@ -16,11 +16,12 @@ import pytest
 import torch
 
 import loge_kernels as loge
-from loge_kernels import atomic, cache
-from loge_kernels.cache import cached_factors, fingerprint
+from loge_kernels import files as atomic
+from loge_kernels.factors import cache
+from loge_kernels.factors.cache import cached_factors, fingerprint
 from loge_kernels.triton_kernels import tuning
 
-factors_module = import_module("loge_kernels.factors")
+factors_module = import_module("loge_kernels.factors.factors")
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from models import llama, lora, tokens
 from torch import Tensor, nn
 
 import loge_kernels as loge
-from loge_kernels.calibration import SCORED
-from loge_kernels.moments import Moment
-from loge_kernels.statistics import LayerStatistics
+from loge_kernels.conversion.calibrate import SCORED
+from loge_kernels.factors.second_moment import Moment
+from loge_kernels.factors.statistics import LayerStatistics
 
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
 UP = "base_model.model.model.layers.1.mlp.up_proj"
@@ -231,8 +231,8 @@ def test_a_sketch_gives_the_leading_part_back() -> None:
 
 
 def test_wide_layers_are_sketched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loge_kernels.moments.WHOLE_UP_TO", 40)
-    monkeypatch.setattr("loge_kernels.moments.WIDTH", 24)
+    monkeypatch.setattr("loge_kernels.factors.second_moment.WHOLE_UP_TO", 40)
+    monkeypatch.setattr("loge_kernels.factors.second_moment.WIDTH", 24)
     model = lora()
     statistics = loge.calibrate(model, batches())
     layer = statistics.layers[QUERY]
@@ -301,7 +301,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_calibration_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loge_kernels.calibration._SAVE_EVERY", -1.0)
+    monkeypatch.setattr("loge_kernels.conversion.calibrate._SAVE_EVERY", -1.0)
     model = lora()
     file = tmp_path / "statistics.safetensors"
 
@@ -378,7 +378,7 @@ def test_an_optimizer_within_backward_is_not_run() -> None:
 def test_a_gradient_that_is_not_finite_is_named_and_kept_out_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loge_kernels.calibration._SAVE_EVERY", -1.0)
+    monkeypatch.setattr("loge_kernels.conversion.calibrate._SAVE_EVERY", -1.0)
     model, file = lora(), tmp_path / "statistics.safetensors"
 
     def overflow(model: Any, batch: Any) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from loge_kernels import backends as registry
-from loge_kernels import check, reference
-from loge_kernels.problem import BackwardProblem, Gradients
+from loge_kernels.backend import choice as registry
+from loge_kernels.backend import reference
+from loge_kernels.backend.problem import BackwardProblem, Gradients
+from loge_kernels.check import harness as check
 
 CPU = torch.device("cpu")
 
@@ -19,7 +20,7 @@ def with_backward(monkeypatch: pytest.MonkeyPatch, change: Any, **functions: Any
     """Let `change(problem, gradients)` spoil what the reference backend returns."""
     import sys
 
-    table = sys.modules["loge_kernels.backends"]._REGISTRY  # type: ignore[attr-defined]
+    table = sys.modules["loge_kernels.backend.choice"]._REGISTRY  # type: ignore[attr-defined]
 
     def backward(problem: BackwardProblem) -> Gradients:
         gradients = reference.backward(problem)

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loge_kernels as loge
-from loge_kernels.exact_every import ExactEvery
+from loge_kernels.layers.exact_every import ExactEvery
 
 SIZES = [(2, 10), (3, 12), (5, 7)]  # sequences, tokens
 pytestmark = pytest.mark.usefixtures("compiler")

@@ -19,10 +19,11 @@ import torch
 from surrogate import case, problem_of
 
 import loge_kernels as loge
-from loge_kernels import cuda_backend, cuda_measured
-from loge_kernels.problem import BackwardProblem
+from loge_kernels.backend import cuda as cuda_backend
+from loge_kernels.backend import cuda_measured
+from loge_kernels.backend.problem import BackwardProblem
 
-registry = import_module("loge_kernels.backends")
+registry = import_module("loge_kernels.backend.choice")
 
 needs_extension = pytest.mark.skipif(
     find_spec("loge_kernels._C") is None, reason="the CUDA extension is not built (pip install -e . where nvcc is)"

@@ -33,7 +33,7 @@ _ASSIGNMENT = re.compile(r"[A-Z][A-Z_]*=")
 
 @with_code
 def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry = import_module("loge_kernels.backends")
+    registry = import_module("loge_kernels.backend.choice")
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     names = pages.namespace(tmp_path, monkeypatch)
     if "torchrun" in page.read_text():

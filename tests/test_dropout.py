@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from loge_kernels import dropout
-from loge_kernels.dropout import draw_seed, drop, keep_mask
+from loge_kernels.numerics import dropout
+from loge_kernels.numerics.dropout import draw_seed, drop, keep_mask
 
 
 def mix(h: np.ndarray) -> np.ndarray:

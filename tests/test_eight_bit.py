@@ -14,9 +14,10 @@ from surrogate import run as run_for
 from torch import Tensor, nn
 
 import loge_kernels as loge
-from loge_kernels import LoGELinear, eight_bit
-from loge_kernels.accuracy import judge
-from loge_kernels.eight_bit import EightBitWeight
+from loge_kernels import LoGELinear
+from loge_kernels.check.accuracy import judge
+from loge_kernels.numerics import eight_bit
+from loge_kernels.numerics.eight_bit import EightBitWeight
 
 NAMED = ("float8", "int8")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

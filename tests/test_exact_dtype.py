@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import loge_kernels as loge
-from loge_kernels import exact_dtype
-from loge_kernels.exact_dtype import choose
+from loge_kernels.conversion import exact_dtype
+from loge_kernels.conversion.exact_dtype import choose
 from loge_kernels.triton_kernels.dense import dense_us, faster_dtype
 from loge_kernels.triton_kernels.devices import KNOWN
 

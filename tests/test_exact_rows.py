@@ -11,9 +11,9 @@ import torch
 from surrogate import assert_same, call, case, gradients, heaviest, leaves_of, run
 from torch import Tensor
 
-from loge_kernels import reference
+from loge_kernels.backend import reference
 
-registry = import_module("loge_kernels.backends")
+registry = import_module("loge_kernels.backend.choice")
 WANTED = ("x", "lora_A", "lora_B")
 
 

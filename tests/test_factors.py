@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import loge_kernels as loge
-from loge_kernels.factors import resolve_rank
+from loge_kernels.factors.factors import resolve_rank
 
-decompositions = import_module("loge_kernels.decompositions")
+decompositions = import_module("loge_kernels.numerics.decompositions")
 
 
 def orthogonal(*sizes: int) -> list[Tensor]:

@@ -22,8 +22,8 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
 import loge_kernels as loge
-from loge_kernels import atomic
-from loge_kernels.atomic import replacing
+from loge_kernels import files as atomic
+from loge_kernels.files import replacing
 from loge_kernels.finetune import FinetuneError, job
 
 STEPS = 8

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, M
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
 import loge_kernels as loge
-from loge_kernels import sharding
+from loge_kernels.integrations import fsdp as sharding
 
 STEPS = 20
 FEW = 4

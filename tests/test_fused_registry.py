@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
 import loge_kernels as loge
-from loge_kernels import peft_layers
+from loge_kernels.layers import peft as peft_layers
 
 
 class Mine(LoraLinear):

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import loge_kernels as loge
-from loge_kernels import check, cuda_backend
-from loge_kernels.accuracy import judge
-from loge_kernels.products import matmul
+from loge_kernels.backend import cuda as cuda_backend
+from loge_kernels.check import harness as check
+from loge_kernels.check.accuracy import judge
+from loge_kernels.numerics.matmul import matmul
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

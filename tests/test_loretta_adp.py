@@ -9,11 +9,11 @@ from peft import get_peft_model
 from torch import nn
 
 import loge_kernels as loge
-from loge_kernels.loretta.adp_layer import AdpLinear
-from loge_kernels.loretta.bottleneck import ACTIVATIONS, bottleneck
-from loge_kernels.loretta.head import TensorTrainHead
-from loge_kernels.loretta.tensor_train import TensorTrain
-from loge_kernels.loretta.tuner import without
+from loge_kernels.methods.loretta.adp_layer import AdpLinear
+from loge_kernels.methods.loretta.bottleneck import ACTIVATIONS, bottleneck
+from loge_kernels.methods.loretta.head import TensorTrainHead
+from loge_kernels.methods.loretta.tensor_train import TensorTrain
+from loge_kernels.methods.loretta.tuner import without
 
 ADP = loge.LorettaAdpConfig(identity_start=False, bottleneck=16)
 
@@ -192,7 +192,7 @@ def test_one_classifier_at_a_time():
 
 
 def _head() -> TensorTrainHead:
-    from loge_kernels.loretta.head import RepHead
+    from loge_kernels.methods.loretta.head import RepHead
 
     layer = RepHead(nn.Linear(12, 18))
     layer.update_layer("default", loge.LorettaRepConfig())

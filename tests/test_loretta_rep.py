@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import loge_kernels as loge
-from loge_kernels.loretta.rep_layer import RepLinear
-from loge_kernels.loretta.tensor_train import TensorTrain
+from loge_kernels.methods.loretta.rep_layer import RepLinear
+from loge_kernels.methods.loretta.tensor_train import TensorTrain
 
 REP = loge.LorettaRepConfig()
 PLAIN = loge.LorettaRepConfig(dropout=0.0)

@@ -9,8 +9,8 @@ import torch
 from loretta_models import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from loge_kernels.loretta.modes import check_shapes, modes_of, near_equal
-from loge_kernels.loretta.tensor_train import TensorTrain
+from loge_kernels.methods.loretta.modes import check_shapes, modes_of, near_equal
+from loge_kernels.methods.loretta.tensor_train import TensorTrain
 
 SIZES = [(12, 18), (7, 13), (8, 24), (30, 6), (64, 64), (5, 97), (8, 2304), (2304, 8)]
 

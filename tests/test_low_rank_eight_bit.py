@@ -15,8 +15,9 @@ from test_eight_bit import FLOATS, NAMED, adapter_part, in_float32, rounded_rows
 from torch import Tensor, nn
 
 import loge_kernels as loge
-from loge_kernels import Factors, LoGELinear, eight_bit
-from loge_kernels.accuracy import judge
+from loge_kernels import Factors, LoGELinear
+from loge_kernels.check.accuracy import judge
+from loge_kernels.numerics import eight_bit
 
 
 def rounded_chain(dy: Tensor, left: Tensor, right: Tensor, name: str, inside: torch.dtype = torch.float64) -> Tensor:

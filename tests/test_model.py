@@ -97,7 +97,7 @@ def test_exact_is_the_default() -> None:
 def test_exact_products_run_in_8_bits_where_that_is_faster(
     int8: bool, dx: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loge_kernels.exact_dtype.cpu_multiplies_int8", lambda: int8)
+    monkeypatch.setattr("loge_kernels.conversion.exact_dtype.cpu_multiplies_int8", lambda: int8)
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 64)).requires_grad_(False)
     rows = loge.apply(model).layers
     assert [row.dx for row in rows] == [dx, "float32"]
@@ -279,7 +279,7 @@ def test_a_ddp_wrapper_is_looked_through() -> None:
 
 def test_a_second_model_starts_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     first = loge.apply(frozen_llama(), RANK)
-    monkeypatch.setattr("loge_kernels.cache.factorize", lambda *_: pytest.fail("factorised again"))
+    monkeypatch.setattr("loge_kernels.factors.cache.factorize", lambda *_: pytest.fail("factorised again"))
     assert loge.apply(frozen_llama(), RANK) == first
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from surrogate import NAMES, case
 
-from loge_kernels import naive
+from loge_kernels.backend import naive
 
 
 @pytest.mark.parametrize("R", [None, 5])

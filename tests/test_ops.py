@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import loge_kernels as loge
-from loge_kernels import products, reference
+from loge_kernels.backend import reference
+from loge_kernels.numerics import matmul as products
 
 # Gradients
 

@@ -9,9 +9,9 @@ import torch
 from surrogate import NAMES, Case, call, case, leaves_of
 from torch import Tensor
 
-from loge_kernels.eight_bit import EightBitWeight, as_bits
-from loge_kernels.ops import stand_ins
-from loge_kernels.problem import Operands
+from loge_kernels.backend.problem import Operands
+from loge_kernels.numerics.eight_bit import EightBitWeight, as_bits
+from loge_kernels.op.linear import stand_ins
 
 LINEAR_CASES: dict[str, dict[str, Any]] = {
     "all": {},

@@ -7,8 +7,8 @@ import torch
 from surrogate import assert_within_twice, case, run
 from torch import Tensor
 
-from loge_kernels import reference
-from loge_kernels.orders import merging_pays
+from loge_kernels.backend import reference
+from loge_kernels.numerics.merging import merging_pays
 
 WANTED = ("x", "lora_A", "lora_B")
 SIZES = {"tall": (64, 12, 10), "few rows": (6, 12, 10), "wide": (30, 9, 20), "narrow": (30, 20, 9)}

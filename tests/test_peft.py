@@ -31,7 +31,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 import loge_kernels as loge
-from loge_kernels.peft_layers import LoGELoraLinear
+from loge_kernels.layers.peft import LoGELoraLinear
 
 # Gradients
 

@@ -7,7 +7,7 @@ import pytest
 from peft import mapping
 from peft.utils.peft_types import PeftType
 
-from loge_kernels.peft_methods import register
+from loge_kernels.methods.registry import register
 
 
 @pytest.fixture

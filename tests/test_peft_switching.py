@@ -31,7 +31,7 @@ from torch import nn
 
 import loge_kernels as loge
 from loge_kernels import LoGELinear
-from loge_kernels.peft_layers import LoGELoraLinear
+from loge_kernels.layers.peft import LoGELoraLinear
 
 # Switching adapters
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loge_kernels as loge
-from loge_kernels import products
 from loge_kernels.bench.memory import with_peak_memory
+from loge_kernels.numerics import matmul as products
 
 HALF = [torch.bfloat16, torch.float16]
 BLOCKED = products._blocked
@@ -192,7 +192,7 @@ def peak(model: nn.Module, checkpointed: bool, dtype: torch.dtype | None) -> int
 def test_peak_memory_is_at_most_pefts(stack: str, policy: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The factors and 8-bit copies were there before."""
     # On a CPU some products work through blocks of a fixed size, which is larger than these whole models.
-    monkeypatch.setattr("loge_kernels.eight_bit._SLAB", 1 << 12)
+    monkeypatch.setattr("loge_kernels.numerics.eight_bit._SLAB", 1 << 12)
     for name in ("_RESIDENT", "_STREAMED"):
         monkeypatch.setattr(products, name, 1 << 12)
     base, dtype, checkpointed, dropout, slow = STACKS[stack]

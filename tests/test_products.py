@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loge_kernels import products
-from loge_kernels.products import add_matmul, matmul
+from loge_kernels.numerics import matmul as products
+from loge_kernels.numerics.matmul import add_matmul, matmul
 
 HALVES = (torch.bfloat16, torch.float16)
 

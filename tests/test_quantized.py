@@ -237,7 +237,7 @@ def test_bfloat16_activations(kind: str) -> None:
 
 def test_products_run_in_the_compute_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = pair("nf4 in bfloat16")
-    reference = import_module("loge_kernels.reference")
+    reference = import_module("loge_kernels.backend.reference")
     seen = []
     matmul = reference.matmul
     monkeypatch.setattr(reference, "matmul", lambda a, *rest: seen.append(a.dtype) or matmul(a, *rest))
@@ -275,7 +275,7 @@ def test_exact_products_in_8_bits(kind: str, exact_dtype: str) -> None:
 
 def test_8_bits_that_cannot_run_are_announced(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     ours, theirs = pair("nf4", exact_fraction=1.0, exact_dtype="int8")
-    monkeypatch.setattr(import_module("loge_kernels.quantized"), "why_not", lambda *_: "a test says so")
+    monkeypatch.setattr(import_module("loge_kernels.layers.quantized"), "why_not", lambda *_: "a test says so")
     x, dy = draw(6, K), draw(6, N)
     assert_near(derive(ours, x, dy), derive(theirs, x, dy), 1e-5)
     assert "a test says so" in caplog.text
@@ -337,7 +337,7 @@ def test_state_dict_copies_and_pickles(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_factors_are_computed_once_and_follow_another_weight(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = pair(kind)
-    linear = import_module("loge_kernels.linear")
+    linear = import_module("loge_kernels.layers.linear")
     made = []
     cached = linear.cached_factors
     monkeypatch.setattr(linear, "cached_factors", lambda *a: made.append(a[0].clone()) or cached(*a))

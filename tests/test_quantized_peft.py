@@ -29,8 +29,8 @@ from quantized_layers import quantised_llama, weights_out_of_reach
 from torch import Tensor, nn
 
 import loge_kernels as loge
-from loge_kernels.peft_layers import FusedLora
-from loge_kernels.quantized import QuantizedLinear
+from loge_kernels.layers.peft import FusedLora
+from loge_kernels.layers.quantized import QuantizedLinear
 
 FLOAT32 = ["nf4", "int8", "torchao int8"]
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:.*get_apply_tensor_subclass")

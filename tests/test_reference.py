@@ -8,7 +8,7 @@ import pytest
 import torch
 from surrogate import NEEDS, case, problem_of
 
-from loge_kernels import reference
+from loge_kernels.backend import reference
 
 
 @pytest.mark.parametrize("R", [5, None])

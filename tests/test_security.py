@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 import loge_kernels
-from loge_kernels import bench, triton_kernels, verification
-from loge_kernels.cache import cached_factors
+from loge_kernels import bench, triton_kernels
+from loge_kernels.backend import verified as verification
+from loge_kernels.factors.cache import cached_factors
 from loge_kernels.triton_kernels import tuning
 
 _MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

@@ -8,7 +8,7 @@ from models import gradients, lora, tokens
 from test_calibration import QUERY, UP, batches, by_hand
 
 import loge_kernels as loge
-from loge_kernels.subspaces import READINGS, subspace
+from loge_kernels.factors.subspaces import READINGS, subspace
 
 
 @pytest.mark.parametrize("name", [QUERY, UP])

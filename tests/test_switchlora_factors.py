@@ -8,7 +8,7 @@ from models import logits
 from switching import optimizer_of, switching, train
 
 import loge_kernels as loge
-from loge_kernels.switchlora.layer import LoGESwitchLoraLinear, SwitchLoraLinear
+from loge_kernels.methods.switchlora.layer import LoGESwitchLoraLinear, SwitchLoraLinear
 
 
 def test_the_adapter_shares_the_layers_op() -> None:

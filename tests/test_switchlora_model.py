@@ -11,8 +11,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import loge_kernels as loge
-from loge_kernels.switchlora.law import deviations
-from loge_kernels.switchlora.layer import SwitchLoraLinear
+from loge_kernels.methods.switchlora.law import deviations
+from loge_kernels.methods.switchlora.layer import SwitchLoraLinear
 
 
 def layers(model):

@@ -8,10 +8,10 @@ from models import logits
 from switching import batch, optimizer_of, switching, train
 
 import loge_kernels as loge
-from loge_kernels.switchlora import schedule
-from loge_kernels.switchlora.edit import add_product_
-from loge_kernels.switchlora.pools import Pool
-from loge_kernels.switchlora.switcher import Switcher
+from loge_kernels.methods.switchlora import schedule
+from loge_kernels.methods.switchlora.edit import add_product_
+from loge_kernels.methods.switchlora.pools import Pool
+from loge_kernels.methods.switchlora.switcher import Switcher
 
 
 def switch_until(switcher: Switcher, count: int) -> None:

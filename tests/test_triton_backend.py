@@ -12,7 +12,8 @@ from interpreter import interpreted, needs_triton
 from surrogate import case, problem_of
 
 import loge_kernels as loge
-from loge_kernels import cuda_backend, triton_backend
+from loge_kernels.backend import cuda as cuda_backend
+from loge_kernels.backend import triton as triton_backend
 
 
 @needs_triton

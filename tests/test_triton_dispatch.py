@@ -25,8 +25,8 @@ from loge_kernels.triton_kernels.configs import (
     shipped,
     to_json,
 )
+from loge_kernels.triton_kernels.cost_model import Flags
 from loge_kernels.triton_kernels.devices import DEFAULT, KNOWN, device_spec, from_properties
-from loge_kernels.triton_kernels.model import Flags
 
 H200 = "NVIDIA H200"
 ENTRY = Entry("one_launch", 16, 64, 16, True, OneLaunchConfig(64, 64, 64, 4, 3))
@@ -61,7 +61,7 @@ class TestModel:
 
     def test_more_work_takes_longer(self) -> None:
         config = OneLaunchConfig(64, 64, 64, 4, 3)
-        from loge_kernels.triton_kernels.model import estimate_one_launch
+        from loge_kernels.triton_kernels.cost_model import estimate_one_launch
 
         times = [
             estimate_one_launch(M, 4096, 4096, 128, 16, config, Flags(), DEFAULT).predicted_us

@@ -14,11 +14,11 @@ from interpreter import INTERPRETED, assert_passes_interpreted, needs_triton
 from surrogate import case, problem_of
 from torch import Tensor
 
-from loge_kernels import reference
 from loge_kernels import triton_kernels as tk
-from loge_kernels.problem import BackwardProblem, Operands
+from loge_kernels.backend import reference
+from loge_kernels.backend.problem import BackwardProblem, Operands
 from loge_kernels.triton_kernels.configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig
-from loge_kernels.triton_kernels.model import Flags, Traffic, predicted_bytes
+from loge_kernels.triton_kernels.cost_model import Flags, Traffic, predicted_bytes
 from loge_kernels.triton_kernels.traffic import Recorder, recording
 
 pytestmark = needs_triton

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loge_kernels import verification
+from loge_kernels.backend import verified as verification
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from loge_kernels.weight_version import WeightVersion
+from loge_kernels.numerics.version import WeightVersion
 
 
 def stepped(layer: nn.Linear) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from .availability import why_not_here
 from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig
+from .cost_model import Flags
 from .dispatch import explain, forward_wins, why_not
-from .model import Flags
 
 __all__ = [
     "Flags",

@@ -26,8 +26,8 @@ import torch
 from . import availability
 from .configs import Entry, ForwardConfig, OneLaunchConfig, TwoLaunchConfig, shipped
 from .constants import expand_constants, forward_constants, keeps_t, one_launch_constants, project_constants
+from .cost_model import Flags
 from .devices import KNOWN, DeviceSpec
-from .model import Flags
 
 TABLE = Path(__file__).parent / "resources.json"
 ARCHITECTURES: dict[str, DeviceSpec] = {"sm_80": KNOWN["NVIDIA A100-SXM4-80GB"], "sm_90": KNOWN["NVIDIA H200"]}

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig, padded, uses_wgmma
+from .cost_model import Flags
 from .devices import DeviceSpec
-from .model import Flags
 
 
 def _precision(dtype: torch.dtype) -> str:

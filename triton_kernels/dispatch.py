@@ -21,8 +21,7 @@ from .configs import (
     padded,
     shipped,
 )
-from .devices import DEFAULT, DeviceSpec, device_spec
-from .model import (
+from .cost_model import (
     Estimate,
     Flags,
     estimate_forward,
@@ -32,6 +31,7 @@ from .model import (
     estimate_two_launch,
     useful_flops,
 )
+from .devices import DEFAULT, DeviceSpec, device_spec
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ from torch import Tensor
 from . import availability, dispatch
 from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig
 from .constants import expand_constants, forward_constants, keeps_t, one_launch_constants, project_constants
+from .cost_model import Flags, cdiv, k_chunk_of, n_chunk_of
 from .devices import device_spec
 from .fused_forward import fused_forward
-from .model import Flags, cdiv, k_chunk_of, n_chunk_of
 from .one_launch import one_launch_backward
 from .two_launch import expand_slab, expand_tiles, project
 

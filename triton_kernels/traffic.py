@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .model import Traffic
+from .cost_model import Traffic
 
 
 @dataclass

@@ -16,7 +16,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..atomic import replacing
+from ..files import replacing
 from .options import FinetuneError
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..freezing.planning import plan_freezing
+from ..freezing.plan_freezing import plan_freezing
 from . import data, files, methods, models, results, state
 from .options import FinetuneError, FinetuneOptions, Interrupted, choose_device, choose_dtype
 from .progress import progress

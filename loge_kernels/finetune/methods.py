@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn, optim
 
-from ..linear import LoGELinear
+from ..layers.linear import LoGELinear
 from . import models
 from .options import LOGE, LORA, LOW_RANK, FinetuneError, FinetuneOptions, split_method
 
@@ -90,7 +90,7 @@ def _config(model: Any, method: Method, options: FinetuneOptions) -> Any:
     if method.name == LORA or method.applied:
         return models.lora_config(model, options)
     if method.name == "switchlora":
-        from ..switchlora import SwitchLoraConfig
+        from ..methods.switchlora import SwitchLoraConfig
 
         return SwitchLoraConfig(
             r=options.lora_rank,
@@ -100,7 +100,7 @@ def _config(model: Any, method: Method, options: FinetuneOptions) -> Any:
             target_modules=models.targets(model, options),
             task_type="CAUSAL_LM",
         )
-    from ..loretta import LorettaAdpConfig, LorettaRepConfig
+    from ..methods.loretta import LorettaAdpConfig, LorettaRepConfig
 
     config = LorettaRepConfig if method.name == "loretta-rep" else LorettaAdpConfig
     # As the paper places and sizes them: --targets and --lora-rank are LoRA's.
@@ -111,7 +111,7 @@ def optimizer(model: nn.Module, method: Method, options: FinetuneOptions) -> opt
     """The optimizer that the method needs; None: any will do."""
     if method.name != "switchlora":
         return None
-    from ..switchlora import SwitchAdamW
+    from ..methods.switchlora import SwitchAdamW
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     return SwitchAdamW(parameters, lr=options.lr, weight_decay=0.0, model=model)

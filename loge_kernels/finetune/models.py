@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..atomic import cache_dir, make_private
+from ..files import cache_dir, make_private
 from .options import FinetuneError, FinetuneOptions
 
 logger = logging.getLogger("loge_kernels")

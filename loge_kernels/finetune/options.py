@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..eight_bit import DTYPES as EIGHT_BIT
-from ..factors import resolve_rank
-from ..request import SUBSPACES
+from ..conversion.options import SUBSPACES
+from ..factors.factors import resolve_rank
+from ..numerics.eight_bit import DTYPES as EIGHT_BIT
 
 DTYPES = {
     "float32": torch.float32,

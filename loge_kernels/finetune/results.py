@@ -13,8 +13,8 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from ..atomic import replacing
-from ..request import FROM_CALIBRATION
+from ..conversion.options import FROM_CALIBRATION
+from ..files import replacing
 from .files import explained
 from .methods import Method
 from .options import LORA, LOW_RANK, FinetuneOptions

@@ -9,10 +9,10 @@ import time
 import torch
 from torch import Tensor, nn
 
-from .. import model as loge
-from ..calibration import calibrate
+from ..conversion import apply as loge
+from ..conversion.calibrate import calibrate
+from ..conversion.options import FROM_CALIBRATION
 from ..freezing.freeze import freeze
-from ..request import FROM_CALIBRATION
 from . import memory, methods
 from .data import Corpus
 from .methods import Method

@@ -22,8 +22,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from ..atomic import DAMAGED
-from ..cache import fingerprint
+from ..factors.cache import fingerprint
+from ..files import DAMAGED
 from .files import explained, write_tensors
 from .options import FinetuneError
 from .training import Record

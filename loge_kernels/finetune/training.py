@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..linear import LoGELinear
+from ..layers.linear import LoGELinear
 from .data import Corpus
 from .options import FinetuneError, FinetuneOptions
 

@@ -1,5 +1,5 @@
 """Semantic-aware layer freezing: how many of the first layers a task can leave alone, and a model that leaves them.
 
-`semantics` compares hidden states with labels, `trace` does so in every latent space, `gains` turns the trace into one
-gain for each layer, `planning` and `plan` hold the result; `prefix`, `frozen_module` and `freeze` cut a model there.
+Read semantics, trace, gains and plan_freezing for where to cut; prefix, frozen_module and freeze for the cut.
+Imports numerics, collectives and batches.
 """

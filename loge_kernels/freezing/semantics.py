@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..autocast import without_autocast
+from ..numerics.autocast import without_autocast
 
 _CHUNK = 8192  # labels at a time: 128 MiB of float32 at 4096 wide
 

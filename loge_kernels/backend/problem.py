@@ -1,0 +1,179 @@
+"""The values that travel between the op and a backend: operands in, a backward problem, its gradients out.
+
+Names are those of `naive.py` and of the kernels: M tokens, N out features, K in features, R factor rank, P adapter
+rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..numerics.eight_bit import from_bits
+
+# What the frozen path's part of dX is: dY · left · right; the same with dense rows among them; dY · W; and that in
+# 8 bits.
+Kind = Literal["low-rank", "mixed", "dense", "dense in 8 bits"]
+
+
+class Need(NamedTuple):
+    """Which gradients are wanted, in the order in which backward gives them."""
+
+    dx: bool
+    dweight: bool
+    dbias: bool
+    dA: bool
+    dB: bool
+
+
+class Operands(NamedTuple):
+    """What one call of the op is given. The operators' schemas, what is saved for backward and the order of the
+    gradients follow from these fields; nothing else writes their order down.
+
+    Tensors first. 8-bit tensors travel as uint8 (`eight_bit.as_bits`). What a step does not need is None.
+    """
+
+    x: Tensor | None  # [M, K]
+    weight: Tensor | None  # [N, K]
+    left: Tensor | None = None  # [N, R]
+    right: Tensor | None = None  # [R, K]
+    rows: Tensor | None = None  # int64 [Q]
+    residual: Tensor | None = None  # [Q, K]
+    dense: Tensor | None = None  # [N, K] in 8 bits
+    dense_scale: Tensor | None = None  # float32 [K]
+    left_scale: Tensor | None = None  # float32 [R]
+    right_scale: Tensor | None = None  # float32 [K]
+    bias: Tensor | None = None  # [N]
+    lora_A: Tensor | None = None  # [P, K]
+    lora_B: Tensor | None = None  # [N, P]
+    seed: Tensor | None = None  # int64 [2]
+    scaling: float = 1.0
+    dropout: float = 0.0
+    exact_fraction: float = 0.0
+    backend: str = "auto"
+
+    @property
+    def kind(self) -> Kind:
+        """What the frozen path's part of dX is."""
+        return kind_of(self.left, self.dense, self.exact_fraction)
+
+    @property
+    def stand_ins(self) -> tuple[Tensor | None, ...]:
+        """The tensors that stand for the weight in dX, which the layer owns."""
+        return tuple(getattr(self, name) for name in STAND_INS)
+
+    def kept(self, need: Need) -> Operands:
+        """What backward reads and nothing else: x where a gradient needs it, never a frozen weight that factors or an
+        8-bit copy stand for."""
+        kept = self._replace(
+            x=self.x if need.dweight or need.dA else None,
+            bias=None,
+            lora_A=self.lora_A if need.dx or need.dA else None,
+            lora_B=self.lora_B if need.dx or need.dA or need.dB else None,
+        )
+        if not need.dx:
+            return kept._replace(**_NO_FROZEN_PATH)
+        if self.kind == "low-rank":
+            return kept._replace(weight=None, dense=None, dense_scale=None)
+        return kept if self.dense is None else kept._replace(weight=None)
+
+    def wanted(self) -> Need:
+        """The gradients wanted of the op, from a truth value for each operand, as autograd has them."""
+        return Need(*map(bool, (self.x, self.weight, self.bias, self.lora_A, self.lora_B)))
+
+
+STAND_INS = ("left", "right", "rows", "residual", "dense", "dense_scale", "left_scale", "right_scale")
+_NO_FROZEN_PATH = dict.fromkeys(("weight", *STAND_INS))
+# One tuple of None for every operand: `_replace` gives those that have a gradient.
+NO_GRADIENTS = Operands(*(None,) * len(Operands._fields))  # type: ignore[arg-type]
+
+
+def kind_of(left: Tensor | None, dense: Tensor | None, exact_fraction: float) -> Kind:
+    """The kind of a frozen path. Factors are not given at all to a step that is exact."""
+    if left is None:
+        return "dense" if dense is None else "dense in 8 bits"
+    return "mixed" if exact_fraction > 0.0 else "low-rank"
+
+
+@dataclass(slots=True)  # not frozen: one is made at every call, and freezing costs 3 us of it
+class BackwardProblem:
+    """Everything a backend needs for one backward pass of `y = x Wᵀ + b + s (x Aᵀ) Bᵀ`.
+
+    All tensors are 2-D (biases, scales and indices excepted) on one device, with any strides. `dy`, `x`, `xa`,
+    `weight`, `left`, `right` and `residual` share one dtype; `lora_A` and `lora_B` have that dtype or float32, and
+    their gradients come back in theirs. `left` and `right` are both in 8 bits where they have scales. A tensor that
+    the needed gradients do not read may be None.
+    """
+
+    dy: Tensor  # [M, N]
+    x: Tensor | None  # [M, K]
+    xa: Tensor | None  # [M, P], x Aᵀ as the forward left it (after dropout)
+    weight: Tensor | None  # [N, K], only for the exact products, and not where dense stands for it
+    left: Tensor | None  # [N, R]; None: the frozen path is the dense product with weight
+    right: Tensor | None  # [R, K]
+    lora_A: Tensor | None  # [P, K]
+    lora_B: Tensor | None  # [N, P]
+    scaling: float
+    dropout: float  # probability of the adapter's input dropout; 0: none
+    seed: Tensor | None  # int64 [2] (seed, offset) on dy's device; with dropout only
+    exact_fraction: float  # share of the rows, heaviest first, whose frozen path is dense
+    need_dx: bool
+    need_dweight: bool
+    need_dbias: bool
+    need_dA: bool
+    need_dB: bool
+    deterministic: bool  # no atomics: the same bits from run to run
+    rows: Tensor | None = None  # int64 [Q], unique: rows of the weight that the factors' residual corrects
+    residual: Tensor | None = None  # [Q, K]; `backends.run_backward` adds its part to every backend's dX
+    dense: Tensor | None = None  # [N, K] in 8 bits: the weight's copy for the exact products
+    dense_scale: Tensor | None = None  # float32 [K], with dense
+    left_scale: Tensor | None = None  # float32 [R], with left in 8 bits
+    right_scale: Tensor | None = None  # float32 [K], with right in 8 bits
+
+    @classmethod
+    def of(cls, dy: Tensor, xa: Tensor | None, need: Sequence[bool], operands: Operands) -> BackwardProblem:
+        """The problem of dY [M, N] and xa [M, P] for what `Operands.kept` kept; `need` in `Need`'s order."""
+        o = operands
+        left, right, dense = (None if t is None else from_bits(t) for t in (o.left, o.right, o.dense))
+        return cls(
+            dy,
+            o.x,
+            xa,
+            o.weight,
+            left,
+            right,
+            o.lora_A,
+            o.lora_B,
+            o.scaling,
+            o.dropout,
+            o.seed,
+            o.exact_fraction,
+            *need,
+            torch.are_deterministic_algorithms_enabled(),
+            rows=o.rows,
+            residual=o.residual,
+            dense=dense,
+            dense_scale=o.dense_scale,
+            left_scale=o.left_scale,
+            right_scale=o.right_scale,
+        )
+
+    @property
+    def kind(self) -> Kind:
+        """What the frozen path's part of dX is."""
+        return kind_of(self.left, self.dense, self.exact_fraction)
+
+
+@dataclass(slots=True)
+class Gradients:
+    """What a backend returns; None where the problem did not ask."""
+
+    dx: Tensor | None = None  # [M, K]
+    dweight: Tensor | None = None  # [N, K]
+    dbias: Tensor | None = None  # [N]
+    dA: Tensor | None = None  # [P, K]
+    dB: Tensor | None = None  # [N, P]

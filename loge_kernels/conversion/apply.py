@@ -1,0 +1,177 @@
+"""`apply` and `remove`: our backward for every frozen linear layer of a model, in place.
+
+Layers keep their identity: `apply` changes the class of each `nn.Linear` (and of PEFT's LoRA layer around it) and adds
+factors where they are asked for, `remove` changes it back. Names, parameters, hooks and the state dict stay as they
+are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+
+from torch import nn
+
+from ..batches import Batch
+from ..collectives import unwrapped
+from ..factors.statistics import Statistics
+from ..freezing.freeze import freeze, unfreeze
+from ..freezing.plan import FreezePlan
+from ..layers import exact_every as forwards
+from ..layers.linear import LoGELinear
+from .options import Request
+from .plan import LayerPlan, make_plan
+from .report import LayerPath, LayerReport, Report
+from .targets import Site, Targets, find_sites, why_nothing_to_convert
+
+
+def apply(
+    model: nn.Module,
+    rank: int | float | None = None,
+    *,
+    subspace: str | None = None,
+    calibration: Statistics | Iterable[Batch] | None = None,
+    targets: Targets = None,
+    exact_layers: float = 0.0,
+    exact_every: int | None = None,
+    exact_dtype: str | None = "auto",
+    low_rank_dtype: str | None = None,
+    exact_fraction: float = 0.0,
+    residual: float = 0.0,
+    salience: str = "taylor",
+    freeze_below: int | FreezePlan | None = None,
+    backend: str | None = None,
+) -> Report:
+    """Give the frozen linear layers of `model` our backward, in place: exact, or with `rank=` low-rank.
+
+    On a PEFT model (`peft.get_peft_model`) a layer with one active LoRA adapter runs frozen weight and adapter in one
+    op; elsewhere the adapter stays PEFT's and only the frozen weight's backward changes. The forward is unchanged.
+    Layers that bitsandbytes (NF4, FP4, int8) or torchao quantised keep their library's forward, and dequantise in
+    backward for exact products alone (`loge_kernels.quantized`).
+
+    Args:
+        model: any module; its layers are changed in place, its parameters are not. A `DistributedDataParallel` wrapper
+            is looked through; calibration is averaged over its process group (without a wrapper the default one).
+        rank: None: every dX is exact. An int (at most min(N, K) of each layer is taken), or a float in (0, 1], a share
+            of min(N, K) rounded to a multiple of 16: dX goes through factors of the weight and never reads it. Where
+            rank · (N + K) > N · K the layer stays exact: dense is cheaper. What follows up to `residual`, without
+            `exact_dtype`, is for a low-rank backward.
+        subspace: which directions the factors keep (`loge_kernels.subspaces`). "svd": closest to the weight, the
+            default without calibration. "gradient": those that carry most of dX on batches of the task, the default
+            with it. "salience": the paper's index, read as `salience` says.
+        calibration: for "gradient" and "salience": what `calibrate(model, batches)` returned, or the batches
+            themselves.
+        targets: as PEFT's `target_modules`: a list of names (a layer's own or the end of its path), or a string, a
+            regular expression that the whole path must match; "all-linear" or None: every frozen linear layer but the
+            output head.
+        exact_layers: share of the converted weights in [0, 1] that keeps an exact dX, from the output downwards: an
+            error near the output reaches every layer below it.
+        exact_every: one training forward of the model in so many has an exact backward, the first among them
+            (`loge_kernels.exact_every`).
+        exact_dtype: what exact products run in. "auto": 8 bits where they are faster on this device for the layer's
+            shape (`loge_kernels.exact_dtype`), the weight's dtype elsewhere. "float8", "int8", or None for the
+            weight's.
+        low_rank_dtype: "float8" or "int8" for the products with the factors (`loge_kernels.eight_bit`); None for the
+            weight's. They are PyTorch's then, and the adapter's own stay as they are.
+        exact_fraction: share of the rows in [0, 1], heaviest ‖dY‖ first, whose dX is dense.
+        residual: share of each weight's rows in [0, 1], those that the factors miss most, kept exact (CE-LoRA).
+        salience: the reading of the index for "salience": "taylor", "signed", "fisher" or "gradient".
+        freeze_below: the embedding and so many of the first layers run without autograd and stop training, and their
+            linear layers need no factors: `loge_kernels.freeze`, which is for doing that alone; a number, or what
+            `loge_kernels.plan_freezing` returned.
+        backend: a name of `backends()`, or None for the one in force at each call.
+
+    Returns:
+        A `Report`: name, shape, path, what dX is computed in and why, rank and captured energy of every linear layer.
+
+    Raises:
+        ValueError, TypeError: a bad argument, a model with nothing to convert or already converted, a weight that is
+            not finite, a boundary that `freeze` refuses. The model is then as it was.
+
+    Source: Zhang et al., Applied Sciences 2025, 15(1), 82 (LoGE); Gu et al., arXiv 2406.11753 (freezing).
+    """
+    request = Request(
+        rank=rank,
+        subspace=subspace,
+        calibration=calibration,
+        exact_layers=exact_layers,
+        exact_every=exact_every,
+        exact_dtype=exact_dtype,
+        low_rank_dtype=low_rank_dtype,
+        exact_fraction=exact_fraction,
+        residual=residual,
+        salience=salience,
+        freeze_below=freeze_below,
+        backend=backend,
+    )
+    request.check_model(model)
+    if freeze_below is None:
+        return _convert(model, targets, request)
+    freeze(model, freeze_below)
+    try:
+        return _convert(model, targets, request)
+    except BaseException:
+        unfreeze(model)
+        raise
+
+
+def _convert(wrapped: nn.Module, targets: Targets, request: Request) -> Report:
+    model = unwrapped(wrapped)
+    sites = list(find_sites(model, targets))
+    chosen = [site for site in sites if site.why_not is None]
+    if not chosen:
+        raise ValueError(why_nothing_to_convert(model, sites, targets))
+    plans = make_plan(wrapped, chosen, targets, request)
+    for site in chosen:
+        plan = plans[site.name]
+        site.convert_(plan.factors, request.exact_fraction, request.backend, plan.exact_dtype)
+        if plan.factors is None:
+            site.linear.prepare()  # type: ignore[operator]
+    with_factors = [site for site in chosen if plans[site.name].factors is not None]
+    every = request.exact_every if with_factors else None
+    if every is not None:
+        counter = forwards.attach(model, every, (site.name for site in chosen))
+        for site in with_factors:
+            site.linear.exact_every = counter  # type: ignore[assignment]
+    return Report(tuple(_row(site, plans.get(site.name), request, every) for site in sites), every)
+
+
+def remove(model: nn.Module) -> None:
+    """Undo `apply` and `freeze`: every layer is what it was, adapters and weights untouched; what stopped training
+    trains again. A model without converted or frozen layers is left alone."""
+    forwards.detach(model)
+    unfreeze(model)
+    modules = list(model.modules())
+    if "peft" in sys.modules:
+        from ..layers.peft import FusedAdapter
+
+        for module in modules:
+            if isinstance(module, FusedAdapter):
+                module.revert_()
+    for module in modules:
+        if isinstance(module, LoGELinear) and module.converted:
+            module.revert_()
+
+
+def _row(site: Site, plan: LayerPlan | None, request: Request, every: int | None) -> LayerReport:
+    if site.frozen:
+        return LayerReport(site.name, site.sizes, "frozen", "-", None, None, site.about("frozen prefix"), 1.0)
+    if plan is None:
+        return LayerReport(site.name, site.sizes, "skipped", "-", None, None, site.why_not or "", 0.0)
+    path, why = _path(site)
+    reason = site.about("; ".join(part for part in (why, plan.reason) if part))
+    factors = plan.factors
+    if factors is None:
+        dx = plan.exact_dtype or str(site.outline.dtype).removeprefix("torch.")
+        return LayerReport(site.name, site.shape, path, dx, None, None, reason, 0.0)
+    saved = 1.0 - min(1.0, factors.cost + request.exact_fraction)
+    saved *= 1.0 if every is None else 1.0 - 1.0 / every
+    dx = f"rank {factors.rank}" + ("" if factors.low_rank_dtype is None else f" in {factors.low_rank_dtype}")
+    return LayerReport(site.name, site.shape, path, dx, factors.rank, factors.energy, reason, saved)
+
+
+def _path(site: Site) -> tuple[LayerPath, str]:
+    if site.adapter is None:
+        return ("base", site.beside) if site.beside else ("plain", "")
+    why_not = site.adapter.why_not_fused()  # a FusedAdapter by now
+    return ("fused", "") if why_not is None else ("base", why_not)

@@ -1,0 +1,126 @@
+"""The arguments of `apply` as one value, and everything that can be said of them before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..backend.choice import check_name
+from ..batches import Batch
+from ..factors.factors import resolve_rank
+from ..factors.statistics import Statistics
+from ..factors.subspaces import FROM_CALIBRATION, READINGS
+from ..freezing.plan import FreezePlan
+from ..layers.linear import LoGELinear
+from ..numerics.eight_bit import DTYPES
+from .exact_dtype import AUTO
+
+SUBSPACES = ("svd", *FROM_CALIBRATION)
+# What is said of a low-rank backward, and its value where nothing is said.
+_OF_LOW_RANK = {
+    "subspace": None,
+    "calibration": None,
+    "exact_layers": 0.0,
+    "exact_every": None,
+    "low_rank_dtype": None,
+    "exact_fraction": 0.0,
+    "residual": 0.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """As documented at `apply`. A bad value raises ValueError or TypeError with the argument, the value and what would
+    work."""
+
+    rank: int | float | None
+    subspace: str | None
+    calibration: Statistics | Iterable[Batch] | None
+    exact_layers: float
+    exact_every: int | None
+    exact_dtype: str | None
+    low_rank_dtype: str | None
+    exact_fraction: float
+    residual: float
+    salience: str
+    freeze_below: int | FreezePlan | None
+    backend: str | None
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        if self.rank is None:
+            given = [name for name, default in _OF_LOW_RANK.items() if getattr(self, name) != default]
+            if given:
+                value = "" if given[0] == "calibration" else repr(getattr(self, given[0]))
+                raise ValueError(
+                    f"{given[0]}={value} is for a low-rank backward, and rank is None: every layer would be exact; "
+                    "give rank= too, an int or a share in (0, 1]"
+                )
+        elif isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank < 1:
+            raise ValueError(f"rank={self.rank!r}; give an int from 1 up, or a float in (0, 1]")
+        else:
+            resolve_rank(min(self.rank, 1) if isinstance(self.rank, int) else self.rank, 1, 1)
+        self._check_subspace()
+        self._check_ranges()
+        if self.backend is not None:
+            check_name(self.backend, "backend")
+
+    @property
+    def directions(self) -> str:
+        """The subspace: what was asked for, or what goes with a calibration or none."""
+        if self.subspace is not None:
+            return self.subspace
+        return "svd" if self.calibration is None else "gradient"
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise TypeError or ValueError for what is no module, or is converted already."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+        for name, module in model.named_modules():
+            if isinstance(module, LoGELinear) and module.converted:
+                raise ValueError(f"model is converted already (layer {name!r}); call loge_kernels.remove(model) first")
+
+    def _check_types(self) -> None:
+        for name in ("exact_layers", "exact_fraction", "residual"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
+        every = self.exact_every
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
+            raise TypeError(f"exact_every={every!r} is a {type(every).__name__}; give an int: one forward in so many")
+        if self.calibration is not None and not isinstance(self.calibration, (Statistics, Iterable)):
+            raise TypeError(
+                f"calibration={self.calibration!r} is a {type(self.calibration).__name__}; give batches, or what "
+                "loge_kernels.calibrate(model, batches) returned"
+            )
+
+    def _check_subspace(self) -> None:
+        chosen = self.directions
+        if chosen not in SUBSPACES:
+            raise ValueError(f"subspace={chosen!r} is unknown; choose one of {', '.join(map(repr, SUBSPACES))}")
+        if chosen in FROM_CALIBRATION and self.calibration is None:
+            raise ValueError(
+                f"subspace={chosen!r} needs gradients of your task: give calibration=, batches or what "
+                "loge_kernels.calibrate(model, batches) returned"
+            )
+        if chosen not in FROM_CALIBRATION and self.calibration is not None:
+            raise ValueError(f"calibration goes with subspace='gradient' or 'salience', not with {chosen!r}")
+        if self.salience not in READINGS:
+            raise ValueError(f"salience={self.salience!r} is unknown; choose one of {', '.join(map(repr, READINGS))}")
+
+    def _check_ranges(self) -> None:
+        shares = {"exact_layers": "frozen weights", "exact_fraction": "rows", "residual": "rows of a weight"}
+        for name, what in shares.items():
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a share of the {what} in [0, 1]")
+        if self.exact_every is not None and self.exact_every < 1:
+            raise ValueError(
+                f"exact_every={self.exact_every!r}: one forward in so many is exact; give an int from 1 up"
+            )
+        known = {"exact_dtype": (AUTO, *DTYPES), "low_rank_dtype": tuple(DTYPES)}
+        for name, choices in known.items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}, or None")

@@ -1,0 +1,92 @@
+"""What a layer with factors does where an engine holds its weight: FSDP2 works, others are refused with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..factors.factors import Factors
+
+
+class ShardedLinear(nn.Linear):
+    """The part of `LoGELinear` that is about engines."""
+
+    factors: Factors | None
+    gather: Callable[[], None] | None  # brings a sharded weight that a checkpoint reads in backward
+    shard_sums: Tensor | None  # of this rank's part of a weight that `fully_shard` sharded
+
+    def invalidate(self) -> None:
+        """Declare the weight changed in a way that torch does not count."""
+        raise NotImplementedError
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP holds this layer's parameters, or a tensor-parallel plan its weight."""
+        managed = getattr(self, "_is_fsdp_managed_module", False)  # torch's mark, of FSDP1 and FSDP2
+        return managed or hasattr(self._parameters.get("weight"), "placements")
+
+    def follow_shards(self, factors: Factors) -> None:
+        """Take the weight as FSDP gathered it for the one that the factors are of; ValueError where it is another."""
+        if hasattr(self.weight, "placements"):
+            raise ValueError(
+                f"the weight {tuple(self.weight.shape)} of this layer is a DTensor with placements "
+                f"{self.weight.placements}: FSDP gathers weights in the forward of the modules that it shards, and "
+                "tensor parallelism is not supported"
+            )
+        if not isinstance(self.weight, nn.Parameter):
+            raise ValueError(
+                "a layer with factors is inside a FullyShardedDataParallel (FSDP1), which flattens its parameters: "
+                "use loge_kernels.fully_shard (FSDP2)"
+            )
+        if factors.made_of.invalid:
+            raise ValueError(
+                "the weight of a layer has changed since it was sharded, and its factors cannot follow: load or merge "
+                "weights before the model is sharded"
+            )
+        factors.bind(self.weight)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if hasattr(param, "placements") and not self.sharded and getattr(self, "factors", None) is not None:
+            # As torch's ColwiseParallel and RowwiseParallel do. FSDP puts its DTensors in by another way.
+            raise ValueError(
+                "a layer with factors cannot be split by a tensor-parallel plan: leave it out of the plan, or shard "
+                "the model by loge_kernels.fully_shard"
+            )
+        super().register_parameter(name, param)
+
+    def note_shard(self) -> None:
+        """Remember what this rank's part of a sharded weight holds: a later load of other values is then seen, also one
+        into the tensors of `state_dict()`, as distributed checkpoints do it."""
+        self.shard_sums = _sums(self.weight) if self.sharded and self.factors is not None else None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        parent: Any = super()
+        if self.shard_sums is None:
+            self.note_shard()  # sharded by torch's own `fully_shard`
+        before = self.shard_sums
+        parent._load_from_state_dict(*args, **kwargs)
+        if before is not None and not torch.equal(before, _sums(self.weight)):
+            self.invalidate()
+
+    def gather_weight(self) -> None:
+        """Have a sharded weight brought, where a checkpoint computes the layer again in backward."""
+        if self.gather is not None and hasattr(self.weight, "placements"):
+            self.gather()
+
+    def refuse_partitioned(self) -> None:
+        """Raise ValueError for a weight that DeepSpeed ZeRO-3 has partitioned."""
+        if hasattr(self.weight, "ds_id"):
+            raise ValueError(
+                f"the weight of this {(self.out_features, self.in_features)} layer with factors is partitioned by "
+                "DeepSpeed ZeRO-3, whose backward gathers whole weights: use ZeRO stage 1 or 2, or "
+                "loge_kernels.fully_shard"
+            )
+
+
+def _sums(weight: Any) -> Tensor:
+    """Two sums over this rank's part of a weight, which tell it from another: float64 [2]."""
+    mine = (weight.to_local() if hasattr(weight, "to_local") else weight).detach().double().flatten()
+    return torch.stack([mine.sum(), mine @ torch.arange(1, mine.numel() + 1, dtype=mine.dtype, device=mine.device)])

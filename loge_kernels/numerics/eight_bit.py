@@ -1,0 +1,194 @@
+"""Products of dY with both operands in 8 bits, at half their cost: the dense one, dX = dY · W, where the frozen path is
+exact, and the two of the factors, T = dY · left and dX = T · right, where it is low-rank.
+
+    q(W)  [N, K] in 8 bits, scale_W [K]:   column k of W divided by max|W[:, k]| / limit, rounded once, kept
+    q(dY) [M, N] in 8 bits, scale_Y [M]:   row m of dY likewise, at each call
+    dX[m, k] = scale_Y[m] · scale_W[k] · Σ_n q(dY)[m, n] q(W)[n, k]
+
+The sum is taken in float32 (float8) or int32 (int8), scaled in float32 and rounded once to dY's dtype. "float8" is
+float8_e4m3fn with limit 448: 4 significant bits at any magnitude; "int8" has limit 127: finer for a row or column
+without outliers. Zero rows stay zero, NaN and inf come through. On a GPU cuBLAS multiplies; elsewhere PyTorch does,
+with the same rounding. For factors, left and right stand in the place of W, and T, in dY's dtype, in that of dY.
+
+Source: symmetric row-wise quantisation as in LLM.int8(), Dettmers et al., arXiv 2208.07339, section 2; float8 formats,
+Micikevicius et al., arXiv 2209.05433.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .matmul import float32_matmul
+from .version import WeightVersion
+
+logger = logging.getLogger("loge_kernels")
+
+DTYPES = {"float8": torch.float8_e4m3fn, "int8": torch.int8}
+_LIMIT = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+_TINY = torch.finfo(torch.float32).tiny
+_SLAB = 1 << 22  # elements of dY or dX in float32 at a time on a CPU: 16 MiB
+_TILE = 16  # cuBLAS takes 8-bit operands whose N and K are multiples of this
+_INT_ROWS = 32  # fewer rows than this are padded: torch._int_mm on CUDA wants more than 16
+_announced: set[str] = set()
+
+
+class EightBitWeight:
+    """An 8-bit copy of a frozen weight or factor, made at its first use and anew whenever that has changed.
+
+    `dtype` is "float8" or "int8"; `tensor` [N, K] in it, stored column by column, and `scale` float32 [K] are None
+    until `current` was called. The copy is in no state dict and no pickle; a move to another device drops it, and the
+    next use makes it there. Raises ValueError for another dtype, which it calls `argument`.
+    """
+
+    def __init__(self, dtype: str, argument: str = "exact_dtype") -> None:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(f"{argument}={dtype!r} is unknown; choose one of {', '.join(map(repr, DTYPES))}, or None")
+        self.dtype = dtype
+        self.invalidate()
+
+    def invalidate(self) -> None:
+        """Drop the copy: for who changes the weight in a way that torch does not count (through `.data`)."""
+        self.tensor: Tensor | None = None
+        self.scale: Tensor | None = None
+        self._made_of = WeightVersion()
+
+    def current(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """`tensor` [N, K] and `scale` [K] of `weight` [N, K] as it is now."""
+        if self.tensor is None or self.scale is None or self._is_stale(weight):
+            if torch.compiler.is_compiling():
+                # Part of the graph: what it computes cannot be kept.
+                return quantize_columns(weight.detach(), DTYPES[self.dtype])
+            with torch.no_grad(), _disable_current_modes():  # a selective checkpoint would miss it in the recomputation
+                self.tensor, self.scale = quantize_columns(weight.detach(), DTYPES[self.dtype])
+            self._made_of.bind(weight)
+        return self.tensor, self.scale
+
+    def _is_stale(self, weight: Tensor) -> bool:
+        if torch.compiler.is_compiling():
+            return weight.requires_grad  # versions cannot be read; a frozen weight is taken as unchanged
+        return self._made_of.changed(weight)
+
+    def __repr__(self) -> str:
+        return f"EightBitWeight({self.dtype!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "tensor": None, "scale": None}
+
+
+def why_not(dtype: str, device: torch.device, N: int, K: int) -> str | None:
+    """Why products with a weight [N, K] in `dtype`, a key of `DTYPES`, cannot run on `device`, or None."""
+    if N == 0 or K == 0:
+        return "the weight is empty"
+    if device.type == "mps":
+        return "MPS has no products in 8 bits"
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None:
+        return "only CUDA GPUs are supported, not ROCm"
+    if dtype == "float8" and torch.cuda.get_device_capability(device) < (8, 9):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"float8 needs compute capability 8.9, this GPU has {major}.{minor}: use 'int8'"
+    if N % _TILE or K % _TILE:
+        return f"N and K must be multiples of {_TILE} on a GPU, and the weight is [{N}, {K}]"
+    return None
+
+
+def refuse_float64(argument: str, name: str, dtype: torch.dtype, whose: str = "x") -> None:
+    """Raise TypeError for 8 bits, asked for as `argument`, over float64."""
+    if dtype == torch.float64:
+        raise TypeError(
+            f"{argument}={name!r} with {whose} in torch.float64; 8 bits are for float32, float16 and bfloat16"
+        )
+
+
+def announce(argument: str, dtype: str, reason: str, instead: torch.dtype) -> None:
+    """Say, once for each reason, that what `argument`, exact_dtype or low_rank_dtype, is for runs in `instead`."""
+    products = argument.removesuffix("_dtype").replace("_", "-")
+    message = f"{argument}={dtype!r} cannot run here: {reason}; the {products} products run in {instead}"
+    if message not in _announced:
+        _announced.add(message)
+        logger.warning(message)
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """float8 as uint8, in which it crosses an operator's boundary: torch's own operator checks cannot compare it."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+def from_bits(tensor: Tensor) -> Tensor:
+    """The reverse of `as_bits`; other tensors as they are."""
+    return tensor.view(torch.float8_e4m3fn) if tensor.dtype == torch.uint8 else tensor
+
+
+def quantize_rows(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`matrix` [I, J] as q [I, J] in `dtype`, contiguous, and its row scales, float32 [I, 1]: matrix ≈ q · scale."""
+    if matrix.is_cuda:
+        amax = torch.linalg.vector_norm(matrix, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
+    else:
+        amax = matrix.abs().amax(dim=1, keepdim=True).float()  # on a CPU twenty times faster than the norm
+    # The floor keeps a zero row from 0 / 0; below it a row is flushed to zero.
+    scale = (amax / _LIMIT[dtype]).clamp_min_(_TINY)
+    if dtype == torch.int8:
+        return torch.div(matrix, scale).round_().to(dtype, memory_format=torch.contiguous_format), scale
+    q = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    return torch.div(matrix, scale, out=q), scale
+
+
+def quantize_columns(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`weight` [N, K] as q [N, K] in `dtype`, stored column by column, and its column scales, float32 [K]."""
+    q, scale = quantize_rows(weight.t(), dtype)
+    return q.t(), scale.flatten()
+
+
+def multiply(dy: Tensor, tensor: Tensor, scale: Tensor) -> Tensor:
+    """dX [M, K] in dY's dtype from dY [M, N], float32 or 16 bits, with any strides, and an 8-bit weight [N, K] with
+    its column scales [K], as `quantize_columns` gives them."""
+    if dy.is_cuda:
+        return _on_cuda(dy, tensor, scale)
+    # N = 1: torch._int_mm (2.13) misreads the strides (1, 1) of a single stored row.
+    integers = tensor.dtype == torch.int8 and tensor.shape[0] > 1 and cpu_multiplies_int8()
+    operand = tensor if integers else tensor.to(torch.bfloat16)  # exact: bfloat16 has 8 significant bits
+    out = torch.empty(dy.shape[0], tensor.shape[1], dtype=dy.dtype, device=dy.device)
+    step = max(1, _SLAB // max(tensor.shape))
+    for start in range(0, dy.shape[0], step):
+        q, row_scale = quantize_rows(dy[start : start + step], tensor.dtype)
+        sums = torch._int_mm(q, operand) if integers else float32_matmul(q.to(torch.bfloat16), operand)
+        out[start : start + step] = (sums * row_scale).mul_(scale)
+    return out
+
+
+def _on_cuda(dy: Tensor, tensor: Tensor, scale: Tensor) -> Tensor:
+    M = dy.shape[0]
+    out = torch.empty(M, tensor.shape[1], dtype=dy.dtype, device=dy.device)
+    if M == 0:
+        return out
+    if tensor.stride(0) != 1:  # cuBLAS wants it stored column by column
+        tensor = tensor.t().contiguous().t()
+    q, row_scale = quantize_rows(dy, tensor.dtype)
+    if tensor.dtype == torch.int8:
+        padded = torch.nn.functional.pad(q, (0, 0, 0, _INT_ROWS - M)) if M < _INT_ROWS else q
+        sums = torch._int_mm(padded, tensor)[:M]
+    elif dy.dtype == torch.bfloat16:
+        return torch._scaled_mm(q, tensor, scale_a=row_scale, scale_b=scale[None], out_dtype=torch.bfloat16)
+    else:  # row-wise scaling gives bfloat16 alone on some GPUs
+        one = torch.ones((), device=dy.device)
+        sums = torch._scaled_mm(q, tensor, scale_a=one, scale_b=one, out_dtype=torch.float32)
+    return torch.mul(sums * row_scale, scale, out=out)
+
+
+@functools.cache
+def cpu_multiplies_int8() -> bool:
+    """Whether torch._int_mm is exact and fast on this CPU. Its 16-bit partial sums saturate without VNNI, and where
+    ONEDNN_MAX_CPU_ISA keeps oneDNN from using it."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not any(capabilities.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8")):
+        return False
+    with _disable_current_modes():
+        largest = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
+        return bool((torch._int_mm(largest, largest.t()) == 64 * 127 * 127).all())
