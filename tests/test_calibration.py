@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import loge_kernels as loge
 from loge_kernels.conversion.calibrate import SCORED
-from loge_kernels.factors.second_moment import Moment
+from loge_kernels.factors.second_moment import SecondMoment
 from loge_kernels.factors.statistics import LayerStatistics
 
 QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -220,7 +220,7 @@ def test_inside_autocast_the_sums_stay_in_float32() -> None:
 def test_a_sketch_gives_the_leading_part_back() -> None:
     scale = torch.logspace(0, -4, 300)
     rows = torch.randn(2000, 300) * scale
-    whole, sketch = Moment(300), Moment(300, whole=False)
+    whole, sketch = SecondMoment(300), SecondMoment(300, whole=False)
     assert sketch.matrix.shape == (300, 300)
     for part in rows.split(500):
         whole.add(part)
@@ -249,7 +249,7 @@ def test_the_stated_bound_of_memory() -> None:
         assert layer.moment.matrix.nbytes == size <= 64 << 20
         assert layer.nbytes <= size + 4 * (shape[0] + 4096)
         assert layer.moment.whole == (min(shape) <= 4096)
-    wide = Moment(14336, "meta")
+    wide = SecondMoment(14336, "meta")
     wide.add(torch.empty(8, 14336, device="meta"))
     assert wide.matrix.shape == (14336, 1024)
 
@@ -257,7 +257,7 @@ def test_the_stated_bound_of_memory() -> None:
 def test_a_sketch_of_more_than_4096_is_one() -> None:
     """The first size that is sketched, for rows of rank 3: what 1024 columns hold exactly."""
     rows = torch.randn(20, 3) @ torch.randn(3, 4097)
-    moment = Moment(4097)
+    moment = SecondMoment(4097)
     assert not moment.whole
     moment.add(rows)
     root = moment.root()

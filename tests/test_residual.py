@@ -154,10 +154,10 @@ def test_refresh_and_become() -> None:
     made.refresh(weight)
     assert_current(made, weight)
     nn.init.normal_(weight)
-    made.become(loge.factorize(weight, 4), weight)
+    made.take_values(loge.factorize(weight, 4), weight)
     assert_current(made, weight)
     plain = loge.factorize(weight, 4)
-    plain.become(made, weight)
+    plain.take_values(made, weight)
     assert_current(plain, weight)
 
 
@@ -168,7 +168,7 @@ def test_importance_lasts_until_there_is_a_newer_one() -> None:
     nn.init.normal_(weight)
     made.refresh(weight)
     assert made.rows.tolist() == [3, 8, 17]
-    made.become(loge.factorize(weight, 4), weight)
+    made.take_values(loge.factorize(weight, 4), weight)
     assert made.rows.tolist() == [3, 8, 17]
     covariance = torch.diag(torch.rand(20) + 0.1)
     covariance[[2, 5, 6], [2, 5, 6]] = 100.0

@@ -122,7 +122,7 @@ def test_no_module_at_the_root_bears_a_public_functions_name() -> None:
 
 @pytest.mark.parametrize("room", sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()))
 def test_a_rooms_init_is_a_docstring(room: str) -> None:
-    """No re-export, so that no function hides a module; `check.run` and what `finetune` documents are the exceptions."""
+    """No re-export, so that no function hides a module; `check.run` and what `finetune` documents are exceptions."""
     body = ast.parse((PACKAGE / room / "__init__.py").read_text()).body
     docstring = ast.get_docstring(ast.Module(body, []))
     assert docstring is not None

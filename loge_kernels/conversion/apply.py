@@ -19,10 +19,10 @@ from ..freezing.freeze import freeze, unfreeze
 from ..freezing.plan import FreezePlan
 from ..layers import exact_every as forwards
 from ..layers.linear import LoGELinear
-from .options import Request
+from .options import ApplyOptions
 from .plan import LayerPlan, make_plan
 from .report import LayerPath, LayerReport, Report
-from .targets import Site, Targets, find_sites, why_nothing_to_convert
+from .targets import TargetLayer, Targets, find_targets, why_nothing_to_convert
 
 
 def apply(
@@ -90,7 +90,7 @@ def apply(
 
     Source: Zhang et al., Applied Sciences 2025, 15(1), 82 (LoGE); Gu et al., arXiv 2406.11753 (freezing).
     """
-    request = Request(
+    options = ApplyOptions(
         rank=rank,
         subspace=subspace,
         calibration=calibration,
@@ -104,36 +104,36 @@ def apply(
         freeze_below=freeze_below,
         backend=backend,
     )
-    request.check_model(model)
+    options.check_model(model)
     if freeze_below is None:
-        return _convert(model, targets, request)
+        return _convert(model, targets, options)
     freeze(model, freeze_below)
     try:
-        return _convert(model, targets, request)
+        return _convert(model, targets, options)
     except BaseException:
         unfreeze(model)
         raise
 
 
-def _convert(wrapped: nn.Module, targets: Targets, request: Request) -> Report:
+def _convert(wrapped: nn.Module, targets: Targets, options: ApplyOptions) -> Report:
     model = unwrapped(wrapped)
-    sites = list(find_sites(model, targets))
-    chosen = [site for site in sites if site.why_not is None]
+    layers_found = list(find_targets(model, targets))
+    chosen = [target for target in layers_found if target.why_not is None]
     if not chosen:
-        raise ValueError(why_nothing_to_convert(model, sites, targets))
-    plans = make_plan(wrapped, chosen, targets, request)
-    for site in chosen:
-        plan = plans[site.name]
-        site.convert_(plan.factors, request.exact_fraction, request.backend, plan.exact_dtype)
+        raise ValueError(why_nothing_to_convert(model, layers_found, targets))
+    plans = make_plan(wrapped, chosen, targets, options)
+    for target in chosen:
+        plan = plans[target.name]
+        target.convert_(plan.factors, options.exact_fraction, options.backend, plan.exact_dtype)
         if plan.factors is None:
-            site.linear.prepare()  # type: ignore[operator]
-    with_factors = [site for site in chosen if plans[site.name].factors is not None]
-    every = request.exact_every if with_factors else None
+            target.linear.prepare()  # type: ignore[operator]
+    with_factors = [target for target in chosen if plans[target.name].factors is not None]
+    every = options.exact_every if with_factors else None
     if every is not None:
-        counter = forwards.attach(model, every, (site.name for site in chosen))
-        for site in with_factors:
-            site.linear.exact_every = counter  # type: ignore[assignment]
-    return Report(tuple(_row(site, plans.get(site.name), request, every) for site in sites), every)
+        counter = forwards.attach(model, every, (target.name for target in chosen))
+        for target in with_factors:
+            target.linear.exact_every = counter  # type: ignore[assignment]
+    return Report(tuple(_row(target, plans.get(target.name), options, every) for target in layers_found), every)
 
 
 def remove(model: nn.Module) -> None:
@@ -153,25 +153,25 @@ def remove(model: nn.Module) -> None:
             module.revert_()
 
 
-def _row(site: Site, plan: LayerPlan | None, request: Request, every: int | None) -> LayerReport:
-    if site.frozen:
-        return LayerReport(site.name, site.sizes, "frozen", "-", None, None, site.about("frozen prefix"), 1.0)
+def _row(target: TargetLayer, plan: LayerPlan | None, options: ApplyOptions, every: int | None) -> LayerReport:
+    if target.frozen:
+        return LayerReport(target.name, target.sizes, "frozen", "-", None, None, target.describe("frozen prefix"), 1.0)
     if plan is None:
-        return LayerReport(site.name, site.sizes, "skipped", "-", None, None, site.why_not or "", 0.0)
-    path, why = _path(site)
-    reason = site.about("; ".join(part for part in (why, plan.reason) if part))
+        return LayerReport(target.name, target.sizes, "skipped", "-", None, None, target.why_not or "", 0.0)
+    path, why = _path(target)
+    reason = target.describe("; ".join(part for part in (why, plan.reason) if part))
     factors = plan.factors
     if factors is None:
-        dx = plan.exact_dtype or str(site.outline.dtype).removeprefix("torch.")
-        return LayerReport(site.name, site.shape, path, dx, None, None, reason, 0.0)
-    saved = 1.0 - min(1.0, factors.cost + request.exact_fraction)
+        dx = plan.exact_dtype or str(target.shape_only.dtype).removeprefix("torch.")
+        return LayerReport(target.name, target.shape, path, dx, None, None, reason, 0.0)
+    saved = 1.0 - min(1.0, factors.cost + options.exact_fraction)
     saved *= 1.0 if every is None else 1.0 - 1.0 / every
     dx = f"rank {factors.rank}" + ("" if factors.low_rank_dtype is None else f" in {factors.low_rank_dtype}")
-    return LayerReport(site.name, site.shape, path, dx, factors.rank, factors.energy, reason, saved)
+    return LayerReport(target.name, target.shape, path, dx, factors.rank, factors.energy, reason, saved)
 
 
-def _path(site: Site) -> tuple[LayerPath, str]:
-    if site.adapter is None:
-        return ("base", site.beside) if site.beside else ("plain", "")
-    why_not = site.adapter.why_not_fused()  # a FusedAdapter by now
+def _path(target: TargetLayer) -> tuple[LayerPath, str]:
+    if target.adapter is None:
+        return ("base", target.wrapper_note) if target.wrapper_note else ("plain", "")
+    why_not = target.adapter.why_not_fused()  # a FusedAdapter by now
     return ("fused", "") if why_not is None else ("base", why_not)

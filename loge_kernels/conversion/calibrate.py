@@ -22,7 +22,7 @@ from ..collectives import distributed, failing_alike, group_of, unwrapped
 from ..factors.statistics import LayerStatistics, Statistics
 from ..numerics.autocast import without_autocast
 from ..numerics.decompositions import leading_triplets
-from .targets import Site, Targets, find_sites, why_nothing_to_convert
+from .targets import TargetLayer, Targets, find_targets, why_nothing_to_convert
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 
@@ -80,7 +80,7 @@ def calibrate(
 def _gather(
     model: nn.Module,
     batches: Iterable[Batch],
-    chosen: list[Site],
+    chosen: list[TargetLayer],
     scores: bool,
     loss: Loss | None,
     device: torch.device | str | None,
@@ -91,16 +91,16 @@ def _gather(
     if path is not None and not path.parent.is_dir():
         raise ValueError(f"file={str(path)!r}: there is no folder {str(path.parent)!r}")
     layers = {}
-    for site in chosen:
-        scored = min(SCORED, *site.shape) if scores else 0
-        kept_on = site.linear.weight.device if device is None else torch.device(device)
-        layers[site.name] = LayerStatistics.empty(site.shape, kept_on, scored)
+    for target in chosen:
+        scored = min(SCORED, *target.shape) if scores else 0
+        kept_on = target.linear.weight.device if device is None else torch.device(device)
+        layers[target.name] = LayerStatistics.empty(target.shape, kept_on, scored)
     statistics = Statistics(layers)
     done = 0
     if path is not None and path.exists():
         statistics = _resumed(path, statistics)
         done = statistics.batches
-    collectors = [_Collector(site, statistics.layers[site.name], scores) for site in chosen]
+    collectors = [_Collector(target, statistics.layers[target.name], scores) for target in chosen]
     saved = time.monotonic()
     with _hooks(collectors), _gradients_kept(model), _running_statistics_kept(model):
         for number, batch in numbered(batches, "calibrating"):
@@ -120,15 +120,15 @@ def _gather(
     return statistics
 
 
-def _chosen(model: nn.Module, targets: Targets) -> list[Site]:
+def _chosen(model: nn.Module, targets: Targets) -> list[TargetLayer]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     if not model.training:
         raise ValueError("model is in eval mode, and calibration is to see training's gradients: call model.train()")
-    sites = list(find_sites(model, targets))
-    chosen = [site for site in sites if site.why_not is None]
+    layers_found = list(find_targets(model, targets))
+    chosen = [target for target in layers_found if target.why_not is None]
     if not chosen:
-        raise ValueError(why_nothing_to_convert(model, sites, targets))
+        raise ValueError(why_nothing_to_convert(model, layers_found, targets))
     return chosen
 
 
@@ -214,7 +214,7 @@ def _running_statistics_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hooks(collectors: list[_Collector]) -> Iterator[None]:
-    handles = [c.site.linear.register_forward_hook(c.on_forward, with_kwargs=True) for c in collectors]
+    handles = [c.target.linear.register_forward_hook(c.on_forward, with_kwargs=True) for c in collectors]
     try:
         yield
     finally:
@@ -226,7 +226,7 @@ def _hooks(collectors: list[_Collector]) -> Iterator[None]:
 class _Collector:
     """Adds what one layer's gradient shows to its statistics."""
 
-    site: Site
+    target: TargetLayer
     statistics: LayerStatistics
     scores: bool
     directions: tuple[Tensor, Tensor] | None = None  # U [N, q], V [K, q], from the first pass on
@@ -250,7 +250,7 @@ class _Collector:
         rows = dy.reshape(-1, dy.shape[-1])  # [M, N]
         into.importance += rows.float().square().sum(0).to(into.importance.device)
         into.tokens += len(rows)
-        into.moment.add(rows @ self.site.weight().to(rows.dtype) if into.of_dx else rows)
+        into.moment.add(rows @ self.target.weight().to(rows.dtype) if into.of_dx else rows)
         if into.scores is not None and x is not None:
             into.scores += self._scores(dy, x).to(into.scores.device)
 
@@ -258,7 +258,7 @@ class _Collector:
         """[3, q]: sums over the batch's samples of g, |g| and g²; a 2-D gradient is one sample."""
         if self.directions is None:
             assert self.statistics.scores is not None
-            U, _, Vt = leading_triplets(self.site.weight(), self.statistics.scores.shape[1])
+            U, _, Vt = leading_triplets(self.target.weight(), self.statistics.scores.shape[1])
             self.directions = U, Vt.t()
         U, V = self.directions
         samples = dy.shape[0] if dy.dim() > 2 else 1

@@ -31,7 +31,7 @@ _OF_LOW_RANK = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
+class ApplyOptions:
     """As documented at `apply`. A bad value raises ValueError or TypeError with the argument, the value and what would
     work."""
 

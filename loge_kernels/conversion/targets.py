@@ -30,7 +30,7 @@ _ABOVE_LAYERS = {"pooler", "pre_classifier", "project_out"}
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class TargetLayer:
     """A linear layer that may be converted: its name, itself, PEFT's layer around it, why it is left alone."""
 
     name: str
@@ -39,7 +39,7 @@ class Site:
     why_not: str | None
     quantized: type[QuantizedLinear] | None = None  # what a quantised layer becomes
     frozen: bool = False  # left alone: no backward reaches it
-    beside: str = ""  # the class of a layer around it that is left as it is
+    wrapper_note: str = ""  # the class of a layer around it that is left as it is
     stack: tuple[int, ...] | None = None  # the shape of several weights in one parameter: left alone
 
     @property
@@ -55,7 +55,7 @@ class Site:
         return self.stack or self.shape
 
     @property
-    def outline(self) -> Tensor:
+    def shape_only(self) -> Tensor:
         """Shape, dtype and device of `weight()` without its values: for questions about costs."""
         if self.quantized is None or self.why_not is not None:
             return self.linear.weight
@@ -76,13 +76,13 @@ class Site:
 
             FusedAdapter.convert_(self.adapter)
 
-    def about(self, reason: str = "") -> str:
+    def describe(self, reason: str = "") -> str:
         """`reason` for the report, after what the weight is where that is not plain."""
         label = "" if self.quantized is None else self.quantized.label(self.linear)
         return "; ".join(part for part in (label, reason) if part)
 
 
-def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
+def find_targets(model: nn.Module, targets: Targets) -> Iterator[TargetLayer]:
     """Every linear layer of the model that is not part of an adapter, with the reason where it is left alone."""
     wanted = _matcher(targets)
     explicit = targets is not None and targets != "all-linear"
@@ -107,7 +107,7 @@ def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
         for path, shape in _stacks(name, module):
             if wanted(path):
                 holder: Any = module
-                yield Site(path, holder, None, _STACKED, frozen=id(module) in frozen, stack=shape)
+                yield TargetLayer(path, holder, None, _STACKED, frozen=id(module) in frozen, stack=shape)
         if not _is_linear(module):
             continue
         path, wrapper = wrapped or (name, None)
@@ -116,15 +116,15 @@ def find_sites(model: nn.Module, targets: Targets) -> Iterator[Site]:
         adapter = None if wrapper is None or fused_class(wrapper) is None else wrapper
         quantized = layer_class(module)
         if id(module) in frozen:
-            yield Site(path, module, adapter, "frozen prefix", quantized, frozen=True)
+            yield TargetLayer(path, module, adapter, "frozen prefix", quantized, frozen=True)
             continue
         why_not = _why_not(path, module, quantized, head, explicit)
-        beside = ""
+        wrapper_note = ""
         if wrapper is not None and adapter is None:
-            beside = f"its adapter is a {_full_name(wrapper)}"
+            wrapper_note = f"its adapter is a {_full_name(wrapper)}"
             if why_not is None and not getattr(wrapper, "keeps_weight", False):
-                why_not = f"{beside}: factors could not follow the weight when that merges"
-        yield Site(path, module, adapter, why_not, quantized, beside=beside)
+                why_not = f"{wrapper_note}: factors could not follow the weight when that merges"
+        yield TargetLayer(path, module, adapter, why_not, quantized, wrapper_note=wrapper_note)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -232,15 +232,15 @@ def _peft_classes() -> tuple[Any, Any, Any]:
     return BaseTunerLayer, fused_class, ModulesToSaveWrapper
 
 
-def why_nothing_to_convert(model: nn.Module, sites: list[Site], targets: Targets) -> str:
+def why_nothing_to_convert(model: nn.Module, layers_found: list[TargetLayer], targets: Targets) -> str:
     """What to tell a user whose model has no layer to convert."""
-    if sites:
-        if all(site.frozen for site in sites):
+    if layers_found:
+        if all(target.frozen for target in layers_found):
             return f"nothing to convert in this {type(model).__name__}: every linear layer is in the frozen prefix"
-        if any(isinstance(site.linear, LoGELinear) and site.linear.converted for site in sites):
+        if any(isinstance(target.linear, LoGELinear) and target.linear.converted for target in layers_found):
             return "model is converted already; call loge_kernels.remove(model) first"
-        shown = "; ".join(f"{site.name} {site.why_not}" for site in sites[:3])
-        rest = f"; and {len(sites) - 3} more" if len(sites) > 3 else ""
+        shown = "; ".join(f"{target.name} {target.why_not}" for target in layers_found[:3])
+        rest = f"; and {len(layers_found) - 3} more" if len(layers_found) > 3 else ""
         return f"nothing to convert in this {type(model).__name__}: {shown}{rest}"
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not names:

@@ -187,9 +187,9 @@ class Factors:
             fresh = factorize(weight, self.rank, self.method, covariance)
         if self.rows is not None and covariance is not None:
             fresh = fresh.with_residual(weight, self.rows.shape[0], covariance.diagonal())
-        self.become(fresh, weight)
+        self.take_values(fresh, weight)
 
-    def become(self, fresh: Factors, weight: Tensor) -> None:
+    def take_values(self, fresh: Factors, weight: Tensor) -> None:
         """Take over the values of `fresh`, factors of `weight`. Where these factors have a residual and `fresh` has
         none, as many rows are chosen for it by the same importance."""
         if self.rows is not None and fresh.rows is None:

@@ -22,7 +22,7 @@ WHOLE_UP_TO = 4096
 WIDTH = 1024
 
 
-class Moment:
+class SecondMoment:
     """The second moment of the rows [., size] that were added, in float32.
 
     `matrix` is C [size, size] or its sketch [size, WIDTH], on `device`; two moments of one size may be added up.

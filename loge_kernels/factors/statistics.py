@@ -2,7 +2,7 @@
 
 Per layer, with q the number of scored singular directions (0 unless salience is wanted), in float32:
 
-    moment       of dY [M, N] where N ≤ K, of dX = dY W [M, K] where K < N: `moments.Moment`, at most 64 MiB whole
+    moment       of dY [M, N] where N ≤ K, of dX = dY W [M, K] where K < N: `SecondMoment`, at most 64 MiB whole
     importance   [N]      Σ_t dY_tn²
     scores       [3, q]   sums over samples of g_j, |g_j| and g_j², g_j = u_jᵀ (∂L/∂W) v_j = Σ_t (dY_t · u_j)(x_t · v_j)
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..collectives import Group
 from ..files import DAMAGED, replacing
-from .second_moment import Moment
+from .second_moment import SecondMoment
 
 _FORMAT = "loge_kernels statistics 2"
 
@@ -31,7 +31,7 @@ class LayerStatistics:
     """One linear layer's; shapes in the module's docstring. `shape` is (N, K), `tokens` how many reached it."""
 
     shape: tuple[int, int]
-    moment: Moment
+    moment: SecondMoment
     importance: Tensor
     scores: Tensor | None = None
     tokens: int = 0
@@ -41,7 +41,7 @@ class LayerStatistics:
         """Statistics of no tokens, with room for `scored` singular directions."""
         N, K = shape
         scores = torch.zeros(3, scored, device=device) if scored else None
-        return LayerStatistics(shape, Moment(min(N, K), device), torch.zeros(N, device=device), scores=scores)
+        return LayerStatistics(shape, SecondMoment(min(N, K), device), torch.zeros(N, device=device), scores=scores)
 
     @property
     def unseen(self) -> bool:
@@ -101,7 +101,7 @@ class Statistics:
                 layers = {}
                 for name, (N, K, whole, tokens) in about["layers"].items():
                     matrix = file.get_tensor(f"{name}|moment")
-                    moment = Moment(min(N, K), device, whole)
+                    moment = SecondMoment(min(N, K), device, whole)
                     if moment.matrix.shape != matrix.shape:
                         raise ValueError(f"the moment of {name} has shape {tuple(matrix.shape)}")
                     moment.matrix = matrix

@@ -210,7 +210,7 @@ class LoGELinear(ShardedLinear):
         if self.factors is not None:
             weight = self.dense_weight()
             if self.factors.method == "svd":
-                self.factors.become(cached_factors(weight, self.factors.rank), weight)
+                self.factors.take_values(cached_factors(weight, self.factors.rank), weight)
             else:
                 self.factors.refresh(weight)
             self.factors.bind(self.weight)  # which `weight` was made from
