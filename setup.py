@@ -25,7 +25,6 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-VERSION = "0.1.0"
 MAPPED = {"loge_kernels.triton_kernels": "triton_kernels", "loge_kernels.bench": "bench"}
 ROOT = Path(__file__).resolve().parent
 
@@ -54,7 +53,10 @@ def toolkit(nvcc: str) -> str:
 
 def version(nvcc: str | None) -> str:
     """The package's version; the local tag keeps wheels of different toolkits apart."""
-    return VERSION if nvcc is None else f"{VERSION}+cu{toolkit(nvcc).replace('.', '')}"
+    # Read and not imported: the package imports torch, and a build has none.
+    source = (ROOT / "loge_kernels" / "__init__.py").read_text(encoding="utf-8")
+    (number,) = re.findall(r'^__version__ = "(.+)"$', source, re.MULTILINE)
+    return number if nvcc is None else f"{number}+cu{toolkit(nvcc).replace('.', '')}"
 
 
 def find_tool(name: str) -> str | None:

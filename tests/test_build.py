@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,12 @@ def test_cutlass_is_wanted_for_sm_90a_alone(build: ModuleType, tmp_path: Path, m
     monkeypatch.setenv("CUTLASS_INCLUDE", "/somewhere")
     assert build.why_no_cuda() is None
     assert build.cutlass_include() == "/somewhere"
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    first = re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert first is not None
+    assert first[1].startswith(f"[{loge.__version__}] - ")
 
 
 def test_the_local_tag_is_the_toolkits(build: ModuleType, tmp_path: Path) -> None:
