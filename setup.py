@@ -7,7 +7,8 @@
                                       one of /usr/local/cuda; with none of them the package is pure Python
     LOGE_CUDA_ARCHS                   compute capabilities to compile for (CMakeLists.txt has the default)
     LOGE_SKIP_CUDA                    1: a pure-Python package, whatever is installed
-    CUTLASS_INCLUDE                   folder that holds cute/, instead of the one of the nvidia-cutlass package
+    CUTLASS_INCLUDE                   folder that holds cute/, instead of the one of the nvidia-cutlass package or of
+                                      this Python's include/
     MAX_JOBS                          compilers at a time
 """
 
@@ -86,11 +87,13 @@ def why_no_cuda() -> str | None:
 
 def cutlass_include() -> str:
     """The folder that holds cute/, or "" where it is not installed: not every kernel needs it."""
-    given = os.environ.get("CUTLASS_INCLUDE")
+    if os.environ.get("CUTLASS_INCLUDE"):
+        return os.environ["CUTLASS_INCLUDE"]
     spec = find_spec("cutlass_library")
-    if given or spec is None or spec.origin is None:
-        return given or ""
-    return str(Path(spec.origin).parent / "source" / "include")
+    if spec is not None and spec.origin is not None:
+        return str(Path(spec.origin).parent / "source" / "include")
+    here = Path(sys.prefix) / "include"
+    return str(here) if (here / "cute").is_dir() else ""
 
 
 class CMakeBuild(build_ext):

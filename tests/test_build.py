@@ -47,6 +47,7 @@ def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.setenv("PATH", f"{tmp_path / 'path'}:/usr/bin:/bin")
     monkeypatch.setattr(module.shutil, "which", elsewhere)
     monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(module.sys, "prefix", str(tmp_path / "prefix"))
     monkeypatch.setattr(module, "find_tool", lambda name: f"/tools/{name}")
     return module
 
@@ -109,6 +110,12 @@ def test_cutlass_is_wanted_for_sm_90a_alone(build: ModuleType, tmp_path: Path, m
     monkeypatch.setenv("CUTLASS_INCLUDE", "/somewhere")
     assert build.why_no_cuda() is None
     assert build.cutlass_include() == "/somewhere"
+
+
+def test_cutlass_is_also_found_among_the_environments_headers(build: ModuleType, tmp_path: Path) -> None:
+    assert build.cutlass_include() == ""
+    (tmp_path / "prefix" / "include" / "cute").mkdir(parents=True)
+    assert build.cutlass_include() == str(tmp_path / "prefix" / "include")
 
 
 def test_the_changelog_begins_with_this_version() -> None:

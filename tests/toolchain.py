@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,14 +21,15 @@ needs_compiler = pytest.mark.skipif(
 
 
 def cutlass_include() -> Path | None:
-    """CUTLASS's headers: CUTLASS_INCLUDE, or those in the nvidia-cutlass wheel."""
+    """CUTLASS's headers: CUTLASS_INCLUDE, or those in the nvidia-cutlass wheel or in this Python's include/."""
     named = os.environ.get("CUTLASS_INCLUDE")
     if named:
         return Path(named)
     wheel = find_spec("cutlass_library")
-    if wheel is None or not wheel.submodule_search_locations:
-        return None
-    return Path(wheel.submodule_search_locations[0]) / "source" / "include"
+    if wheel is not None and wheel.submodule_search_locations:
+        return Path(wheel.submodule_search_locations[0]) / "source" / "include"
+    here = Path(sys.prefix) / "include"
+    return here if (here / "cute").is_dir() else None
 
 
 def cuda_include() -> Path | None:
