@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,13 @@ def test_module_runs() -> None:
     )
     for command in ("info", "check", "bench", "finetune"):
         assert command in done.stdout
+
+
+def test_the_command_that_the_package_installs_is_the_modules() -> None:
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    scripts = re.search(r"^\[project\.scripts\]\nloge = \"(.+):(.+)\"\n$", project, re.MULTILINE)
+    assert scripts is not None
+    assert getattr(import_module(scripts[1]), scripts[2]) is app
 
 
 @pytest.mark.parametrize(
