@@ -19,6 +19,8 @@ import loge_kernels as loge
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "LOGE_SKIP_CUDA", "LOGE_CUDA_ARCHS", "CUTLASS_INCLUDE", "MAX_JOBS")
+ALONE = ("CMakeLists.txt", "LICENSE", "Makefile", "constraints.txt", "pyproject.toml")
+ABOUT = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the extension is built on Linux alone")
 
@@ -194,8 +196,8 @@ def test_a_source_distribution_is_complete_and_belongs_to_no_toolkit(
     top = f"loge_kernels-{loge.__version__}"
     with tarfile.open(tmp_path / f"{top}.tar.gz") as archive:
         names = set(archive.getnames())
-    wanted = [ROOT / name for name in ("CMakeLists.txt", "LICENSE", "Makefile", "constraints.txt", "pyproject.toml")]
-    for folder in ("csrc", "tests", "docs", "loge_kernels", "triton_kernels", "bench"):
+    wanted = [ROOT / name for name in (*ALONE, *ABOUT)]
+    for folder in ("csrc", "tests", "docs", "examples", "loge_kernels", "triton_kernels", "bench"):
         suffixes = ("*.cu", "*.cuh", "*.cpp", "*.h", "*.py", "*.json", "*.md", "py.typed")
         wanted += [path for suffix in suffixes for path in (ROOT / folder).rglob(suffix)]
     missing = {f"{top}/{path.relative_to(ROOT)}" for path in wanted if "results" not in path.parts} - names
