@@ -13,7 +13,7 @@ import pytest
 import torch
 from finetuning import base, finished, tiny, whole  # noqa: F401 (fixtures)
 
-from loge_kernels.numerics import matmul as products
+from loge_kernels.numerics import matmul
 
 # The package exports a function of the same name, so `from loge_kernels import backends` is not the module.
 backends = import_module("loge_kernels.backend.choice")
@@ -22,7 +22,7 @@ backends = import_module("loge_kernels.backend.choice")
 @pytest.fixture(params=[False, True], ids=["16-bit instructions", "float32 blocks"])
 def either_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """A CPU that has matrix instructions for 16 bits, and one that has none, whatever this one is."""
-    monkeypatch.setattr(products, "slow_on_cpu", lambda dtype: request.param and dtype.itemsize == 2)
+    monkeypatch.setattr(matmul, "slow_on_cpu", lambda dtype: request.param and dtype.itemsize == 2)
     return request.param
 
 

@@ -86,8 +86,8 @@ def _low_rank_layers(layers_found: list[TargetLayer], options: ApplyOptions) -> 
     for target in reversed(layers_found):
         if getattr(target.adapter, "edits_weight", False):
             raise ValueError(
-                f"rank={options.rank!r}: the weight of layer {target.name!r} changes at every switch of SwitchLoRA, and "
-                "factors would be computed anew each time: apply without rank="
+                f"rank={options.rank!r}: the weight of layer {target.name!r} changes at every switch of SwitchLoRA, "
+                "and factors would be computed anew each time: apply without rank="
             )
         above += target.shape_only.numel()
         if above > options.exact_layers * total * (1 + 1e-9):
@@ -129,7 +129,8 @@ def _tell_unseen(layers_found: list[TargetLayer], statistics: Statistics) -> Non
     ]
     if len(unseen) == len(layers_found):
         raise ValueError(
-            f"calibration saw no gradient at any of the {len(layers_found)} layers: no token of its batches reached them"
+            f"calibration saw no gradient at any of the {len(layers_found)} layers: no token of its batches reached "
+            "them"
         )
     if unseen:
         logger.warning(

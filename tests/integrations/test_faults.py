@@ -22,7 +22,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
 import loge_kernels as loge
-from loge_kernels import files as atomic
+from loge_kernels import files
 from loge_kernels.files import replacing
 from loge_kernels.finetune import FinetuneError, job
 
@@ -121,7 +121,7 @@ def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "state.bin"
     for pause in (0.0, 0.013, 0.031):
         path.unlink(missing_ok=True)
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path), atomic.__file__])
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path), files.__file__])
         deadline = time.monotonic() + 60
         while not path.exists() and time.monotonic() < deadline:
             time.sleep(0.005)

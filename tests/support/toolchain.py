@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = Path(__file__).parent.parent / "csrc"
-HOST_SOURCES = Path(__file__).parent / "csrc"
+SOURCES = Path(__file__).parents[2] / "csrc"
+HOST_SOURCES = Path(__file__).parents[1] / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 needs_compiler = pytest.mark.skipif(

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import loge_kernels as loge
 from loge_kernels.backend import reference
-from loge_kernels.numerics import matmul as products
+from loge_kernels.numerics import matmul
 
 # Gradients
 
@@ -177,7 +177,7 @@ def test_products_run_outside_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def spy(*arguments: Any) -> Tensor:
         inside.append(torch.is_autocast_enabled("cpu"))
-        return products.matmul(*arguments)
+        return matmul.matmul(*arguments)
 
     monkeypatch.setattr(reference, "matmul", spy)
     with torch.autocast("cpu", torch.bfloat16):

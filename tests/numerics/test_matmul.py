@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loge_kernels.numerics import matmul as products
+from loge_kernels.numerics import matmul as module
 from loge_kernels.numerics.matmul import add_matmul, matmul
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -18,14 +18,14 @@ HALVES = (torch.bfloat16, torch.float16)
 def blocked(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """Every dtype counts as slow if it has 16 bits; returns the dtypes that went through the blocks."""
     calls: list[torch.dtype] = []
-    original = products._blocked
+    original = module._blocked
 
     def spy(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> torch.Tensor:
         calls.append(a.dtype)
         return original(a, b, out, add)
 
-    monkeypatch.setattr(products, "slow_on_cpu", lambda dtype: dtype in HALVES)
-    monkeypatch.setattr(products, "_blocked", spy)
+    monkeypatch.setattr(module, "slow_on_cpu", lambda dtype: dtype in HALVES)
+    monkeypatch.setattr(module, "_blocked", spy)
     return calls
 
 
@@ -52,8 +52,8 @@ def test_blocks(
     blocked: list[torch.dtype],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(products, "_STREAMED", streamed)
-    monkeypatch.setattr(products, "_RESIDENT", resident)
+    monkeypatch.setattr(module, "_STREAMED", streamed)
+    monkeypatch.setattr(module, "_RESIDENT", resident)
     I, J, L = shape
     a, b = torch.randn(I, J).to(dtype), torch.randn(J, L).to(dtype)
     got = matmul(a, b)
@@ -64,8 +64,8 @@ def test_blocks(
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_any_strides(dtype: torch.dtype, blocked: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_STREAMED", 50)
-    monkeypatch.setattr(products, "_RESIDENT", 70)
+    monkeypatch.setattr(module, "_STREAMED", 50)
+    monkeypatch.setattr(module, "_RESIDENT", 70)
     a, b = torch.randn(18, 40).to(dtype), torch.randn(30, 40).to(dtype)
     for left, right in [(a, b.t()), (a[::2, ::4], b[::3].t()[::4]), (a.t(), a), (a[:1].expand(5, 40), b.t())]:
         assert_rounded_once(matmul(left, right), left, right)
@@ -88,8 +88,8 @@ class Watching(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 def test_add(dtype: torch.dtype, blocked: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_STREAMED", 50)
-    monkeypatch.setattr(products, "_RESIDENT", 70)
+    monkeypatch.setattr(module, "_STREAMED", 50)
+    monkeypatch.setattr(module, "_RESIDENT", 70)
     a, b, start = torch.randn(18, 40).to(dtype), torch.randn(40, 30).to(dtype), torch.randn(18, 30).to(dtype)
     out = start.clone()
     assert add_matmul(out, a, b) is out
@@ -129,7 +129,7 @@ def test_only_slow_dtypes_go_through_blocks(blocked: list[torch.dtype], monkeypa
         a, b = torch.randn(3, 4, dtype=dtype), torch.randn(4, 5, dtype=dtype)
         assert torch.equal(matmul(a, b), a @ b)
     assert not blocked
-    monkeypatch.setattr(products, "slow_on_cpu", lambda dtype: False)
+    monkeypatch.setattr(module, "slow_on_cpu", lambda dtype: False)
     a, b = torch.randn(3, 4).bfloat16(), torch.randn(4, 5).bfloat16()
     assert torch.equal(matmul(a, b), a @ b)
     assert matmul(a, b, torch.float32).dtype == torch.float32
@@ -137,7 +137,19 @@ def test_only_slow_dtypes_go_through_blocks(blocked: list[torch.dtype], monkeypa
 
 
 def test_slow_on_cpu_asks_torch() -> None:
-    assert not products.slow_on_cpu(torch.float32)
-    assert not products.slow_on_cpu(torch.float64)
-    assert products.slow_on_cpu(torch.bfloat16) is not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert products.slow_on_cpu(torch.float16) is not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    assert not module.slow_on_cpu(torch.float32)
+    assert not module.slow_on_cpu(torch.float64)
+    assert module.slow_on_cpu(torch.bfloat16) is not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert module.slow_on_cpu(torch.float16) is not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+@pytest.mark.parametrize("columns", [1, 8, 9])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_narrow_results_are_rounded_once_and_contiguous(columns: int, transposed: bool) -> None:
+    """Up to 8 columns the product is taken transposed."""
+    a, b = torch.randn(30, 70), torch.randn(70, columns)
+    a = a.t().contiguous().t() if transposed else a
+    got = module.matmul(a, b)
+    assert got.is_contiguous()
+    torch.testing.assert_close(got, (a.double() @ b.double()).float(), rtol=1e-5, atol=1e-5)
+    assert module.matmul(a, b, torch.float64).dtype == torch.float64

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from calibrating import QUERY, UP, batches, by_hand
 from models import llama, lora, tokens
 from torch import Tensor, nn
 
@@ -15,34 +16,6 @@ import loge_kernels as loge
 from loge_kernels.conversion.calibrate import SCORED
 from loge_kernels.factors.second_moment import SecondMoment
 from loge_kernels.factors.statistics import LayerStatistics
-
-QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
-UP = "base_model.model.model.layers.1.mlp.up_proj"
-
-
-def batches(count: int = 3) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(5)
-    ids = [torch.randint(50, (2, 12), generator=generator) for _ in range(count)]
-    return [{"input_ids": one, "labels": one} for one in ids]
-
-
-def by_hand(model: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
-    """dY and x of the layer, for each batch."""
-    base: Any = model.get_submodule(name)
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    embedding.weight.requires_grad_()  # the gradient of the first layers exists then
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        output.register_hook(lambda dy: seen.append((dy.clone(), inputs[0].detach())))
-
-    handle = base.base_layer.register_forward_hook(keep)
-    for batch in batches():
-        model(**batch).loss.backward()
-    handle.remove()
-    embedding.weight.requires_grad_(False)
-    model.zero_grad()
-    return seen
 
 
 def test_the_sums_are_those_of_every_batch() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from calibrating import QUERY, UP, batches, by_hand
 from models import gradients, lora, tokens
-from test_calibration import QUERY, UP, batches, by_hand
 
 import loge_kernels as loge
 from loge_kernels.factors.subspaces import READINGS, subspace

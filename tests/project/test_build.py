@@ -17,7 +17,7 @@ from setuptools import Distribution, Extension
 
 import loge_kernels as loge
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "LOGE_SKIP_CUDA", "LOGE_CUDA_ARCHS", "CUTLASS_INCLUDE", "MAX_JOBS")
 ALONE = ("CMakeLists.txt", "LICENSE", "Makefile", "constraints.txt", "pyproject.toml")
 ABOUT = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md")

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import loge_kernels as loge
 from loge_kernels.bench.memory import with_peak_memory
-from loge_kernels.numerics import matmul as products
+from loge_kernels.numerics import matmul
 
 HALF = [torch.bfloat16, torch.float16]
-BLOCKED = products._blocked
+BLOCKED = matmul._blocked
 
 
 def autocast(dtype: torch.dtype | None) -> Any:
@@ -136,7 +136,7 @@ def casts(model: nn.Module, dtype: torch.dtype | None) -> int:
     ids = tokens(96)
     counted = Casts(ids.numel())
     with pytest.MonkeyPatch.context() as patch, counted:
-        patch.setattr(products, "_blocked", counted.blocked)
+        patch.setattr(matmul, "_blocked", counted.blocked)
         step(model, ids, dtype)
     return counted.count
 
@@ -194,9 +194,9 @@ def test_peak_memory_is_at_most_pefts(stack: str, policy: dict[str, Any], monkey
     # On a CPU some products work through blocks of a fixed size, which is larger than these whole models.
     monkeypatch.setattr("loge_kernels.numerics.eight_bit._SLAB", 1 << 12)
     for name in ("_RESIDENT", "_STREAMED"):
-        monkeypatch.setattr(products, name, 1 << 12)
+        monkeypatch.setattr(matmul, name, 1 << 12)
     base, dtype, checkpointed, dropout, slow = STACKS[stack]
-    monkeypatch.setattr(products, "slow_on_cpu", lambda dtype: slow and dtype.itemsize == 2)
+    monkeypatch.setattr(matmul, "slow_on_cpu", lambda dtype: slow and dtype.itemsize == 2)
     model, other = (lora(llama(base), lora_dropout=dropout).train() for _ in range(2))
     loge.apply(model, **policy)
     assert peak(model, checkpointed, dtype) <= peak(other, checkpointed, dtype)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import loge_kernels as loge
-from loge_kernels import files as atomic
+from loge_kernels import files
 from loge_kernels.factors import cache
 from loge_kernels.factors.cache import cached_factors, fingerprint
 from loge_kernels.triton_kernels import tuning
@@ -99,18 +99,18 @@ def test_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, computed: list[tup
     assert_equal(cached_factors(weight, 4), cached_factors(weight, 4))
     assert len(computed) == 2
     assert list(tmp_path.iterdir()) == []
-    assert atomic.cache_dir() is None
+    assert files.cache_dir() is None
 
 
 def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("LOGE_CACHE", "~/mine")
-    assert atomic.cache_dir() == tmp_path / "mine"
+    assert files.cache_dir() == tmp_path / "mine"
     monkeypatch.delenv("LOGE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert atomic.cache_dir() == tmp_path / "xdg" / "loge_kernels"
+    assert files.cache_dir() == tmp_path / "xdg" / "loge_kernels"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert atomic.cache_dir() == tmp_path / ".cache" / "loge_kernels"
+    assert files.cache_dir() == tmp_path / ".cache" / "loge_kernels"
 
 
 @pytest.mark.parametrize(
@@ -128,11 +128,11 @@ def test_a_user_without_a_home(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.setenv("LOGE_CACHE", chosen)
-    atomic._tell_homeless.cache_clear()
+    files._tell_homeless.cache_clear()
     weight = torch.randn(20, 30)
     with caplog.at_level(logging.WARNING, "loge_kernels"):
         assert_equal(cached_factors(weight, 4), loge.factorize(weight, 4))
-        assert atomic.cache_dir() is None
+        assert files.cache_dir() is None
         assert tuning.table_path("here") is None
     (record,) = caplog.records
     assert named in record.getMessage()

@@ -15,7 +15,7 @@ import tiny_llama
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def test_module_runs() -> None:
 
 
 def test_the_command_that_the_package_installs_is_the_modules() -> None:
-    project = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     scripts = re.search(r"^\[project\.scripts\]\nloge = \"(.+):(.+)\"\n$", project, re.MULTILINE)
     assert scripts is not None
     assert getattr(import_module(scripts[1]), scripts[2]) is app
