@@ -9,8 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..numerics.matmul import matmul
 from .problem import BackwardProblem, Gradients
+from .reference import add_weight_gradient
 
 _CODES = {torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 
@@ -118,8 +118,7 @@ def backward(p: BackwardProblem) -> Gradients:
         gradients.dA = dA.to(p.lora_A.dtype)
     if dB is not None and p.lora_B is not None:
         gradients.dB = dB.to(p.lora_B.dtype)
-    if p.need_dweight and p.x is not None:
-        gradients.dweight = matmul(p.dy.t(), p.x)
+    add_weight_gradient(gradients, p)
     if p.need_dbias:
         gradients.dbias = p.dy.sum(0)
     return gradients

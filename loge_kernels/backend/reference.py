@@ -109,12 +109,17 @@ def backward(problem: BackwardProblem) -> Gradients:
         assert p.xa is not None
         assert p.lora_B is not None
         gradients.dB = matmul(p.dy.t(), p.xa, p.lora_B.dtype).mul_(p.scaling)
-    if p.need_dweight:
-        assert p.x is not None
-        gradients.dweight = matmul(p.dy.t(), p.x)
+    add_weight_gradient(gradients, p)
     if p.need_dbias:
         gradients.dbias = p.dy.sum(0)
     return gradients
+
+
+def add_weight_gradient(gradients: Gradients, p: BackwardProblem) -> None:
+    """dW = dYᵀ x [N, K], where it is wanted: a dense product of its own, whoever computes the rest."""
+    if p.need_dweight:
+        assert p.x is not None
+        gradients.dweight = matmul(p.dy.t(), p.x)
 
 
 def _merges(p: BackwardProblem) -> bool:

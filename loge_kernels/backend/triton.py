@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import triton_kernels as kernels
-from ..numerics.matmul import matmul
 from .problem import BackwardProblem, Gradients, Operands
+from .reference import add_weight_gradient
 
 
 def why_not_here() -> str | None:
@@ -49,8 +49,9 @@ def backward(p: BackwardProblem) -> Gradients:
         need_dbias=p.need_dbias,
         deterministic=p.deterministic,
     )
-    dweight = matmul(p.dy.t(), p.x) if p.need_dweight and p.x is not None else None
-    return Gradients(dx=dx, dweight=dweight, dbias=dbias, dA=dA, dB=dB)
+    gradients = Gradients(dx=dx, dbias=dbias, dA=dA, dB=dB)
+    add_weight_gradient(gradients, p)
+    return gradients
 
 
 def why_not_auto(p: BackwardProblem) -> str | None:

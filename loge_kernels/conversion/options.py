@@ -15,6 +15,7 @@ from ..factors.subspaces import FROM_CALIBRATION, READINGS
 from ..freezing.plan import FreezePlan
 from ..layers.linear import LoGELinear
 from ..numerics.eight_bit import DTYPES
+from ..op.arguments import share
 from .exact_dtype import AUTO
 
 SUBSPACES = ("svd", *FROM_CALIBRATION)
@@ -113,8 +114,7 @@ class ApplyOptions:
     def _check_ranges(self) -> None:
         shares = {"exact_layers": "frozen weights", "exact_fraction": "rows", "residual": "rows of a weight"}
         for name, what in shares.items():
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not a share of the {what} in [0, 1]")
+            share(name, getattr(self, name), what)
         if self.exact_every is not None and self.exact_every < 1:
             raise ValueError(
                 f"exact_every={self.exact_every!r}: one forward in so many is exact; give an int from 1 up"

@@ -13,6 +13,7 @@ from ..backend.choice import check_name
 from ..factors.cache import cached_factors
 from ..factors.factors import Factors
 from ..numerics.eight_bit import EightBitWeight, why_not
+from ..op.arguments import probability, share
 from ..op.linear import linear
 from .exact_every import ExactEvery
 from .sharded import ShardedLinear
@@ -85,7 +86,7 @@ class LoGELinear(ShardedLinear):
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         layer._adopt(None if factors is None else factors.bind(layer.weight), exact_fraction, backend, exact_dtype)
-        layer.lora_dropout = _probability("lora_dropout", lora_dropout)
+        layer.lora_dropout = probability("lora_dropout", lora_dropout)
         if lora_rank > 0:
             layer._add_adapter(lora_rank, lora_alpha)
         layer.train(linear.training)
@@ -106,7 +107,7 @@ class LoGELinear(ShardedLinear):
         self.register_parameter("lora_B", None)
         self.scaling = 1.0
         self.lora_dropout = 0.0
-        self.exact_fraction = _share("exact_fraction", exact_fraction)
+        self.exact_fraction = share("exact_fraction", exact_fraction)
         self.exact_every = None
         self.backend = None if backend is None else check_name(backend, "backend")
         self.gather = None
@@ -274,15 +275,3 @@ class LoGELinear(ShardedLinear):
         adapter = "" if self.lora_A is None else f", lora_rank={self.lora_A.shape[0]}, scaling={self.scaling:g}"
         factors = "" if self.factors is None else f", {self.factors}"
         return super().extra_repr() + adapter + factors
-
-
-def _probability(name: str, value: float) -> float:
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name}={value!r} is not a probability in [0, 1)")
-    return float(value)
-
-
-def _share(name: str, value: float) -> float:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}={value!r} is not a share of the rows in [0, 1]")
-    return float(value)

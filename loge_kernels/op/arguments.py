@@ -39,10 +39,22 @@ def check(x: Tensor, operands: Operands, dropout: float, exact_fraction: float) 
         float32_too = x.dtype in (torch.float16, torch.bfloat16)
         _same("lora_A", lora_A, x, (P, K), float32_too)
         _same("lora_B", lora_B, x, (N, P), float32_too)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout={dropout!r} is not a probability in [0, 1)")
-    if not 0.0 <= exact_fraction <= 1.0:
-        raise ValueError(f"exact_fraction={exact_fraction!r} is not a share of the rows in [0, 1]")
+    probability("dropout", dropout)
+    share("exact_fraction", exact_fraction)
+
+
+def probability(name: str, value: float) -> float:
+    """`value`; ValueError, which calls it `name`, outside [0, 1)."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}={value!r} is not a probability in [0, 1)")
+    return float(value)
+
+
+def share(name: str, value: float, what: str = "rows") -> float:
+    """`value`; ValueError, which calls it `name`, outside [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}={value!r} is not a share of the {what} in [0, 1]")
+    return float(value)
 
 
 def _same(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], float32_too: bool = False) -> None:

@@ -18,9 +18,10 @@ import typer
 from pages import PAGES, ROOT, blocks
 
 import loge_kernels as loge
+from loge_kernels.backend import choice as registry
 
-pytest.importorskip("peft")
 pytest.importorskip("transformers")
+peft_layers = pytest.importorskip("loge_kernels.layers.peft", exc_type=ImportError)
 
 DOCS = ROOT / "docs"
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -33,8 +34,8 @@ _ASSIGNMENT = re.compile(r"[A-Z][A-Z_]*=")
 
 @with_code
 def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry = import_module("loge_kernels.backend.choice")
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setattr(peft_layers, "_FUSED", dict(peft_layers._FUSED))
     names = pages.namespace(tmp_path, monkeypatch)
     if "torchrun" in page.read_text():
         pages.as_torchrun(monkeypatch)

@@ -29,13 +29,10 @@ MAY_IMPORT: dict[str, str] = {
     "layers": "numerics factors backend op",
     "check": "numerics factors backend op",
     "methods": "numerics layers",
-    "conversion": "numerics factors backend layers freezing collectives batches triton_kernels",
+    "conversion": "numerics factors backend op layers freezing collectives batches triton_kernels",
     "integrations": "factors layers freezing",
-    "finetune": "numerics factors layers freezing conversion methods files command_line",
-    "bench": (
-        "numerics factors backend op layers check freezing conversion integrations methods finetune command_line files "
-        "batches triton_kernels _C __init__"
-    ),
+    "finetune": "numerics factors layers freezing conversion methods files",
+    "bench": "numerics factors backend check conversion finetune command_line triton_kernels __init__",
     "__main__": "__init__ backend bench check command_line files finetune triton_kernels",
     "__init__": "numerics factors backend op layers freezing conversion integrations methods triton_kernels",
 }
