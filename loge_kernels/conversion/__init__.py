@@ -1,5 +1,5 @@
 """`loge_kernels.apply`: which layers, what each of them does, and the report.
 
 Read apply first; then options, targets, plan, calibrate, report.
-Imports layers, freezing, backend, factors and numerics; triton_kernels for its cost model.
+Imports layers, op, freezing, backend, factors and numerics; triton_kernels for its cost model.
 """

@@ -39,7 +39,7 @@ def test_a_layer_of_ones_own_is_fused_once_it_is_registered(monkeypatch: pytest.
             return self.lora_A[name].weight, self.lora_B[name].weight, self.lora_dropout[name]
 
     model, expected = mine(), gradients(mine())
-    with pytest.raises(ValueError, match="its adapter is a .*Mine: factors could not follow"):
+    with pytest.raises(ValueError, match=r"its adapter is a .*Mine: factors could not follow"):
         loge.apply(model, exact_dtype=None)
     loge.register_fused(Mine, FusedMine)
     report = loge.apply(model, exact_dtype=None)
