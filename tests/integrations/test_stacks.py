@@ -1,8 +1,7 @@
-"""What people train with, around an applied model: Accelerate's loop, the Trainer, files for plain PEFT."""
+"""What people train with, around an applied model: Accelerate's loop and the Trainer."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from models import VOCABULARY, assert_close, assert_differ, bases, llama, logits, lora, tokens
-from safetensors.torch import load_file, save_file
+from models import VOCABULARY, assert_close, assert_differ, bases, lora
 from situations import EXACT, LOW, ONE_IN_TWO, trained
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -162,56 +160,3 @@ def test_the_package_imports_without_transformers() -> None:
         "assert 'transformers' in sys.modules; hasattr(loge_kernels, 'nothing') and sys.exit(1)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
-
-
-# Files
-
-
-_WITHOUT_US = """
-import sys
-
-class Forbidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "loge_kernels":
-            raise ModuleNotFoundError("loge_kernels is not installed here")
-
-sys.meta_path.insert(0, Forbidden())
-folder, config, out = sys.argv[1:]
-import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-
-torch.set_num_threads(1)
-base = LlamaForCausalLM(LlamaConfig.from_json_file(config))
-base.load_state_dict(load_file(folder + "/base.safetensors"))
-tokens = load_file(folder + "/tokens.safetensors")["tokens"]
-trained = PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
-assert "loge_kernels" not in sys.modules
-output = trained(input_ids=tokens, labels=tokens)
-output.loss.backward()
-assert any(p.grad is not None for p in trained.parameters())
-save_file({"logits": output.logits.detach()}, out)
-"""
-
-
-def test_adapters_are_pefts_where_this_package_is_not(tmp_path: Path) -> None:
-    model = converted(lora(), ONE_IN_TWO)
-    optimizer = optimizer_of(model)
-    for batch in rows(2):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(tmp_path)
-    text = (tmp_path / "adapter_config.json").read_text()
-    assert "loge" not in text.lower()
-    assert json.loads(text)["peft_type"] == "LORA"
-    assert "loge" not in (tmp_path / "README.md").read_text().lower()
-    base = llama()
-    base.config.to_json_file(tmp_path / "base.json", use_diff=False)
-    save_file({name: t.clone() for name, t in base.state_dict().items()}, tmp_path / "base.safetensors")
-    save_file({"tokens": tokens()}, tmp_path / "tokens.safetensors")
-    command = [sys.executable, "-c", _WITHOUT_US, tmp_path, tmp_path / "base.json", tmp_path / "out"]
-    subprocess.run([str(word) for word in command], check=True, timeout=300, cwd=tmp_path)
-    there = load_file(tmp_path / "out")["logits"]
-    torch.testing.assert_close(there, logits(model.eval()), rtol=1e-5, atol=1e-5)
