@@ -53,27 +53,7 @@ def test_an_optimizer_for_each_parameter_in_backward(options: dict[str, Any], re
     assert_same_loop(lambda model: step_in_backward(model, **options), pair(reentrant=reentrant))
 
 
-# Backwards that are given up, or repeated, before one step
-
-
-def skipped_spikes(model: Any) -> None:
-    optimizer = torch.optim.SGD(trained(model).values(), lr=0.3)
-    for seed in range(5):
-        loss_of(model, seed).backward()
-        if seed % 2 == 0:
-            optimizer.step()
-        optimizer.zero_grad()
-
-
-def unused_forwards(model: Any) -> None:
-    """A loss that is too large is thrown away before its backward."""
-    optimizer = torch.optim.SGD(trained(model).values(), lr=0.3)
-    for seed in range(5):
-        loss = loss_of(model, seed)
-        if seed % 2 == 0:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+# Two backwards before one step
 
 
 def sharpness_aware(model: Any) -> None:
@@ -111,38 +91,7 @@ def adversarial_embeddings(model: Any) -> None:
         optimizer.zero_grad()
 
 
-def quasi_newton(model: Any) -> None:
-    """LBFGS: the closure runs as often as the line search asks."""
-    optimizer = torch.optim.LBFGS(trained(model).values(), lr=0.5, max_iter=3)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_of(model)
-        loss.backward()
-        return loss
-
-    for _ in range(2):
-        optimizer.step(closure)
-    optimizer.zero_grad()
-
-
-def retained(model: Any) -> None:
-    """One graph, three backwards."""
-    optimizer = torch.optim.SGD(trained(model).values(), lr=0.1)
-    for seed in range(2):
-        loss = loss_of(model, seed)
-        loss.backward(retain_graph=True)
-        (2 * loss).backward(retain_graph=True)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-@pytest.mark.parametrize(
-    "loop",
-    [skipped_spikes, unused_forwards, sharpness_aware, adversarial_embeddings, quasi_newton, retained],
-    ids=lambda loop: loop.__name__,
-)
+@pytest.mark.parametrize("loop", [sharpness_aware, adversarial_embeddings])
 def test_backwards_before_one_step(loop: Loop) -> None:
     assert_same_loop(loop, pair())
 
