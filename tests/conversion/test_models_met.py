@@ -10,25 +10,23 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from models import assert_close, input_gradient, llama, lora
+from models import assert_close, llama, lora
 from quantized_layers import K, N
 from ranks import broadcasts
 from situations import (
     EXACT,
     LOW,
     ONE_IN_TWO,
-    adamw,
     applied,
     assert_same_gradients,
     assert_same_weights,
-    batch,
     derived,
     loss_of,
     pair,
     train,
     trained,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -73,25 +71,7 @@ def test_peft_around_an_applied_model(policy: dict[str, Any], config: dict[str, 
     assert_same_weights(first, twin, 3e-5)
 
 
-# Some layers adapted, embeddings that are sparse
-
-
-@BOTH
-def test_adapters_on_queries_and_values_alone(policy: dict[str, Any]) -> None:
-    plain = pair(target_modules=["q_proj", "v_proj"])[0]
-    model = copy.deepcopy(plain)
-    report = loge.apply(model, **policy)
-    rows = {row.name: row for row in report.layers}
-    assert len(rows) == 15
-    adapted = {name for name in rows if name.endswith(("q_proj", "v_proj"))}
-    assert len(adapted) == 4
-    assert {name for name, row in rows.items() if row.path == "skipped"} == {"base_model.model.lm_head"}
-    if policy is EXACT:
-        assert_close(derived(model), derived(plain), 1e-5)
-        assert_close({"x": input_gradient(model)}, {"x": input_gradient(plain)}, 1e-5)
-    else:
-        assert {rows[name].path for name in adapted} <= {"fused", "exact"}
-        assert {rows[name].path for name in rows.keys() - adapted} <= {"plain", "exact", "skipped"}
+# Embeddings that are sparse
 
 
 def test_sparse_embeddings_train_beside_adapters() -> None:
@@ -106,16 +86,7 @@ def test_sparse_embeddings_train_beside_adapters() -> None:
         (name,) = [name for name in gradients if "embed_tokens" in name]
         assert gradients[name].is_sparse
         found.append({**gradients, name: gradients[name].to_dense()})
-        optimizer = torch.optim.SparseAdam([one.get_base_model().model.embed_tokens.weight], lr=1e-3)
-        one(**batch()).loss.backward()
-        optimizer.step()
-        one.zero_grad()
     assert_close(*reversed(found), 1e-5)
-    assert_close(derived_dense(model), derived_dense(plain), 1e-4)
-
-
-def derived_dense(model: Any) -> dict[str, Tensor]:
-    return {name: t.to_dense() if t.is_sparse else t for name, t in derived(model, 1).items()}
 
 
 # GPT-2
@@ -142,11 +113,7 @@ GPT2 = {"PEFT": adapted_gpt2, "plain": lambda: gpt2().requires_grad_(False)}
 def test_what_keeps_gpt2_from_being_applied_is_said(make: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match="nothing to convert") as raised:
         loge.apply(make(), **EXACT)
-    message = str(raised.value)
-    assert "Conv1D" in message
-    assert "transposed" in message
-    assert "c_attn" in message
-    assert "and 6 more" in message
+    assert all(part in str(raised.value) for part in ("Conv1D", "transposed", "c_attn", "and 6 more"))
 
 
 def test_gpt2s_layers_are_in_the_report() -> None:
@@ -269,35 +236,13 @@ def test_gptq_and_awq_are_refused(library: str) -> None:
     assert f"of {library}: GPTQ and AWQ" in row.reason
 
 
-# Wrappers around optimizers and around models
+# Wrappers around an optimizer and around models
 
 
-class Lookahead(torch.optim.Optimizer):
-    """Zhang et al., arXiv 1907.08610: an optimizer around another one, whose weights are pulled back every k steps."""
+def test_an_optimizer_around_another(one_rank: None) -> None:
+    def wrapped(model: nn.Module) -> ZeroRedundancyOptimizer:
+        return ZeroRedundancyOptimizer(trained(model).values(), torch.optim.AdamW, lr=1e-2, eps=1e-3)
 
-    def __init__(self, inner: torch.optim.Optimizer, k: int = 2, share: float = 0.5) -> None:
-        self.inner, self.k, self.share, self.count = inner, k, share, 0
-        super().__init__(inner.param_groups, {})
-        self.slow = [p.detach().clone() for group in inner.param_groups for p in group["params"]]
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        self.inner.step(closure)
-        self.count += 1
-        if self.count % self.k == 0:
-            fast = [p for group in self.inner.param_groups for p in group["params"]]
-            for kept, p in zip(self.slow, fast, strict=True):
-                p.copy_(kept.lerp_(p, self.share))
-
-
-WRAPPERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "lookahead": lambda model: Lookahead(adamw(model)),
-    "zero": lambda model: ZeroRedundancyOptimizer(trained(model).values(), torch.optim.AdamW, lr=1e-2, eps=1e-3),
-}
-
-
-@pytest.mark.parametrize("wrapped", WRAPPERS.values(), ids=WRAPPERS)
-def test_optimizers_around_optimizers(wrapped: Callable[[nn.Module], Any], one_rank: None) -> None:
     plain, model = pair()
     for one in (plain, model):
         train(one, range(4), wrapped(one))
