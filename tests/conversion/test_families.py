@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import FAMILIES, Family
 from models import assert_close, assert_differ, stand_ins, use_surrogate
+from situations import checkpointed
 
 import loge_kernels as loge
 
@@ -92,7 +93,9 @@ def test_frozen_below_the_last_layer(family: Family) -> None:
         for name, g in expected.items()
         if not any(f"{prefix}{number}." in name for number in (0, 1)) and "embed" not in name
     }
-    loge.freeze(model, 2)
+    frozen = loge.freeze(model, 2)
+    assert (frozen.layers, frozen.total) == (2, 3)
+    assert set(frozen.parameters) == expected.keys() - above.keys()
     assert_close(family.gradients(model), above, 0.0)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(above)
     loge.remove(model)
@@ -110,9 +113,7 @@ def test_checkpointed_and_frozen(family: Family) -> None:
     model = family.model()
     expected = family.gradients(model)
     loge.freeze(model, 1)
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    model.enable_input_require_grads()
-    found = family.gradients(model)
+    found = family.gradients(checkpointed(model, True))
     assert any(f".{family.layers}.1." in name for name in found)
     assert_close(found, {name: expected[name] for name in found}, 1e-5)
 

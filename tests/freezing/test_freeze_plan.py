@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import calibrating
 import pytest
 import torch
 from models import llama, lora, tokens
@@ -16,13 +17,9 @@ from loge_kernels.freezing.gains import fitted_power_law, marginal, power_law
 from loge_kernels.freezing.semantics import SemanticBases
 
 
-def batches(count: int = 3) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(5)
-    found = []
-    for _ in range(count):
-        ids = torch.randint(50, (2, 12), generator=generator)
-        found.append({"input_ids": ids, "labels": ids.masked_fill(ids < 10, -100)})
-    return found
+def batches() -> list[dict[str, Tensor]]:
+    found = [batch["input_ids"] for batch in calibrating.batches()]
+    return [{"input_ids": ids, "labels": ids.masked_fill(ids < 10, -100)} for ids in found]
 
 
 # Semantics
