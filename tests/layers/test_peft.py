@@ -166,21 +166,6 @@ def test_saved_adapters_are_pefts_to_the_byte(options: dict[str, Any], tmp_path:
     torch.testing.assert_close(logits(loaded), logits(model.eval()), rtol=1e-5, atol=1e-5)
 
 
-def test_a_loaded_adapter_trains_on(tmp_path: Path) -> None:
-    model, other = lora(), lora()
-    loge.apply(model, RANK)
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
-    assert paths(loge.apply(again, RANK)) == {"fused"}
-    assert_close(gradients(again), gradients(model))
-    model.load_adapter(tmp_path, "third", is_trainable=True)
-    model.set_adapter("third")
-    use_surrogate(other, stand_ins(other, bases(other), RANK))
-    got = {name.replace("third", "default"): tensor for name, tensor in gradients(model).items()}
-    assert_close(got, gradients(other))
-    model.load_state_dict(model.state_dict(), strict=True)
-
-
 # What keeps an adapter out of the op
 
 
