@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -178,24 +177,15 @@ def test_importance_lasts_until_there_is_a_newer_one() -> None:
     assert of_gradient.rows.tolist() == missing.topk(3).indices.sort().values.tolist()
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
-def test_copies(way: Any) -> None:
-    weight = torch.randn(20, 12)
-    made = loge.factorize(weight, 4).with_residual(weight, 5, torch.rand(20))
-    other = way(made)
-    assert torch.equal(other.rows, made.rows)
-    assert torch.equal(other.residual, made.residual)
-    assert torch.equal(other.importance, made.importance)
-    assert other.residual is not made.residual
-
-
-def test_moves_with_the_module_and_stays_out_of_its_state() -> None:
+def test_factors_move_with_the_module_and_stay_out_of_its_state() -> None:
     layer = LoGELinear.from_linear(nn.Linear(24, 20), rank=8, lora_rank=4)
     layer.factors = layer.factors.with_residual(layer.weight, 5)
     assert set(layer.state_dict()) == {"weight", "bias", "lora_A", "lora_B"}
     layer.to(torch.bfloat16)
     made = layer.factors
-    assert (made.residual.dtype, made.rows.dtype) == (torch.bfloat16, torch.int64)
+    assert (made.left.dtype, made.residual.dtype, made.rows.dtype) == (torch.bfloat16, torch.bfloat16, torch.int64)
+    assert not made.made_of.changed(layer.weight)
+    assert layer(torch.ones(2, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
     layer.to("meta")
     assert (made.residual.device.type, made.rows.device.type) == ("meta", "meta")
 

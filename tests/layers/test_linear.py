@@ -238,14 +238,6 @@ def test_a_copy_of_a_stale_layer_is_stale(how: str) -> None:
     follows(copy.deepcopy(layer))
 
 
-def test_moves_to_another_dtype_with_its_weight() -> None:
-    _, layer = layer_pair()
-    layer.to(torch.float64)
-    assert layer.factors.left.dtype == torch.float64
-    assert not layer.factors.made_of.changed(layer.weight)
-    assert layer(torch.ones(2, 24, dtype=torch.float64)).dtype == torch.float64
-
-
 # In place
 
 
