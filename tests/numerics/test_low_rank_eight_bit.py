@@ -148,14 +148,11 @@ def test_nothing_is_quantised_that_nobody_reads() -> None:
 
 
 def test_an_unknown_dtype_is_refused() -> None:
-    for refused in (lambda: loge.apply(lora(), 16, low_rank_dtype="fp8"), lambda: InEightBits("fp8").factors()):
-        with pytest.raises(ValueError, match="low_rank_dtype='fp8' is unknown; choose one of 'float8', 'int8'"):
-            refused()
+    with pytest.raises(ValueError, match="low_rank_dtype='fp8' is unknown; choose one of 'float8', 'int8'"):
+        InEightBits("fp8").factors()
 
 
 def test_float64_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"low_rank_dtype='int8' with the weight of layer .* in torch.float64"):
-        loge.apply(lora().double(), 16, low_rank_dtype="int8")
     made = Factors(torch.ones(4, 2).double(), torch.ones(2, 4).double())
     made.low_rank_dtype = "int8"
     with pytest.raises(TypeError, match=r"low_rank_dtype='int8' with x in torch\.float64"):
