@@ -44,40 +44,6 @@ def whole(function: Any, **options: Any) -> Any:
 # The op
 
 
-CALLS: dict[str, dict[str, Any]] = {
-    "low rank": {},
-    "dropout": {"dropout": 0.3},
-    "some rows exact": {"exact_fraction": 0.4},
-    "exact, in int8": {"exact_fraction": 1.0, "exact_dtype": "int8"},
-}
-
-
-@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
-def test_the_op_is_compiled_once(options: dict[str, Any]) -> None:
-    weight = torch.randn(20, 24)
-    factors = loge.factorize(weight, 8)
-
-    def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return loge.linear(x.sin(), weight, factors, lora_A=A, lora_B=B, scaling=0.5, **options).cos()
-
-    compiled = whole(layer)
-    for count, lead in enumerate(SIZES):
-        torch.manual_seed(count)
-        dy = torch.randn(*lead, 20)
-        leaves = [torch.randn(*lead, 24), torch.randn(3, 24), torch.randn(20, 3)]
-        results = []
-        for function in (layer, compiled):
-            given = [leaf.clone().requires_grad_() for leaf in leaves]
-            torch.manual_seed(9)
-            with stance(count > 0):
-                y = function(*given)
-            y.backward(dy)
-            results.append([y.detach(), *(leaf.grad for leaf in given)])
-        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
-    assert graphs() == 1
-    assert not breaks()
-
-
 INDUCTOR = [pytest.param("inductor", dropout, marks=pytest.mark.slow) for dropout in (0.0, 0.5)]
 
 

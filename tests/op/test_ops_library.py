@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,13 +85,14 @@ COMPILED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"exact_fraction": 0.4}),
     ({"P": None, "bias": False}, {}),
     ({"count": 5}, {}),
+    ({"dtype": torch.float32}, {"exact_fraction": 1.0, "exact_dtype": "int8"}),
     *((EXACT, {"exact_dtype": name}) for name in ("int8", "float8", HELD)),
     *(({"dtype": torch.float32, "low_rank_dtype": name}, {}) for name in ("int8", "float8")),
 ]
 
 
 @pytest.mark.parametrize(("options", "keywords"), COMPILED)
-def test_compiled_is_eager(options: dict[str, Any], keywords: dict[str, Any]) -> None:
+def test_compiled_is_eager_and_one_graph_for_any_rows(options: dict[str, Any], keywords: dict[str, Any]) -> None:
     torch._dynamo.reset()
     options = dict(options)
     count, name = options.pop("count", 0), options.pop("low_rank_dtype", None)
@@ -107,13 +109,16 @@ def test_compiled_is_eager(options: dict[str, Any], keywords: dict[str, Any]) ->
         leaves = dict(zip(names, given, strict=True))
         return call(c, {**leaves, "x": given[0].relu()}, factors=made, **keywords).sigmoid()
 
-    results = []
-    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
-        leaves = list(leaves_of(c, need).values())
-        torch.manual_seed(9)
-        y = function(*leaves)
-        y.backward(c.dy)
-        results.append([y.detach(), *(t.grad for t in leaves if t.requires_grad)])
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
     tolerance = 1e-12 if c.x.dtype == torch.float64 else 1e-6
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=tolerance, atol=tolerance)
+    for rows, stance in ((8, "default"), (5, "fail_on_recompile"), (6, "fail_on_recompile")):
+        part = replace(c, x=c.x[:rows], dy=c.dy[:rows])
+        results = []
+        for function in (layer, compiled):
+            leaves = list(leaves_of(part, need).values())
+            torch.manual_seed(9)
+            with torch.compiler.set_stance(stance):
+                y = function(*leaves)
+            y.backward(part.dy)
+            results.append([y.detach(), *(t.grad for t in leaves if t.requires_grad)])
+        torch.testing.assert_close(*reversed(results), rtol=tolerance, atol=tolerance)
