@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import LINEARS, assert_close, gradients, input_gradient, llama, logits, lora, modules_of, paths, tokens
+from models import LINEARS, assert_close, gradients, input_gradient, llama, logits, lora, modules_of, tokens
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
@@ -200,29 +200,26 @@ def test_hotswapped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "path"),
+    "options",
     [
-        ({"trainable_token_indices": [1, 2, 3]}, "fused"),
-        ({"exclude_modules": ["k_proj"]}, "fused"),
-        ({"layers_to_transform": [1]}, "fused"),
-        ({"layer_replication": [[0, 1], [0, 2]]}, "fused"),
-        ({"init_lora_weights": "gaussian"}, "fused"),
-        ({"init_lora_weights": "pissa"}, "fused"),
-        ({"use_dora": True, "lora_dropout": 0.0}, "base"),
-        ({"lora_bias": True}, "base"),
+        {"use_rslora": True},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1, 2, 3]},
+        {"exclude_modules": ["k_proj"]},
+        {"layers_to_transform": [1]},
+        {"layer_replication": [[0, 1], [0, 2]]},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "pissa"},
+        {"use_dora": True},
+        {"lora_bias": True},
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
+    ids=str,
 )
-def test_options_of_the_config(options: dict[str, Any], path: str) -> None:
+@pytest.mark.parametrize("convert", [exact, full_rank])
+def test_options_of_the_config(convert: Callable[[Any], None], options: dict[str, Any]) -> None:
     model, other = lora(**options), lora(**options)
-    if path == "fused":
-        full_rank(model)
-    else:
-        report = loge.apply(model, 16)
-        assert paths(report) == {path}
-        assert all(row.reason for row in report.layers if row.path == path)
-        loge.remove(model)
-        full_rank(model)
+    convert(model)
     assert_alike(model, other)
 
 
