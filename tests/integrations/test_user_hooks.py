@@ -7,9 +7,8 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-import torch
 from models import assert_close
-from situations import REENTRANT, applied, assert_same_gradients, derived, gradients_of, loss_of, pair, trained
+from situations import REENTRANT, applied, assert_same_gradients, derived, loss_of, pair, trained
 from torch import Tensor, nn
 
 import loge_kernels as loge
@@ -93,24 +92,6 @@ def test_hooks_from_before_apply() -> None:
     watched = {id(one): hooked(one, PARTS["adapters"]) for one in (plain, model)}
     applied(model)
     assert_same_calls((plain, model), lambda one: watched[id(one)])
-
-
-@REENTRANT
-def test_gradients_of_each_sample(reentrant: bool | None) -> None:
-    """As differentially private training takes them: activations times gradients of the outputs, sample by sample."""
-    models = pair(reentrant=reentrant)
-    for one in models:
-        seen, handles = hooked(one, PARTS["adapters"])
-        with handles:
-            loss_of(one).backward()
-        inputs = {name: t for name, kind, t in seen if kind == "input"}
-        outputs = {name: t for name, kind, t in seen if kind == "grad output"}
-        grads = gradients_of(one)
-        assert len(inputs) == len(outputs) == len(grads)
-        for name, x in inputs.items():
-            each = torch.einsum("btn,btk->bnk", outputs[name], x)
-            assert_close({"sum": each.sum(0)}, {"sum": grads[f"{name}.weight"]}, 1e-5)
-    assert_same_gradients(*models)
 
 
 # Hooks of tensors
