@@ -10,6 +10,7 @@ import pytest
 import torch
 from calibrating import QUERY, UP, batches, by_hand
 from models import llama, lora, tokens
+from situations import checkpointed
 from torch import Tensor, nn
 
 import loge_kernels as loge
@@ -76,9 +77,7 @@ def test_a_frozen_model_without_adapters_is_calibrated_too() -> None:
 def test_checkpointed_models() -> None:
     model = lora()
     expected = loge.calibrate(model, batches())
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    model.enable_input_require_grads()
-    found = loge.calibrate(model, batches())
+    found = loge.calibrate(checkpointed(model, True), batches())
     for name, layer in found.layers.items():
         torch.testing.assert_close(layer.moment.matrix, expected.layers[name].moment.matrix)
 

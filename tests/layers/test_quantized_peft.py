@@ -26,6 +26,7 @@ from models import (
 )
 from peft import PeftModel
 from quantized_layers import quantised_llama, weights_out_of_reach
+from situations import checkpointed
 from torch import Tensor, nn
 
 import loge_kernels as loge
@@ -160,11 +161,9 @@ def test_under_autocast_within_twice_peft(monkeypatch: pytest.MonkeyPatch) -> No
 def test_gradient_checkpointing_with_dropout(kind: str, reentrant: bool) -> None:
     model = adapted(kind, lora_dropout=0.5)
     loge.apply(model, RANK)
-    model.train()
-    model.enable_input_require_grads()
+    model.train().enable_input_require_grads()
     expected = gradients(model, seed=4)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert_close(gradients(model, seed=4), expected, 0.0)
+    assert_close(gradients(checkpointed(model, reentrant), seed=4), expected, 0.0)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
