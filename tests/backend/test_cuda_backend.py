@@ -255,7 +255,7 @@ def test_auto_wants_a_recorded_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, "auto" passes the kernels over until they are verified there."""
     seen = []
     monkeypatch.setattr(registry, "is_verified", lambda name, device: seen.append(name))
-    assert "not verified on this GPU" in (registry._cuda_passed_over(on_cuda()) or "")
+    assert "not verified on this GPU" in (registry._why_not_cuda(on_cuda()) or "")
     assert seen == ["cuda"]
 
 
@@ -275,8 +275,8 @@ def test_measured_shapes_are_preferred_to_triton(
     monkeypatch.setattr(cuda_backend, "why_not", lambda problem: None)
     monkeypatch.setattr(registry.triton_backend, "why_not_auto", lambda problem: None)
     monkeypatch.setattr(cuda_measured, "_rows", lambda: (ROW | changes,))
-    assert (registry._triton_passed_over(on_cuda()) is not None) is preferred
-    assert registry._cuda_passed_over(on_cuda()) is None
+    assert (registry._why_not_triton(on_cuda()) is not None) is preferred
+    assert registry._why_not_cuda(on_cuda()) is None
 
 
 @pytest.mark.parametrize("obstacle", ["unverified", "refuses"])
@@ -286,7 +286,7 @@ def test_measured_or_not_triton_stays_where_cuda_cannot(obstacle: str, monkeypat
     monkeypatch.setattr(cuda_backend, "why_not", lambda problem: "no" if obstacle == "refuses" else None)
     monkeypatch.setattr(registry.triton_backend, "why_not_auto", lambda problem: None)
     monkeypatch.setattr(cuda_measured, "_rows", lambda: (ROW,))
-    assert registry._triton_passed_over(on_cuda()) is None
+    assert registry._why_not_triton(on_cuda()) is None
 
 
 def test_an_empty_table_prefers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,15 +12,14 @@ from loge_kernels.backend import choice as registry
 from loge_kernels.backend import reference
 from loge_kernels.backend.problem import BackwardProblem, Gradients
 from loge_kernels.check import harness as check
+from loge_kernels.check.cases import Case, Mode, describe, grid
 
 CPU = torch.device("cpu")
 
 
 def with_backward(monkeypatch: pytest.MonkeyPatch, change: Any, **functions: Any) -> None:
     """Let `change(problem, gradients)` spoil what the reference backend returns."""
-    import sys
-
-    table = sys.modules["loge_kernels.backend.choice"]._REGISTRY  # type: ignore[attr-defined]
+    table = registry._REGISTRY
 
     def backward(problem: BackwardProblem) -> Gradients:
         gradients = reference.backward(problem)
@@ -43,11 +42,11 @@ def test_reference_passes_in_every_dtype() -> None:
 
 
 def test_grid_covers_what_it_promises() -> None:
-    cases = list(check.grid())
+    cases = list(grid())
     assert {0, 1} <= {case.M for case in cases}
     assert any(case.R % 2 for case in cases)
     assert any(case.P % 2 for case in cases if case.P)
-    assert {case.mode for case in cases} == set(get_args(check.Mode))
+    assert {case.mode for case in cases} == set(get_args(Mode))
     for feature in ("bias", "dropout", "contiguous"):
         assert {getattr(case, feature) for case in cases} == {False, True}
     assert len({case.wanted for case in cases}) >= 2 ** len(check.GRADIENTS) - 1
@@ -71,16 +70,16 @@ def test_a_wrong_gradient_is_seen(name: str, fault: str, monkeypatch: pytest.Mon
     assert failed(report) == {{"dx": "x", "dweight": "weight", "dbias": "bias", "dA": "lora_A", "dB": "lora_B"}[name]}
 
 
-@pytest.mark.parametrize("mode", [mode for mode in get_args(check.Mode) if mode not in ("low-rank", "exact")])
-def test_every_mode_is_held_to_its_own_formula(mode: check.Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", [mode for mode in get_args(Mode) if mode not in ("low-rank", "exact")])
+def test_every_mode_is_held_to_its_own_formula(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right as it is; wrong where the low-rank product alone stands in its place."""
-    cases = [case for case in check.grid() if case.mode == mode and case.M == 65]
+    cases = [case for case in grid() if case.mode == mode and case.M == 65]
     assert len(cases) == 12
     monkeypatch.setattr(check, "grid", lambda: iter(cases))
     assert check.run("reference").passed
     original = check._through_op
 
-    def low_rank(case: check.Case, inputs: dict[str, torch.Tensor], backend: str) -> dict[str, torch.Tensor]:
+    def low_rank(case: Case, inputs: dict[str, torch.Tensor], backend: str) -> dict[str, torch.Tensor]:
         kept = {name: tensor for name, tensor in inputs.items() if name not in ("rows", "residual")}
         return original(replace(case, mode="low-rank"), kept, backend)
 
@@ -97,7 +96,7 @@ def test_products_that_cannot_run_in_8_bits_are_declined(monkeypatch: pytest.Mon
         asked.append(shape)
         return "not in tiles of 16" if shape[0] == 32 else None
 
-    cases = [case for case in check.grid() if case.mode in ("int8", "low-rank int8", "low-rank") and case.M == 65]
+    cases = [case for case in grid() if case.mode in ("int8", "low-rank int8", "low-rank") and case.M == 65]
     monkeypatch.setattr(check, "grid", lambda: iter(cases))
     monkeypatch.setattr(check.eight_bit, "why_not", why_not)
     report = check.run("reference", dtypes=("float32",))
@@ -114,8 +113,8 @@ def test_declined_cases_are_counted_not_passed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_describe_names_the_case() -> None:
-    case = check.Case(7, 33, 21, 5, 3, "low-rank", True, True, False, ("x", "lora_A"))
-    text = check.describe(case)
+    case = Case(7, 33, 21, 5, 3, "low-rank", True, True, False, ("x", "lora_A"))
+    text = describe(case)
     for word in ("M=7", "N=33", "K=21", "R=5", "P=3", "bias", "dropout", "strided", "x+lora_A"):
         assert word in text
 

@@ -161,7 +161,7 @@ def test_float64_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("module", "argument", "reason"),
-    [("ops", "exact_dtype", "no such type"), ("factors", "low_rank_dtype", "of left, no such type")],
+    [("op.linear", "exact_dtype", "no such type"), ("factors.factors", "low_rank_dtype", "of left, no such type")],
 )
 def test_where_it_cannot_run_the_other_product_does_and_says_so_once(
     module: str, argument: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

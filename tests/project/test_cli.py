@@ -68,7 +68,7 @@ def test_check(tmp_path: Path) -> None:
 
 def test_check_fails_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
     for slack in ("FACTOR", "_RMS_ULP", "_MAX_ULP"):
-        monkeypatch.setattr(f"loge_kernels.accuracy.{slack}", 0.0)
+        monkeypatch.setattr(f"loge_kernels.check.accuracy.{slack}", 0.0)
     result = runner.invoke(app, ["check", "--dtype", "float32", "--sample", "8"])
     assert result.exit_code == 1
 
