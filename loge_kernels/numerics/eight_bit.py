@@ -103,7 +103,8 @@ def refuse_float64(argument: str, name: str, dtype: torch.dtype, whose: str = "x
     """Raise TypeError for 8 bits, asked for as `argument`, over float64."""
     if dtype == torch.float64:
         raise TypeError(
-            f"{argument}={name!r} with {whose} in torch.float64: 8 bits are for float32, float16 and bfloat16; give None"
+            f"{argument}={name!r} with {whose} in torch.float64: 8 bits are for float32, float16 and bfloat16, so give "
+            "None"
         )
 
 

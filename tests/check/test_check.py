@@ -135,5 +135,5 @@ def test_bad_arguments(arguments: dict[str, Any], words: tuple[str, ...]) -> Non
 
 
 def test_every_available_backend_is_checked() -> None:
-    names = {row.name for row in registry() if row.available}
+    names = {row.name for row in registry.backends() if row.available}
     assert {row.backend for row in check.run(dtypes=("float32",), sample=1).rows} == names
