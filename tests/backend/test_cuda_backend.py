@@ -87,9 +87,7 @@ def test_imports_without_torch_or_driver(extension: ModuleType) -> None:
         ({"sm_count": 0}, "sm_count = 0 is not positive"),
     ],
 )
-def test_arguments_are_refused_with_their_values(
-    extension: ModuleType, kernel: str, changes: dict[str, int], message: str
-) -> None:
+def test_refused_arguments(extension: ModuleType, kernel: str, changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         call(extension, kernel, **changes)
 
@@ -162,18 +160,6 @@ def functions(extension: ModuleType) -> list[Function]:
     return found
 
 
-@needs_extension
-def test_the_machine_code_keeps_everything_in_registers(functions: list[Function], extension: ModuleType) -> None:
-    archs = extension.archs.split()
-    # Tiles of R and P by two dtypes.
-    assert sum("sm80" in f.name for f in functions) == 22 * len(archs)
-    assert sum("sm90" in f.name for f in functions) == (22 if "sm90" in extension.kernels else 0)
-    for function in functions:
-        assert len(function.instructions) > 40, function.name
-        spills = [i for i in function.instructions if i.startswith(("LDL", "STL"))]
-        assert (function.stack, spills) == (0, []), (function.name, function.arch)
-
-
 INSTRUCTIONS = {
     # mma.sync, ldmatrix.trans, cp.async
     "sm80": ("HMMA.16816.F32", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS"),
@@ -183,11 +169,18 @@ INSTRUCTIONS = {
 
 
 @needs_extension
-def test_the_machine_code_uses_tensor_cores_and_asynchronous_copies(functions: list[Function], kernel: str) -> None:
+def test_the_machine_code(functions: list[Function], extension: ModuleType) -> None:
+    """Everything stays in registers; tensor cores and asynchronous copies are used."""
+    archs = extension.archs.split()
+    # Tiles of R and P by two dtypes.
+    assert sum("sm80" in f.name for f in functions) == 22 * len(archs)
+    assert sum("sm90" in f.name for f in functions) == (22 if "sm90" in extension.kernels else 0)
     for function in functions:
-        if kernel in function.name:
-            for wanted in INSTRUCTIONS[kernel]:
-                assert any(i.startswith(wanted) for i in function.instructions), (function.name, function.arch, wanted)
+        assert len(function.instructions) > 40, function.name
+        spills = [i for i in function.instructions if i.startswith(("LDL", "STL"))]
+        assert (function.stack, spills) == (0, []), (function.name, function.arch)
+        for wanted in INSTRUCTIONS["sm80" if "sm80" in function.name else "sm90"]:
+            assert any(i.startswith(wanted) for i in function.instructions), (function.name, function.arch, wanted)
 
 
 @needs_extension
@@ -222,9 +215,7 @@ def test_the_row_of_backends_says_why() -> None:
 
 
 @pytest.mark.parametrize("verified", [False, True])
-def test_the_row_says_what_was_built_and_whether_it_is_verified(
-    verified: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_row_says_what_was_built_and_verified(verified: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Built:
         archs, toolkit = "80 90a", "13.0"
 
@@ -235,8 +226,8 @@ def test_the_row_says_what_was_built_and_whether_it_is_verified(
     row = cuda_row()
     assert row.available
     assert "built for sm_80, sm_90a with CUDA 13.0" in row.reason
+    assert "verified on this GPU" in row.reason
     assert ("not verified on this GPU" in row.reason) is not verified
-    assert ("verified on this GPU" in row.reason) is True
 
 
 class OnCuda:
@@ -251,11 +242,15 @@ def on_cuda(**changes: Any) -> BackwardProblem:
     return p
 
 
+def passed_over(name: str) -> str | None:
+    return registry._REGISTRY[name].why_not_auto(on_cuda())
+
+
 def test_auto_wants_a_recorded_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, "auto" passes the kernels over until they are verified there."""
     seen = []
     monkeypatch.setattr(registry, "is_verified", lambda name, device: seen.append(name))
-    assert "not verified on this GPU" in (registry._why_not_cuda(on_cuda()) or "")
+    assert "not verified on this GPU" in (passed_over("cuda") or "")
     assert seen == ["cuda"]
 
 
@@ -263,30 +258,27 @@ ROW = {"device": "NVIDIA H200", "dtype": "bfloat16", "M": [4096, 8192], "N": 24,
 
 
 @pytest.mark.parametrize(
-    ("changes", "preferred"),
-    [({}, True), ({"device": "NVIDIA A100"}, False), ({"dtype": "float16"}, False), ({"M": [1, 4095]}, False)]
-    + [({name: 32}, False) for name in "NKRP"],
+    ("changes", "obstacle", "preferred"),
+    [
+        ({}, None, True),
+        ({}, "unverified", False),
+        ({}, "refuses", False),
+        ({"device": "NVIDIA A100"}, None, False),
+        ({"dtype": "float16"}, None, False),
+        ({"M": [1, 4095]}, None, False),
+        *(({name: 32}, None, False) for name in "NKRP"),
+    ],
 )
-def test_measured_shapes_are_preferred_to_triton(
-    changes: dict[str, Any], preferred: bool, monkeypatch: pytest.MonkeyPatch
+def test_measured_shapes_are_preferred_to_triton_where_cuda_can(
+    changes: dict[str, Any], obstacle: str | None, preferred: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(registry, "is_verified", lambda name, device: True)
-    monkeypatch.setattr(cuda_backend, "why_not", lambda problem: None)
-    monkeypatch.setattr(registry.triton_backend, "why_not_auto", lambda problem: None)
-    monkeypatch.setattr(cuda_measured, "_rows", lambda: (ROW | changes,))
-    assert (registry._why_not_triton(on_cuda()) is not None) is preferred
-    assert registry._why_not_cuda(on_cuda()) is None
-
-
-@pytest.mark.parametrize("obstacle", ["unverified", "refuses"])
-def test_measured_or_not_triton_stays_where_cuda_cannot(obstacle: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(registry, "is_verified", lambda name, device: name == "triton" or obstacle != "unverified")
     monkeypatch.setattr(cuda_backend, "why_not", lambda problem: "no" if obstacle == "refuses" else None)
     monkeypatch.setattr(registry.triton_backend, "why_not_auto", lambda problem: None)
-    monkeypatch.setattr(cuda_measured, "_rows", lambda: (ROW,))
-    assert registry._why_not_triton(on_cuda()) is None
+    monkeypatch.setattr(cuda_measured, "_rows", lambda: (ROW | changes,))
+    assert (passed_over("triton") is not None) is preferred
+    assert (passed_over("cuda") is None) is (obstacle != "unverified")
 
 
 def test_an_empty_table_prefers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,9 +299,7 @@ def test_an_empty_table_prefers_nothing(monkeypatch: pytest.MonkeyPatch) -> None
         ({"left": None, "right": None}, "without factors"),
     ],
 )
-def test_what_the_kernels_do_not_compute_is_refused(
-    changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_kernels_do_not_do(changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_backend, "why_not_here", lambda: None)
     assert reason in (cuda_backend.why_not(on_cuda(**changes)) or "")
 
@@ -356,14 +346,9 @@ def recorder(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Recorder
 
 
 def adapter(M: int = 4) -> dict[str, Any]:
-    return {
-        "xa": torch.randn(M, 8, dtype=torch.float16),
-        "lora_A": torch.randn(8, 16),
-        "lora_B": torch.randn(24, 8),
-        "need_dA": True,
-        "need_dB": True,
-        "need_dbias": True,
-    }
+    needed = dict.fromkeys(("need_dA", "need_dB", "need_dbias"), True)
+    xa = torch.randn(M, 8, dtype=torch.float16)
+    return {"xa": xa, "lora_A": torch.randn(8, 16), "lora_B": torch.randn(24, 8), **needed}
 
 
 @needs_extension
