@@ -11,7 +11,7 @@ from torch import nn
 import loge_kernels as loge
 from loge_kernels.methods.loretta.adp_layer import AdpLinear
 from loge_kernels.methods.loretta.bottleneck import ACTIVATIONS, bottleneck
-from loge_kernels.methods.loretta.head import TensorTrainHead
+from loge_kernels.methods.loretta.head import RepHead, TensorTrainHead
 from loge_kernels.methods.loretta.tensor_train import TensorTrain
 from loge_kernels.methods.loretta.tuner import without
 
@@ -37,8 +37,7 @@ def places(model: nn.Module) -> dict[str, str]:
 def test_places_of_the_families(name, expected):
     model = adapted(name, ADP)
     assert places(model) == expected
-    per_layer = {"llama": 3, "qwen3": 3}.get(name, 2)
-    assert len(adapters(model)) == 2 * per_layer
+    assert len(adapters(model)) == (6 if name in ("llama", "qwen3") else 4)
 
 
 def test_places_of_the_user():
@@ -50,8 +49,10 @@ def test_places_of_the_user():
     assert (model.base_model.model[0].before, model.base_model.model[2].before) == (False, True)
     with pytest.raises(ValueError, match=r"where=\{\} says nothing of target '0'"):
         get_peft_model(layers(), loge.LorettaAdpConfig(identity_start=False, target_modules=["0"], **config))
-    with pytest.raises(ValueError, match=r"LoRETTA_adp knows no place .* give target_modules= and where="):
-        get_peft_model(layers(), loge.LorettaAdpConfig(identity_start=False, **config))
+    with pytest.raises(ValueError, match=r"LoRETTA_adp knows no place .*'custom'.* give target_modules= and where="):
+        get_peft_model(layers(), loge.LorettaAdpConfig(**config))
+    with pytest.raises(ValueError, match=r"LoRETTA_rep knows no place .*'custom'.* give target_modules="):
+        get_peft_model(layers(), loge.LorettaRepConfig(**config))
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -192,8 +193,6 @@ def test_one_classifier_at_a_time():
 
 
 def _head() -> TensorTrainHead:
-    from loge_kernels.methods.loretta.head import RepHead
-
     layer = RepHead(nn.Linear(12, 18))
     layer.update_layer("default", loge.LorettaRepConfig())
     return layer

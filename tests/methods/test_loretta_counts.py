@@ -13,28 +13,14 @@ NORMS = 65 * 4096  # LLaMA-2-7B's RMSNorms
 
 
 def llama_2_7b():
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
-    )
     with torch.device("meta"):
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM(LlamaConfig())  # whose defaults are its sizes
 
 
 def deberta_base():
-    config = DebertaConfig(
-        vocab_size=50265,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        relative_attention=True,
-        pos_att_type=["c2p", "p2c"],
-        position_biased_input=False,
-        type_vocab_size=0,
-        num_labels=2,
-    )
+    attention = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
     with torch.device("meta"):
-        return DebertaForSequenceClassification(config)
+        return DebertaForSequenceClassification(DebertaConfig(**attention))  # whose other defaults are its sizes
 
 
 def trainable(model) -> int:

@@ -66,17 +66,14 @@ def test_gradients_of_the_cores():
 def test_a_merged_model_gives_the_same_logits(dtype):
     base = family("llama").to(dtype)
     model = moved(get_peft_model(base, copy.deepcopy(PLAIN)).eval())
-    expected, weight = (
-        output(model, "llama"),
-        model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight").clone(),
-    )
+    frozen = model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")
+    expected, weight = output(model, "llama"), frozen.clone()
     tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.15, "rtol": 0.05}
     model.merge_adapter()
     torch.testing.assert_close(output(model, "llama"), expected, **tolerance)
     model.unmerge_adapter()
     torch.testing.assert_close(output(model, "llama"), expected, **tolerance)
-    now = model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")
-    torch.testing.assert_close(now, weight, atol=1e-6 if dtype == torch.float32 else 4e-3, rtol=0)
+    torch.testing.assert_close(frozen, weight, atol=1e-6 if dtype == torch.float32 else 4e-3, rtol=0)
     merged = model.merge_and_unload(safe_merge=True)
     assert not adapters(merged)
     torch.testing.assert_close(output(merged, "llama"), expected, **tolerance)
@@ -106,11 +103,8 @@ def test_norms_train_and_come_back(tmp_path):
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert torch.equal(saved["base_model.model.model.norm.weight"], model.base_model.model.model.norm.weight)
-    assert set(json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]) == {
-        "input_layernorm",
-        "norm",
-        "post_attention_layernorm",
-    }
+    kept = set(json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"])
+    assert kept == {"input_layernorm", "norm", "post_attention_layernorm"}
     without = adapted("llama", loge.LorettaRepConfig(train_norms=False))
     assert all("loretta" in n for n, p in without.named_parameters() if p.requires_grad)
 
@@ -134,16 +128,15 @@ def test_several_adapters():
 
 
 def test_an_inactive_adapter_on_layers_of_its_own_does_not_train():
+    def trained():
+        names = (n for n, p in model.named_parameters() if p.requires_grad and "loretta_rep" in n)
+        return {n.partition(".loretta_rep")[0].rpartition(".")[2] for n in names}
+
     model = get_peft_model(family("llama"), REP, adapter_name="first")
-    assert any(p.requires_grad for n, p in model.named_parameters() if "loretta_rep" in n)
     model.add_adapter("second", loge.LorettaRepConfig(target_modules=["k_proj"]))
-    trained = [n for n, p in model.named_parameters() if p.requires_grad and "loretta_rep" in n]
-    assert trained
-    assert not any("k_proj" in n for n in trained)
+    assert trained() == {"q_proj", "v_proj"}
     model.set_adapter("second")
-    trained = [n for n, p in model.named_parameters() if p.requires_grad and "loretta_rep" in n]
-    assert trained
-    assert all("k_proj" in n for n in trained)
+    assert trained() == {"k_proj"}
 
 
 def test_two_active_adapters_add_up():
@@ -201,14 +194,6 @@ def test_factors_follow_a_merge():
 
 
 # What is refused
-
-
-def test_an_unknown_family_needs_targets():
-    model = nn.Sequential(nn.Linear(12, 18), nn.ReLU(), nn.Linear(18, 3))
-    with pytest.raises(ValueError, match=r"knows no place in a model of type 'custom'.*give target_modules"):
-        get_peft_model(model, loge.LorettaRepConfig())
-    adapted = get_peft_model(model, loge.LorettaRepConfig(target_modules=["0"]))
-    assert list(adapters(adapted)) == ["base_model.model.0"]
 
 
 def test_other_layers_are_refused_by_name():

@@ -21,16 +21,9 @@ def layers(model):
 
 @pytest.mark.parametrize(("r", "millions"), [(256, 370.65), (512, 609.72)])
 def test_the_papers_parameter_counts(r, millions):
+    sizes = {"hidden_size": 2048, "intermediate_size": 5461, "num_hidden_layers": 24, "num_attention_heads": 16}
     with torch.device("meta"):
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=32100,
-                hidden_size=2048,
-                intermediate_size=5461,
-                num_hidden_layers=24,
-                num_attention_heads=16,
-            )
-        )
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=32100, **sizes))
         dense = sum(p.numel() for p in model.parameters())
         adapted = get_peft_model(model, loge.SwitchLoraConfig(r=r))
     assert round(dense / 1e6, 2) == 1339.49
