@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -85,12 +86,12 @@ def test_the_whole_package_is_searched() -> None:
 
 
 FACTORS = {"format": "loge_kernels factors 1", "energy": 0.5}
+LEFT, RIGHT = torch.zeros(20, 4), torch.zeros(4, 30)
 
 
-def write(path: Path, header: object, tensors: dict[str, torch.Tensor] | None = None) -> None:
-    if tensors is None:
-        tensors = {"left": torch.zeros(20, 4), "right": torch.zeros(4, 30)}
-    save_file(tensors, path, metadata={"loge": header if isinstance(header, str) else json.dumps(header)})
+def write(path: Path, header: object, **tensors: torch.Tensor) -> None:
+    text = header if isinstance(header, str) else json.dumps(header)
+    save_file(tensors or {"left": LEFT, "right": RIGHT}, path, metadata={"loge": text})
 
 
 def huge_header(path: Path) -> None:
@@ -107,7 +108,7 @@ def overlapping(path: Path) -> None:
 
 
 def factors_of(left: torch.Tensor, right: torch.Tensor, header: object = FACTORS) -> Callable[[Path], None]:
-    return lambda path: write(path, header, {"left": left, "right": right})
+    return lambda path: write(path, header, left=left, right=right)
 
 
 def directory(path: Path) -> None:
@@ -115,17 +116,16 @@ def directory(path: Path) -> None:
     path.mkdir()
 
 
-LEFT, RIGHT = torch.zeros(20, 4), torch.zeros(4, 30)
 HOSTILE = {
     "cut short": lambda path: path.write_bytes(path.read_bytes()[:-7]),
     "empty": lambda path: path.write_bytes(b""),
     "garbage": lambda path: path.write_bytes(os.urandom(3000)),
     "a directory": directory,
-    "a pickle": lambda path: torch.save({"left": torch.zeros(20, 4)}, path),
+    "a pickle": lambda path: torch.save({"left": LEFT}, path),
     "a huge header": huge_header,
     "bytes beyond the end": overlapping,
-    "numbers that are none": factors_of(torch.full((20, 4), torch.nan), RIGHT),
-    "an energy that is none": lambda path: write(path, '{"format": "loge_kernels factors 1", "energy": NaN}'),
+    "numbers that are none": factors_of(LEFT + torch.nan, RIGHT),
+    "an energy that is none": lambda path: write(path, FACTORS | {"energy": math.nan}),
     "an endless energy": lambda path: write(path, '{"format": "loge_kernels factors 1", "energy": 1e999}'),
     "an energy above one": lambda path: write(path, FACTORS | {"energy": 1e30}),
     "an energy of many digits": lambda path: write(path, FACTORS | {"energy": 10**400}),
@@ -133,7 +133,7 @@ HOSTILE = {
     "a list": lambda path: write(path, [1, 2]),
     "a deep nest": lambda path: write(path, "[" * 100_000),
     "no JSON": lambda path: write(path, "{"),
-    "other tensors": lambda path: write(path, FACTORS, {"left": torch.zeros(20, 4)}),
+    "other tensors": lambda path: write(path, FACTORS, left=LEFT),
     "another dtype": factors_of(LEFT.half(), RIGHT.half()),
     "another dtype on the right": factors_of(LEFT, RIGHT.half()),
     "another shape": factors_of(LEFT, RIGHT[:3]),
@@ -217,16 +217,18 @@ def shared_umask() -> Iterator[None]:
     os.umask(before)
 
 
-@pytest.mark.parametrize("work", ["factors", "record", "table"])
+WORK = {
+    "factors": lambda: cached_factors(torch.randn(20, 30), 4),
+    "record": lambda: verification.record("reference", torch.device("cpu")),
+    "table": lambda: tuning.write_entries("a_card", (), "a test"),
+}
+
+
+@pytest.mark.parametrize("work", WORK)
 def test_everything_in_the_cache_is_its_owners(work: str, tmp_path: Path, monkeypatch: Any, shared_umask: None) -> None:
     monkeypatch.setenv("LOGE_CACHE", str(tmp_path / "new" / "cache"))
-    if work == "factors":
-        cached_factors(torch.randn(20, 30), 4)
-    elif work == "record":
-        verification.record("reference", torch.device("cpu"))
-        verification.is_verified.cache_clear()
-    else:
-        tuning.write_entries("a_card", (), "a test")
+    WORK[work]()
+    verification.is_verified.cache_clear()
     found = [tmp_path / "new" / "cache", *(tmp_path / "new" / "cache").rglob("*")]
     assert len(found) > 1
     for path in found:
