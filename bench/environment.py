@@ -6,11 +6,12 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from loge_kernels.machine import version_of
 
 _PACKAGES = ("loge_kernels", "torch", "triton", "peft", "transformers", "numpy")
 
@@ -19,7 +20,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """JSON-able: date, versions, device, threads, the commit of the checkout (None outside one), load average."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in _PACKAGES}},
         "device": device_name(device),
         "device_type": device.type,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
@@ -29,13 +30,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         "commit": commit(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def device_name(device: torch.device) -> str:

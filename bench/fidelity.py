@@ -25,15 +25,14 @@ import torch
 from rich.console import Console
 from typer import Option
 
-from loge_kernels.command_line import check_counts
+from loge_kernels.command_line import WHOLE, Device, Resumed, Text, check_counts
 from loge_kernels.finetune import FinetuneOptions
-from loge_kernels.finetune.options import choose_device, choose_dtype
+from loge_kernels.machine import choose_device, choose_dtype
 
 from . import fidelity_report as report
 from . import output
 from .environment import describe
 from .fidelity_training import Workbench
-from .options import WHOLE, Device, Resumed, Text
 from .policies import LONGEST, PEFT, Policy, parse_all
 
 DEFAULTS = (
@@ -117,7 +116,7 @@ class FidelityOptions:
     def training(self) -> FinetuneOptions:
         """What of it a training run takes; the seed is replaced run by run."""
         names = ("model", "text", "steps", "batch", "seq", "lr", "lora_rank")
-        device = choose_device(self.device)
+        device = choose_device(self.device, "--device ")
         dtype = str(choose_dtype(self.dtype, device)).removeprefix("torch.")
         values = {name: getattr(self, name) for name in names}
         return FinetuneOptions(**values, dtype=dtype, device=str(device), seed=min(self.seeds, default=0))

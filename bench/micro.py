@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from typer import Argument, Option
 
 from loge_kernels.backend.choice import check_name
 from loge_kernels.check.accuracy import Verdict
+from loge_kernels.command_line import WHOLE, Device, Json
 from loge_kernels.factors.factors import resolve_rank
+from loge_kernels.machine import DTYPES, choose_device, dtype_name
 from loge_kernels.numerics.matmul import slow_on_cpu
 
 from . import output
@@ -28,49 +30,73 @@ from .rows import Case, Row
 from .shapes import parse_shapes
 from .timing import Timing, TimingOptions, clock_for, interleave
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+RANKS = (1 / 16, 1 / 8, 1 / 4)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MicroOptions:
-    """What to measure; every field has a default.
+    """What to measure, or with `tune` what to tune for (`bench.tune`).
 
-    shapes: model names, "model:projections" or "M,N,K" (`bench.shapes`); () for SmolLM2-135M on a CPU and LLaMA-2-7B
-        on a GPU.
-    rows: the values of M, for shapes that do not carry their own.
-    ranks: R, ints or shares in (0, 1] of min(N, K).
-    lora_ranks: P.
-    dtypes: float32, bfloat16, float16, float64 (or fp32, bf16, fp16, fp64).
-    device: "auto", "cpu", "cuda", "cuda:1", …
-    direction: "forward+backward", or "backward" (the forward then runs outside the timing).
-    adapter_dtype: "same" as the layer, the stricter comparison, or "float32", PEFT's default for 16-bit models.
-    backends: names to measure; None for all that are available.
-    baselines: any of "dense", "peft", "exact", "unfused".
-    budget: seconds of measured rounds per case, a case being one shape, M, P and dtype with every R; at least three
-        rounds are run, and what takes longer than a quarter of this runs a single time.
-    slow_limit: a baseline of plain products predicted to take longer than this many seconds a call is not run; the
-        table then shows the prediction and this limit.
-    seed: of the operands.
-    json, csv, png: files to write.
+    shapes: as `bench.shapes` reads them.   adapter_dtype: "same" as the layer, the stricter comparison, or "float32",
+    PEFT's default for 16-bit models.   backends: names to measure; None for all that are available.   baselines: any
+    of "dense", "peft", "exact", "unfused".   seed: of the operands.
     """
 
-    shapes: tuple[str, ...] = ()
-    rows: tuple[int, ...] = (2048,)
-    ranks: tuple[int | float, ...] = (1 / 16, 1 / 8, 1 / 4)
-    lora_ranks: tuple[int, ...] = (16,)
-    dtypes: tuple[str, ...] = ("bfloat16",)
-    device: str = "auto"
-    direction: str = "forward+backward"
+    shapes: Annotated[
+        Sequence[str],
+        Argument(
+            help="Model names (SmolLM2-135M, LLaMA-2-7B, LLaMA-3-8B, Qwen2.5-7B), model:projections or M,N,K; default: "
+            "SmolLM2-135M on a CPU, LLaMA-2-7B on a GPU."
+        ),
+        WHOLE,
+    ] = ()
+    rows: Annotated[
+        Sequence[int], Option("--rows", "-M", help="M, tokens: a list, for shapes that do not carry their own.")
+    ] = (2048,)
+    ranks: Annotated[
+        Sequence[int | float] | None,
+        Option(
+            "--rank",
+            "-R",
+            help="R: ints, or shares of min(N, K); default: 1/16, 1/8 and 1/4, with --tune 64, 128 and 256.",
+        ),
+    ] = None
+    lora_ranks: Annotated[Sequence[int], Option("--lora-rank", "-P", help="P: a list.")] = (16,)
+    dtypes: Annotated[Sequence[str], Option("--dtype", help="float32, bfloat16, float16, float64: a list.")] = (
+        "bfloat16",
+    )
+    device: Device = "auto"
+    direction: Annotated[str, Option(help="forward+backward, or backward; the forward then is not timed.")] = (
+        "forward+backward"
+    )
     adapter_dtype: str = "same"
-    backends: tuple[str, ...] | None = None
-    baselines: tuple[str, ...] = BASELINES
-    budget: float = 20.0
-    slow_limit: float = 180.0
+    backends: Sequence[str] | None = None
+    baselines: Sequence[str] = BASELINES
+    budget: Annotated[
+        float,
+        Option(
+            help="Seconds of measured rounds for each case: one shape, M, P and dtype with every R; three rounds at "
+            "least, and one of what takes longer than a quarter of this."
+        ),
+    ] = 20.0
+    slow_limit: Annotated[
+        float, Option(help="Leave out a baseline predicted to take longer than this many seconds a call.")
+    ] = 180.0
     seed: int = 0
-    json: Path | None = None
-    csv: Path | None = None
-    png: Path | None = None
+    tune: Annotated[
+        bool,
+        Option(
+            "--tune",
+            help="Instead: measure the Triton configurations for these problems and keep the best in the user's cache.",
+        ),
+    ] = False
+    json: Json = None
+    csv: Annotated[Path | None, Option(help="Also write the rows to this file, as CSV.")] = None
+    png: Annotated[Path | None, Option(help="Draw speed-up against R into this file.")] = None
+
+    def with_ranks(self, ranks: Sequence[int | float]) -> MicroOptions:
+        """These options, with `ranks` where they name none."""
+        return replace(self, ranks=ranks) if self.ranks is None else self
 
 
 def run(options: MicroOptions, console: Console | None = None) -> dict[str, Any]:
@@ -80,7 +106,8 @@ def run(options: MicroOptions, console: Console | None = None) -> dict[str, Any]
     argument named, before anything is measured.
     """
     console = console or Console()
-    device = pick_device(options.device)
+    options = options.with_ranks(RANKS)
+    device = choose_device(options.device)
     cases = plan(options, device)
     output.check_writable(options.json, options.csv, options.png)
     report: dict[str, Any] = {
@@ -91,16 +118,13 @@ def run(options: MicroOptions, console: Console | None = None) -> dict[str, Any]
         "rows": [],
     }
     rows: list[Row] = []
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("measuring the ceilings of this device", total=None)
+    with output.spinner(console, "measuring the ceilings of this device") as tell:
         ceilings = {name: measure_ceilings(device, DTYPES[name]) for name in dict.fromkeys(c.dtype for c in cases)}
         report["ceilings"] = {name: ceiling.to_dict() for name, ceiling in ceilings.items()}
         output.print_heading(console, report)
         for number, case in enumerate(cases, 1):
             label = f"case {number} of {len(cases)}, {case.title}: "
-            tell = partial(_describe, progress, task, label)
-            rows_of_case = measure(case, options, device, ceilings[case.dtype], tell)
+            rows_of_case = measure(case, options, device, ceilings[case.dtype], partial(_tell, tell, label))
             output.print_case(console, case.title, options.direction, rows_of_case)
             rows += rows_of_case
             report["rows"] = [row.to_dict() for row in rows]
@@ -111,31 +135,8 @@ def run(options: MicroOptions, console: Console | None = None) -> dict[str, Any]
     return report
 
 
-def _describe(progress: Progress, task: TaskID, label: str, message: str) -> None:
-    progress.update(task, description=label + message)
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device for a name, "auto" for a GPU where there is one; ValueError for one that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device={name!r} is not a device; give auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={name!r} is not supported; give auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def resolve_dtype(name: str) -> str:
-    """The full name of a dtype; ValueError with the known ones."""
-    full = _ALIASES.get(name, name)
-    if full not in DTYPES:
-        raise ValueError(f"dtype={name!r} is unknown; choose one of {', '.join(DTYPES)} (or {', '.join(_ALIASES)})")
-    return full
+def _tell(tell: Callable[[str], None], label: str, message: str) -> None:
+    tell(label + message)
 
 
 def plan(options: MicroOptions, device: torch.device) -> list[Case]:
@@ -157,11 +158,11 @@ def plan(options: MicroOptions, device: torch.device) -> list[Case]:
         check_name(name, "backends")
     if options.adapter_dtype not in ("same", "float32"):
         raise ValueError(f"adapter_dtype={options.adapter_dtype!r} is unknown; choose 'same' or 'float32'")
-    dtypes = [resolve_dtype(name) for name in options.dtypes]
+    dtypes = [dtype_name(name) for name in options.dtypes]
     default = "LLaMA-2-7B" if device.type == "cuda" else "SmolLM2-135M"
     cases = []
     for shape in parse_shapes(options.shapes or (default,)):
-        ranks = tuple(dict.fromkeys(resolve_rank(R, shape.N, shape.K, "ranks") for R in options.ranks))
+        ranks = tuple(dict.fromkeys(resolve_rank(R, shape.N, shape.K, "ranks") for R in options.ranks or ()))
         for M in (shape.rows,) if shape.rows else options.rows:
             cases += [Case(shape, M, P, dtype, ranks) for P in options.lora_ranks for dtype in dtypes]
     return cases

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .rows import Row
@@ -56,6 +58,15 @@ def size(count: int | None) -> str:
 
 def rate(per_second: float | None) -> str:
     return "" if per_second is None else f"{per_second:.3g}"
+
+
+@contextlib.contextmanager
+def spinner(console: Console, doing: str) -> Iterator[Callable[[str], None]]:
+    """A spinner beside what is being done, and the seconds since; yields what changes the text."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(doing, total=None)
+        yield lambda message: progress.update(task, description=message)
 
 
 def print_heading(console: Console, report: dict[str, Any]) -> None:

@@ -23,12 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from typer import Option
 
-from loge_kernels.command_line import check_counts, numbers
-from loge_kernels.finetune.options import choose_device
+from loge_kernels.command_line import Device, Resumed, Text, check_counts, numbers
+from loge_kernels.machine import choose_device
 
 from . import output
 from .environment import describe
-from .options import Device, Resumed, Text
 from .pretrain_training import METHODS, read_text, train
 
 # Factors of two around the best of each.
@@ -92,7 +91,7 @@ class PretrainOptions:
 
     @property
     def torch_device(self) -> torch.device:
-        return choose_device(self.device)
+        return choose_device(self.device, "--device ")
 
     def check(self) -> None:
         """Raise ValueError where a value cannot work."""

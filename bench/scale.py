@@ -28,11 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
 
-from loge_kernels.command_line import check_counts
+from loge_kernels.command_line import Json, check_counts
 from loge_kernels.factors.factors import resolve_rank
 
 from .on_paper import PaperPolicy, predict
-from .options import Json
 from .output import check_writable, duration, print_wide, size, without_files, write
 from .shapes import LLAMAS, Llama
 

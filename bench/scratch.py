@@ -18,13 +18,12 @@ import torch
 from rich.console import Console
 from typer import Argument, Option
 
-from loge_kernels.command_line import check_counts, write_json
+from loge_kernels.command_line import Device, Json, Text, check_counts, write_json
 from loge_kernels.finetune import FinetuneOptions, data
-from loge_kernels.finetune.options import choose_device
 from loge_kernels.finetune.progress import progress
 from loge_kernels.finetune.training import heldout_loss, token_losses
+from loge_kernels.machine import choose_device
 
-from .options import Device, Json, Text
 from .pretraining import learn_tokenizer, rate
 
 _TOKENIZER_FILES = 200  # of the standard library's, to learn the merges from
@@ -73,7 +72,7 @@ def run(options: ScratchOptions, console: Console | None = None) -> dict[str, An
     """
     options.check()
     console = console or Console(stderr=True)
-    device = choose_device(options.device)
+    device = choose_device(options.device, "--device ")
     reading = FinetuneOptions(
         text=options.text, steps=options.steps, batch=options.batch, seq=options.seq, lr=options.lr, seed=options.seed
     )

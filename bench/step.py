@@ -17,21 +17,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Annotated, Any
 
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from typer import Option
+
+from loge_kernels.command_line import WHOLE, Device, Json
+from loge_kernels.machine import DTYPES, choose_device, dtype_name
 
 from . import on_paper, output
 from .environment import describe
 from .memory import with_peak_memory
-from .micro import DTYPES, pick_device, resolve_dtype
-from .options import WHOLE, Device, Json
 from .policies import PEFT, Policy, parse, parse_all
 from .roofline import Ceilings, measure_ceilings
 from .step_trainer import PHASES, Trainer, build
@@ -153,7 +152,7 @@ def run(options: StepOptions, console: Console | None = None) -> dict[str, Any]:
     policies = options.check()
     if options.on_paper is not None:
         return predict(options, console)
-    device = pick_device(options.device)
+    device = choose_device(options.device)
     report: dict[str, Any] = {
         "benchmark": "step",
         "environment": describe(device),
@@ -162,18 +161,14 @@ def run(options: StepOptions, console: Console | None = None) -> dict[str, Any]:
         "ceilings": {},
         "rows": [],
     }
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("measuring the ceilings of this device", total=None)
-        dtypes = [resolve_dtype(name) for name in options.dtypes]
+    with output.spinner(console, "measuring the ceilings of this device") as tell:
+        dtypes = [dtype_name(name) for name in options.dtypes]
         ceilings = {dtype: measure_ceilings(device, DTYPES[dtype]) for dtype in dtypes}
         report["ceilings"] = {dtype: ceiling.to_dict() for dtype, ceiling in ceilings.items()}
         output.print_heading(console, report)
         for dtype in dtypes:
             for again in CHECKPOINTING[options.checkpointing]:
-                rows = measure(
-                    options, policies, dtype, again, device, ceilings[dtype], partial(_describe, progress, task)
-                )
+                rows = measure(options, policies, dtype, again, device, ceilings[dtype], tell)
                 _print(console, options, rows)
                 report["rows"] += [asdict(row) for row in rows]
                 report["passed"] = all(row["status"] != "wrong result" for row in report["rows"])
@@ -195,10 +190,6 @@ def predict(options: StepOptions, console: Console) -> dict[str, Any]:
         console=console,
         json=options.json,
     )
-
-
-def _describe(progress: Progress, task: Any, message: str) -> None:
-    progress.update(task, description=message)
 
 
 def measure(

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from loge_kernels import triton_kernels as tk
 from loge_kernels.backend import reference
 from loge_kernels.backend.problem import BackwardProblem
 from loge_kernels.check.accuracy import judge
+from loge_kernels.machine import DTYPES, choose_device
 from loge_kernels.triton_kernels import availability, compile_check, dispatch, tuning
 from loge_kernels.triton_kernels.configs import (
     Config,
@@ -44,34 +44,14 @@ from loge_kernels.triton_kernels.devices import DeviceSpec, device_spec
 from . import output
 from .environment import describe
 from .gate import Gate
-from .micro import DTYPES, MicroOptions, pick_device, plan
+from .micro import MicroOptions, plan
 from .operands import Operands, make_operands
 from .timing import Clock, TimingOptions, clock_for, interleave
 
 # Times of the interpreter must not become the table of a GPU.
 INTERPRETER = "Triton interpreter"
+RANKS = (64, 128, 256)  # where the options name none
 Candidates = Callable[[str, int, int, int], Iterable[Config]]  # of kernel, bits, rank and adapter of a class
-
-
-@dataclass(frozen=True, slots=True)
-class TuneOptions:
-    """What to tune for; every field has a default.
-
-    shapes, rows, ranks, lora_ranks, dtypes: the problems, as in `MicroOptions`; classes that none of them falls into
-        keep their configuration.
-    device: "auto", "cuda", "cuda:1", …; "cpu" in Triton's interpreter.
-    budget: seconds of measured rounds for each problem of a class, compilation not included; at least three rounds.
-    json: a file to write.
-    """
-
-    shapes: tuple[str, ...] = ()
-    rows: tuple[int, ...] = (2048,)
-    ranks: tuple[int | float, ...] = (64, 128, 256)
-    lora_ranks: tuple[int, ...] = (16,)
-    dtypes: tuple[str, ...] = ("bfloat16",)
-    device: str = "auto"
-    budget: float = 5.0
-    json: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +88,7 @@ class Measured:
 
 
 def run(
-    options: TuneOptions, console: Console | None = None, candidates: Candidates = tuning.search_space
+    options: MicroOptions, console: Console | None = None, candidates: Candidates = tuning.search_space
 ) -> dict[str, Any]:
     """Measure, write each class's winner to the user's table as soon as it is known, print a table; the JSON-able
     report is returned. Calls of this process use the new configurations from then on.
@@ -121,7 +101,8 @@ def run(
     reason = tk.why_not_here()
     if reason is not None:
         raise ValueError(f"nothing can be tuned here: {reason}")
-    device = pick_device(options.device)
+    options = options.with_ranks(RANKS)
+    device = choose_device(options.device)
     problems = problems_of(options, device)
     spec = device_spec(device)
     if availability.interpreted():
@@ -173,11 +154,10 @@ def _advance(progress: Progress, task: TaskID, label: str, message: str, steps: 
     progress.update(task, description=escape(label + message), advance=steps)
 
 
-def problems_of(options: TuneOptions, device: torch.device) -> list[Problem]:
+def problems_of(options: MicroOptions, device: torch.device) -> list[Problem]:
     """The problems of `options`, checked: ValueError names the argument that cannot be, or why it cannot run."""
-    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "json"}
     problems = []
-    for case in plan(MicroOptions(**given), device):
+    for case in plan(options, device):
         for R in case.ranks:
             reason = availability.why_not(dtype=DTYPES[case.dtype], device=device, R=R, P=case.P)
             if reason is not None:

@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from . import __version__
+from . import __version__, finetune
 from .bench.commands import bench_app
-from .command_line import SETTINGS, JsonOption, leave, number, split, write_json
+from .command_line import SETTINGS, Json, add_command, exit_with, split, write_json
+from .finetune import FinetuneOptions
+from .machine import version_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, context_settings=SETTINGS, pretty_exceptions_enable=False)
 app.add_typer(bench_app, name="bench")
@@ -29,7 +31,7 @@ def main() -> None:
 
 
 @app.command()
-def info(json_file: JsonOption = None) -> None:
+def info(json_file: Json = None) -> None:
     """Versions, devices, backends and where the cache lies."""
 
     def work() -> bool:
@@ -41,7 +43,7 @@ def info(json_file: JsonOption = None) -> None:
             "loge_kernels": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **{name: _version(name) for name in ("triton", "transformers", "peft")},
+            **{name: version_of(name) or "not installed" for name in ("triton", "transformers", "peft")},
             "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
             "gpu": ", ".join(devices) or "none",
             "cache": str(cache_dir() or "off"),
@@ -59,7 +61,7 @@ def info(json_file: JsonOption = None) -> None:
         write_json(json_file, facts)
         return True
 
-    leave(work)
+    exit_with(work)
 
 
 @app.command()
@@ -79,10 +81,10 @@ def check(
             "GPU, and check spills, shared memory and tensor-core instructions.",
         ),
     ] = None,
-    json_file: JsonOption = None,
+    json_file: Json = None,
 ) -> None:
     """Hold every backend against float64 dense autograd, over awkward shapes and every combination of features."""
-    from .check import harness as harness
+    from .check import harness
 
     def work() -> bool:
         if compile_for is not None:
@@ -105,7 +107,7 @@ def check(
         write_json(json_file, report.to_dict())
         return report.passed
 
-    leave(work)
+    exit_with(work)
 
 
 def _check_compiled(archs: Sequence[str], json_file: Path | None) -> bool:
@@ -116,8 +118,9 @@ def _check_compiled(archs: Sequence[str], json_file: Path | None) -> bool:
     with Progress(transient=True, console=Console(stderr=True)) as progress:
         task = progress.add_task("compiling", total=None)
         rows = compile_check.run(archs, progress=lambda done, total: progress.update(task, completed=done, total=total))
-    changed = compile_check.differences(rows, _version("triton"))
-    table = Table(title=f"Triton {_version('triton')}, compiled without a GPU", title_justify="left")
+    version = version_of("triton") or "not installed"
+    changed = compile_check.differences(rows, version)
+    table = Table(title=f"Triton {version}, compiled without a GPU", title_justify="left")
     for heading in ("arch", "kernel", "registers", "spills", "shared bytes", "HMMA", "HGMMA", "verdict"):
         table.add_column(heading, justify="left" if heading in ("arch", "kernel", "verdict") else "right")
     for row in rows:
@@ -132,103 +135,21 @@ def _check_compiled(archs: Sequence[str], json_file: Path | None) -> bool:
     return not changed and not any(row.problems for row in rows)
 
 
-@app.command()
-def finetune(
-    model: Annotated[
-        str | None, typer.Option(help="A directory, a .gguf file or a hub id; default: SmolLM2-135M-Instruct.")
-    ] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option(help="Files to train on; default: Python's standard library.")
-    ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What to train beside PEFT's LoRA, a list: loge (exact), low-rank, loretta-rep, loretta-adp, "
-            "switchlora, or lora with --freeze; NAME:LR for a learning rate of its own. Default: loge,low-rank.",
-        ),
-    ] = None,
-    freeze: Annotated[
-        str | None,
-        typer.Option(help="Freeze the first layers in these: auto, where calibration finds the boundary, or a number."),
-    ] = None,
-    rank: Annotated[
-        str, typer.Option(help="low-rank: rank of the factors, an int or a share of min(N, K) in (0, 1].")
-    ] = "0.25",
-    subspace: Annotated[
-        str,
-        typer.Option(
-            help="low-rank: which directions the factors keep: svd, or gradient or salience, for which the first "
-            "training sequences are looked at before training."
-        ),
-    ] = "gradient",
-    exact_layers: Annotated[
-        float, typer.Option(help="low-rank: share of the weights that stays exact, from the output downwards.")
-    ] = 0.5,
-    exact_every: Annotated[
-        int | None, typer.Option(help="low-rank: one training forward in so many has an exact backward.")
-    ] = None,
-    exact_dtype: Annotated[
-        str, typer.Option(help="loge, low-rank: exact products in auto (8 bits where faster), float8, int8 or none.")
-    ] = "auto",
-    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 8,
-    targets: Annotated[
-        list[str] | None, typer.Option(help="Layers with adapters, by name; default: every linear of the blocks.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.")] = 40,
-    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 2,
-    seq: Annotated[int, typer.Option(help="Tokens a sequence.")] = 128,
-    lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 5e-4,
-    seed: Annotated[int, typer.Option(help="Of the adapters' start and of the batches.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
-    out: Annotated[Path, typer.Option(help="Where metrics, curves and adapters go.")] = Path("out"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
-    json_file: JsonOption = None,
-) -> None:
-    """Fine-tune a real model with PEFT's LoRA and with other methods, LoGE first among them: a step of each in turn."""
-    from .finetune import FinetuneOptions, Interrupted, run
-
-    def work() -> bool:
-        options = FinetuneOptions(
-            model=model,
-            text=tuple(text or ()),
-            method=tuple(split(method)) or FinetuneOptions.method,
-            freeze=int(freeze) if freeze is not None and freeze.lstrip("+-").isdigit() else freeze,
-            rank=number("rank", rank),
-            subspace=subspace,
-            exact_layers=exact_layers,
-            exact_every=exact_every,
-            exact_dtype=exact_dtype,
-            lora_rank=lora_rank,
-            targets=split(targets) or None,
-            dtype=dtype,
-            steps=steps,
-            batch=batch,
-            seq=seq,
-            lr=lr,
-            seed=seed,
-            device=device,
-            out=out,
-            resume=resume,
-            json=json_file,
-        )
-        try:
-            run(options)
-        except Interrupted as interrupted:
-            print(interrupted, file=sys.stderr)
-            raise SystemExit(Interrupted.exit_status) from None
-        return True
-
-    leave(work)
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
+def _finetune(options: FinetuneOptions) -> None:
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+        finetune.run(options)
+    except finetune.Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        raise SystemExit(finetune.Interrupted.exit_status) from None
+
+
+add_command(
+    app,
+    "finetune",
+    FinetuneOptions,
+    _finetune,
+    "Fine-tune a real model with PEFT's LoRA and with other methods, LoGE first among them: a step of each in turn.",
+)
 
 
 if __name__ == "__main__":

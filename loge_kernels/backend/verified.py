@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from ..files import DAMAGED, cache_dir, make_private, replacing
+from ..machine import version_of
 
 logger = logging.getLogger("loge_kernels")
 
@@ -23,7 +23,7 @@ _FILE = "verified.json"
 def environment(backend: str, device: torch.device) -> str:
     """What a record holds for: the backend, the GPU's name and the versions that make its code."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    packages = " ".join(f"{package} {_installed(package)}" for package in ("loge_kernels", "triton"))
+    packages = " ".join(f"{package} {version_of(package) or 'none'}" for package in ("loge_kernels", "triton"))
     return f"{backend} | {name} | torch {torch.__version__} | {packages}"
 
 
@@ -63,10 +63,3 @@ def _read() -> list[str]:
     except DAMAGED as error:
         logger.warning("ignoring the damaged file %s (%s)", directory / _FILE, error)
         return []
-
-
-def _installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"

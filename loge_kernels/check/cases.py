@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .. import machine
 from ..numerics import eight_bit
 from ..numerics.dropout import draw_seed, keep_mask
 
 Mode = Literal["low-rank", "exact", "exact rows", "residual", "float8", "int8", "low-rank float8", "low-rank int8"]
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {name: dtype for name, dtype in machine.DTYPES.items() if name != "float64"}  # that is the truth's
 GRADIENTS = ("x", "weight", "bias", "lora_A", "lora_B")
 SCALING = 0.7
 DROPOUT = 0.25

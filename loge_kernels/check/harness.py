@@ -12,6 +12,7 @@ from ..backend.choice import backends, check_name, why_not
 from ..backend.problem import BackwardProblem, Operands
 from ..backend.verified import record
 from ..factors.factors import Factors
+from ..machine import choose_device, dtype_name
 from ..numerics import eight_bit
 from ..op.linear import linear
 from .accuracy import Verdict, judge
@@ -49,11 +50,8 @@ def run(
     names = [row.name for row in backends() if row.available]
     if backend is not None and check_name(backend, "backend") != "auto":
         names = [backend]
-    target = _device(device)
-    chosen = tuple(DTYPES) if dtypes is None else dtypes
-    for name in chosen:
-        if name not in DTYPES:
-            raise ValueError(f"dtype={name!r} is unknown; choose one of {', '.join(DTYPES)}")
+    target = choose_device(device)
+    chosen = [dtype_name(name, DTYPES) for name in (DTYPES if dtypes is None else dtypes)]
     cases = list(grid())
     if sample is not None:
         if sample < 1:
@@ -93,15 +91,6 @@ def _check_case(case: Case, inputs: dict[str, Tensor], backend: str) -> dict[str
     double = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
     truth, plain = by_naive(case, double, inputs), by_naive(case, inputs, inputs)
     return {name: judge(results[name], plain[name], truth[name]) for name in results}
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def _problem(case: Case, inputs: dict[str, Tensor]) -> BackwardProblem:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import Batch, numbered, on_device
+from ..batches import Batch, on_device
 from ..collectives import distributed, failing_alike, group_of, unwrapped
 from ..factors.statistics import LayerStatistics, Statistics
 from ..numerics.autocast import without_autocast
 from ..numerics.decompositions import leading_triplets
+from ..terminal import with_progress
 from .targets import TargetLayer, Targets, find_targets, why_nothing_to_convert
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -103,7 +104,7 @@ def _gather(
     collectors = [_Collector(target, statistics.layers[target.name], scores) for target in chosen]
     saved = time.monotonic()
     with _hooks(collectors), _gradients_kept(model), _running_statistics_kept(model):
-        for number, batch in numbered(batches, "calibrating"):
+        for number, batch in enumerate(with_progress(batches, "calibrating")):
             if number < done:
                 continue
             statistics.tokens += _pass(model, batch, loss, number)

@@ -9,16 +9,15 @@ from torch import nn
 
 from ..backend.choice import check_name
 from ..batches import Batch
-from ..factors.factors import resolve_rank
+from ..factors.factors import PROJECTIONS, SUBSPACES, resolve_rank
 from ..factors.statistics import Statistics
-from ..factors.subspaces import FROM_CALIBRATION, READINGS
+from ..factors.subspaces import READINGS
 from ..freezing.plan import FreezePlan
 from ..layers.linear import LoGELinear
 from ..numerics.eight_bit import DTYPES
 from ..op.arguments import share
 from .exact_dtype import AUTO
 
-SUBSPACES = ("svd", *FROM_CALIBRATION)
 # What is said of a low-rank backward, and its value where nothing is said.
 _OF_LOW_RANK = {
     "subspace": None,
@@ -101,12 +100,12 @@ class ApplyOptions:
         chosen = self.directions
         if chosen not in SUBSPACES:
             raise ValueError(f"subspace={chosen!r} is unknown; choose one of {', '.join(map(repr, SUBSPACES))}")
-        if chosen in FROM_CALIBRATION and self.calibration is None:
+        if chosen in PROJECTIONS and self.calibration is None:
             raise ValueError(
                 f"subspace={chosen!r} needs gradients of your task: give calibration=, batches or what "
                 "loge_kernels.calibrate(model, batches) returned"
             )
-        if chosen not in FROM_CALIBRATION and self.calibration is not None:
+        if chosen not in PROJECTIONS and self.calibration is not None:
             raise ValueError(f"calibration goes with subspace='gradient' or 'salience', not with {chosen!r}")
         if self.salience not in READINGS:
             raise ValueError(f"salience={self.salience!r} is unknown; choose one of {', '.join(map(repr, READINGS))}")

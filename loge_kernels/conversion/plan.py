@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
-from rich.progress import track
 from torch import nn
 
 from ..factors.cache import cached_factors
-from ..factors.factors import Factors, resolve_rank
+from ..factors.factors import PROJECTIONS, Factors, resolve_rank
 from ..factors.statistics import Statistics
-from ..factors.subspaces import FROM_CALIBRATION, Subspace, subspace
+from ..factors.subspaces import Subspace, subspace
 from ..numerics.eight_bit import refuse_float64
+from ..terminal import with_progress
 from . import exact_dtype
 from .calibrate import calibrate
 from .options import ApplyOptions
 from .targets import TargetLayer, Targets
-
-T = TypeVar("T")
 
 logger = logging.getLogger("loge_kernels")
 
@@ -47,7 +42,7 @@ def make_plan(
     low_rank = _low_rank_layers(layers_found, options)
     directions = _directions(model, [target for target in layers_found if target.name in low_rank], targets, options)
     plans = {}
-    for target in _with_progress(layers_found):
+    for target in with_progress(layers_found, "factorising"):
         exact, why = _exact_dtype(target, options)
         factors, reason = None, why
         if target.name in low_rank:
@@ -99,7 +94,7 @@ def _directions(
     model: nn.Module, layers_found: list[TargetLayer], targets: Targets, options: ApplyOptions
 ) -> dict[str, Subspace]:
     """What calibration chose for each layer; empty where the subspace needs none."""
-    if options.directions not in FROM_CALIBRATION or not layers_found:
+    if options.directions not in PROJECTIONS or not layers_found:
         return {}
     statistics = options.calibration
     if not isinstance(statistics, Statistics):
@@ -107,7 +102,7 @@ def _directions(
         statistics = calibrate(model, statistics, targets, scores=options.directions == "salience")
     _tell_unseen(layers_found, statistics)
     chosen = {}
-    for target in _with_progress(layers_found):
+    for target in with_progress(layers_found, "factorising"):
         if target.name not in statistics.layers:
             raise ValueError(f"calibration has nothing of layer {target.name!r}; calibrate with the same targets")
         layer = statistics.layers[target.name]
@@ -161,12 +156,3 @@ def _factors(target: TargetLayer, found: Subspace | None, options: ApplyOptions)
         made = made.with_residual(weight, rows, None if found is None else found.importance)
     made.low_rank_dtype = options.low_rank_dtype
     return made, ""
-
-
-def _with_progress(items: list[T]) -> Iterable[T]:
-    """A progress bar on a terminal's standard error; silent elsewhere."""
-    if not sys.stderr.isatty() or len(items) < 8:
-        return items
-    from rich.console import Console
-
-    return track(items, description="factorising", console=Console(stderr=True), transient=True)

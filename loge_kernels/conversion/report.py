@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
+
+from ..terminal import as_text
 
 LayerPath = Literal["fused", "base", "plain", "frozen", "skipped"]
 
@@ -110,7 +110,4 @@ class Report:
                 f"{layer.flops_saved:.0%}" if layer.flops_saved > 0 else "-",
                 layer.reason,
             )
-        console = Console(file=io.StringIO(), width=160)
-        console.print(table)
-        text = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.splitlines())
+        return as_text(table)

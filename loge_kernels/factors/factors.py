@@ -22,9 +22,10 @@ from ..numerics.decompositions import gradient_directions, share, symmetric_root
 from ..numerics.eight_bit import EightBitWeight, announce, refuse_float64, why_not
 from ..numerics.version import WeightVersion
 
-METHODS = ("svd", "gradient")
-# left = W rightᵀ with orthonormal rows of right: a changed weight needs a new left alone.
+# left = W rightᵀ with orthonormal rows of right, which calibration chose: a changed weight needs a new left alone.
 PROJECTIONS = ("gradient", "salience")
+SUBSPACES = ("svd", *PROJECTIONS)
+METHODS = SUBSPACES[:2]  # of `factorize`
 
 RANK_STEP = 16  # tensor-core tiles: ranks given as a fraction are rounded to a multiple of this
 
@@ -202,7 +203,7 @@ class Factors:
     @property
     def follows_from_weight(self) -> bool:
         """Whether the weight is enough to recompute these factors: not for those given by hand."""
-        return self.method in METHODS or self.method in PROJECTIONS
+        return self.method in SUBSPACES
 
     def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Change every tensor as `torch.nn.Module._apply` changes parameters: a move, a cast, shared memory."""

@@ -18,6 +18,7 @@ the leading right singular vectors of its weight, the subspace of "svd", as dire
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +29,13 @@ from ..numerics.decompositions import gradient_directions, leading_triplets, sha
 from .factors import Factors, projection
 from .statistics import LayerStatistics
 
-FROM_CALIBRATION = ("gradient", "salience")
-READINGS = ("taylor", "signed", "fisher", "gradient")
+# The index of each reading, of σ and of E g, E |g| and E g² of every direction.
+READINGS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "taylor": lambda sigma, signed, absolute, square: sigma * absolute,
+    "signed": lambda sigma, signed, absolute, square: sigma * signed.abs(),
+    "fisher": lambda sigma, signed, absolute, square: sigma.square() * square,
+    "gradient": lambda sigma, signed, absolute, square: absolute,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,7 @@ class Subspace:
 @torch.no_grad()
 @without_autocast
 def subspace(weight: Tensor, statistics: LayerStatistics, method: str, limit: int, reading: str = "taylor") -> Subspace:
-    """Up to `limit` directions for `weight` [N, K], chosen by `method`, one of FROM_CALIBRATION.
+    """Up to `limit` directions for `weight` [N, K], chosen by `method`, one of PROJECTIONS.
 
     Raises ValueError for statistics of another shape, of a layer that saw tokens and no gradient, or without the scores
     that "salience" needs.
@@ -77,12 +83,7 @@ def subspace(weight: Tensor, statistics: LayerStatistics, method: str, limit: in
     signed, absolute, square = statistics.scores.to(weight.device).double()
     _, S, Vt = leading_triplets(weight, len(signed))
     sigma = S.double()
-    index = {
-        "taylor": sigma * absolute,
-        "signed": sigma * signed.abs(),
-        "fisher": sigma.square() * square,
-        "gradient": absolute,
-    }[reading]
+    index = READINGS[reading](sigma, signed, absolute, square)
     order = index.argsort(descending=True)[:limit]
     total = index.sum()
     whole = share(S, weight.detach().float())

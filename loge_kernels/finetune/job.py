@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 
 from ..freezing.plan_freezing import plan_freezing
+from ..machine import choose_dtype
 from . import data, files, methods, models, results, state
-from .options import FinetuneError, FinetuneOptions, Interrupted, choose_device, choose_dtype
+from .options import FinetuneError, FinetuneOptions, Interrupted
 from .progress import progress
 from .runs import MEASURES, Run, sample
 from .training import Stop, heldout_loss, stop_on_interrupt
@@ -35,7 +36,7 @@ def run(options: FinetuneOptions, console: Console | None = None) -> dict[str, A
         Interrupted: Ctrl-C; what was done is saved, and the message says how to resume.
     """
     options.check()
-    device = choose_device(options.device)
+    device = options.torch_device
     dtype = choose_dtype(options.dtype, device)
     out = Path(options.out)
     files.prepare(out)

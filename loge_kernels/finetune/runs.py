@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..conversion import apply as loge
 from ..conversion.calibrate import calibrate
-from ..conversion.options import FROM_CALIBRATION
+from ..factors.factors import PROJECTIONS
 from ..freezing.freeze import freeze
 from . import memory, methods
 from .data import Corpus
@@ -80,7 +80,7 @@ class Run:
         start = time.perf_counter()
         said = ""
         try:
-            if policy.get("subspace") in FROM_CALIBRATION:
+            if policy.get("subspace") in PROJECTIONS:
                 self.model.train()
                 scores = policy["subspace"] == "salience"
                 policy["calibration"] = calibrate(self.model, sample(self.corpus, self.options), scores=scores)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from ..terminal import as_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,7 @@ class FreezePlan:
             if number == self.boundary:
                 state += ", the largest gain"
             table.add_row(str(number), f"{deviation:.4f}", f"{gain:+.4f}", state)
-        console = Console(file=io.StringIO(), width=160)
-        console.print(table)
-        text = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join([self.summary(), *(line.rstrip() for line in text.splitlines())])
+        return f"{self.summary()}\n{as_text(table)}"
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Trace and gains by depth, the frozen part shaded. PNG; needs matplotlib."""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import Batch, numbered, on_device
+from ..batches import Batch, on_device
 from ..collectives import Group, distributed, failing_alike
+from ..terminal import with_progress
 from .prefix import Stack, embeddings
 
 # A norm between the last layer and the head, in the models of transformers.
@@ -64,7 +65,7 @@ def trace(
     device = next(model.parameters()).device
     alike = failing_alike("planning", device, group)
     with alike, _evaluating(model), spaces.watching(stack.layers), torch.no_grad():
-        for number, batch in numbered(batches, "planning"):
+        for number, batch in enumerate(with_progress(batches, "planning")):
             moved = on_device(batch, model, number)
             spaces.select = _selection(model, moved, labels, last_token, number)
             model(**{name: value for name, value in moved.items() if name != "labels"})

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import loge_kernels as loge
 from loge_kernels.bench import classify, fidelity, on_paper, pretrain, scale, scratch, step
 from loge_kernels.bench.commands import bench_app
-from loge_kernels.bench.options import WHOLE, add_command
 from loge_kernels.bench.policies import argument, parse, parse_all
+from loge_kernels.command_line import WHOLE, add_command
 from loge_kernels.conversion import plan as planning
 
 

@@ -18,7 +18,7 @@ from interpreter import INTERPRETED, assert_passes_interpreted, needs_triton
 from rich.console import Console
 
 from loge_kernels import triton_kernels as tk
-from loge_kernels.bench import tune
+from loge_kernels.bench import micro, tune
 from loge_kernels.triton_kernels import availability, dispatch, tuning
 from loge_kernels.triton_kernels.configs import Config, OneLaunchConfig, TwoLaunchConfig
 from loge_kernels.triton_kernels.devices import DEFAULT
@@ -28,7 +28,7 @@ OTHER = OneLaunchConfig(block_m=16, block_n=64, block_k=64, num_warps=4, num_sta
 TWO = TwoLaunchConfig(block_m=32, block_n=64, project_r=16, block_k=64, tile_k=64, tile_r=16, num_warps=4, num_stages=2)
 SLUG = "triton_interpreter"
 SPEC = replace(DEFAULT, name=tune.INTERPRETER)
-OPTIONS = tune.TuneOptions(
+OPTIONS = micro.MicroOptions(
     shapes=("24,64,64",), ranks=(16,), lora_ranks=(4,), dtypes=("float32",), device="cpu", budget=0.05
 )
 
@@ -50,7 +50,7 @@ class Clock:
         return list(tickets)
 
 
-def run(options: tune.TuneOptions = OPTIONS, **arguments: Any) -> tuple[dict[str, Any], str]:
+def run(options: micro.MicroOptions = OPTIONS, **arguments: Any) -> tuple[dict[str, Any], str]:
     console = Console(file=io.StringIO(), width=200)
     report = tune.run(options, console, **{"candidates": space} | arguments)
     json.dumps(report)

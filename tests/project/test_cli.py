@@ -103,6 +103,20 @@ def test_bench_without_a_subcommand_is_linear(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["benchmark"] == "linear"
 
 
+def test_bench_linear_passes_on_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from loge_kernels.bench import micro, tune
+
+    seen: dict[str, micro.MicroOptions] = {}
+    monkeypatch.setattr(micro, "run", lambda options: seen.update(micro=options))
+    monkeypatch.setattr(tune, "run", lambda options: seen.update(tune=options))
+    arguments = ["SmolLM2-135M", "8,16,16", "-M", "8,16", "-R", "16,0.5", "-P", "4", "--dtype", "float32,bf16"]
+    assert runner.invoke(app, ["bench", *arguments, "--csv", "x.csv"]).exit_code == 0
+    assert runner.invoke(app, ["bench", "--tune", "--budget", "2"]).exit_code == 0
+    given = {"shapes": ("SmolLM2-135M", "8,16,16"), "rows": (8, 16), "ranks": (16, 0.5), "lora_ranks": (4,)}
+    assert seen["micro"] == micro.MicroOptions(dtypes=("float32", "bf16"), csv=Path("x.csv"), **given)
+    assert seen["tune"] == micro.MicroOptions(tune=True, budget=2.0)
+
+
 def test_finetune_passes_on_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     from loge_kernels import finetune
 
