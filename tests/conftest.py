@@ -4,6 +4,7 @@ fixtures of several files."""
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,21 @@ from loge_kernels.numerics import matmul
 
 # The package exports a function of the same name, so `from loge_kernels import backends` is not the module.
 backends = import_module("loge_kernels.backend.choice")
+
+
+# What the package can do without, and some tests cannot.
+_OPTIONAL = "accelerate|bitsandbytes|datasets|gguf|matplotlib|peft|tokenizers|torchao|transformers|triton|trl|typer"
+_MISSING = re.compile(rf"ModuleNotFoundError: .*\b({_OPTIONAL})\b")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """A file whose import needs a package that is not installed is skipped, and says which."""
+    report: Any = yield
+    missing = _MISSING.search(str(report.longrepr)) if report.outcome == "failed" else None
+    if missing is not None:
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: needs {missing[1]}")
+    return report
 
 
 @pytest.fixture(params=[False, True], ids=["16-bit instructions", "float32 blocks"])
