@@ -9,7 +9,13 @@ from typer.core import TyperGroup
 
 from loge_kernels.command_line import SETTINGS, add_command
 
-from . import classify, fidelity, micro, pretrain, scale, scratch, step
+from . import scale
+from .classify import run as classify
+from .fidelity import run as fidelity
+from .linear import run as micro
+from .pretrain import run as pretrain
+from .pretrain import scratch
+from .step import run as step
 
 
 class _DefaultCommand(TyperGroup):
@@ -29,7 +35,7 @@ bench_app = typer.Typer(
 def _linear(options: micro.MicroOptions) -> dict[str, Any]:
     if not options.tune:
         return micro.run(options)
-    from . import tune
+    from .linear import tune
 
     return tune.run(options)
 

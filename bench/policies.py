@@ -22,7 +22,7 @@ from torch import nn
 import loge_kernels as loge
 
 from .controls import CONTROLS, control
-from .on_paper import PaperPolicy
+from .paper.run import PaperPolicy
 
 PEFT = "peft"
 NAMED: dict[str, dict[str, Any]] = {PEFT: {}, "apply": {}, "exact": {"exact_dtype": None}, "dropped": {"rank": 1}}

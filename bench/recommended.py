@@ -7,7 +7,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-from .on_paper import step_seconds
+from .paper.run import step_seconds
 from .policies import Policy, argument, parse
 
 _CALL = re.compile(r"\bloge\.apply\(")

@@ -31,9 +31,9 @@ from typer import Argument, Option
 from loge_kernels.command_line import Json, check_counts
 from loge_kernels.factors.factors import resolve_rank
 
-from .on_paper import PaperPolicy, predict
-from .output import check_writable, duration, print_wide, size, without_files, write
-from .shapes import LLAMAS, Llama
+from .measure.output import check_writable, duration, print_wide, size, without_files, write
+from .measure.shapes import LLAMAS, Llama
+from .paper.run import PaperPolicy, predict
 
 POLICIES = {
     "peft": PaperPolicy("peft", peft=True),

@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loge_kernels.backend import reference
 from loge_kernels.backend.choice import _REGISTRY
-from loge_kernels.bench import micro, output, roofline, shapes, timing
-from loge_kernels.bench.baselines import candidates
-from loge_kernels.bench.gate import Gate
-from loge_kernels.bench.memory import with_peak_memory
-from loge_kernels.bench.operands import make_operands
-from loge_kernels.bench.roofline import Ceilings, backward_work, forward_work, speedup_ceiling
+from loge_kernels.bench.linear import run as micro
+from loge_kernels.bench.linear.baselines import candidates
+from loge_kernels.bench.linear.gate import Gate
+from loge_kernels.bench.linear.operands import make_operands
+from loge_kernels.bench.measure import output, roofline, shapes, timing
+from loge_kernels.bench.measure.memory import with_peak_memory
+from loge_kernels.bench.measure.roofline import Ceilings, backward_work, forward_work, speedup_ceiling
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings("float32", copy=1e10, matmul=1e11, plain_nn=1e11, plain_nt=1e11)
@@ -275,7 +276,7 @@ def test_gate_sees_one_wrong_element_one_nan_and_a_wrong_shape() -> None:
 
 def test_gate_samples_rows_of_a_large_dx(monkeypatch: pytest.MonkeyPatch) -> None:
     operands = make_operands(64, 96, 80, [16], 8, torch.float32, CPU)
-    monkeypatch.setattr("loge_kernels.bench.gate._FLOPS", {"cpu": 2 * 7 * 96 * 80})
+    monkeypatch.setattr("loge_kernels.bench.linear.gate._FLOPS", {"cpu": 2 * 7 * 96 * 80})
     gate = Gate(operands)
     [exact] = [c for c in candidates(operands, "backward") if c.kind == "exact"]
     results = exact.prepare()()

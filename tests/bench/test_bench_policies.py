@@ -14,9 +14,15 @@ from models import gradients, lora, modules_of
 from typer.testing import CliRunner
 
 import loge_kernels as loge
-from loge_kernels.bench import classify, fidelity, on_paper, pretrain, scale, scratch, step
+from loge_kernels.bench import scale
+from loge_kernels.bench.classify import run as classify
 from loge_kernels.bench.commands import bench_app
+from loge_kernels.bench.fidelity import run as fidelity
+from loge_kernels.bench.paper import run as on_paper
 from loge_kernels.bench.policies import argument, parse, parse_all
+from loge_kernels.bench.pretrain import run as pretrain
+from loge_kernels.bench.pretrain import scratch
+from loge_kernels.bench.step import run as step
 from loge_kernels.command_line import WHOLE, add_command
 from loge_kernels.conversion import plan as planning
 

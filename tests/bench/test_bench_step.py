@@ -13,10 +13,12 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from loge_kernels.bench import on_paper, step, step_trainer
 from loge_kernels.bench.commands import bench_app
+from loge_kernels.bench.measure.roofline import Ceilings
+from loge_kernels.bench.paper import run as on_paper
 from loge_kernels.bench.policies import parse, parse_all
-from loge_kernels.bench.roofline import Ceilings
+from loge_kernels.bench.step import run as step
+from loge_kernels.bench.step import trainer as step_trainer
 
 SMALL = step.StepOptions(
     hidden=64,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from loge_kernels.bench import classify
-from loge_kernels.bench.classify_text import read
+from loge_kernels.bench.classify import run as classify
+from loge_kernels.bench.classify.text import read
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "aeinorst")]
 

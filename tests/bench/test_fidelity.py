@@ -16,9 +16,12 @@ import torch
 from rich.console import Console
 
 import loge_kernels as loge
-from loge_kernels.bench import fidelity, fidelity_report, fidelity_training, on_paper
-from loge_kernels.bench.fidelity import FidelityOptions
-from loge_kernels.bench.paper_model import llama
+from loge_kernels.bench.fidelity import report as fidelity_report
+from loge_kernels.bench.fidelity import run as fidelity
+from loge_kernels.bench.fidelity import training as fidelity_training
+from loge_kernels.bench.fidelity.run import FidelityOptions
+from loge_kernels.bench.paper import run as on_paper
+from loge_kernels.bench.paper.model import llama
 from loge_kernels.bench.policies import parse
 from loge_kernels.finetune import training
 

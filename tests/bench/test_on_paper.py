@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from loge_kernels.bench import on_paper, paper_model
-from loge_kernels.bench.on_paper import PaperPolicy, PaperStep, predict
-from loge_kernels.bench.paper_model import llama
+from loge_kernels.bench.paper import model as paper_model
+from loge_kernels.bench.paper import run as on_paper
+from loge_kernels.bench.paper.model import llama
+from loge_kernels.bench.paper.run import PaperPolicy, PaperStep, predict
 
 PEFT = PaperPolicy("peft", peft=True)
 EXACT = PaperPolicy("exact")

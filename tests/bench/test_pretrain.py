@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 from tiny_llama import TEXT
 
-from loge_kernels.bench import pretrain, pretrain_training
-from loge_kernels.bench.pretrain import PretrainOptions, best, order_holds, read_rates
+from loge_kernels.bench.pretrain import run as pretrain
+from loge_kernels.bench.pretrain import training as pretrain_training
+from loge_kernels.bench.pretrain.run import PretrainOptions, best, order_holds, read_rates
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import loge_kernels as loge
 from loge_kernels.__main__ import app
 from loge_kernels.bench import scale
-from loge_kernels.bench.on_paper import predict
-from loge_kernels.bench.shapes import LLAMAS, Llama
+from loge_kernels.bench.measure.shapes import LLAMAS, Llama
+from loge_kernels.bench.paper.run import predict
 
 TINY = Llama(hidden=64, key_value=32, intermediate=96, layers=2, vocabulary=50)  # tests/models.py's
 

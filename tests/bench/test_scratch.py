@@ -12,7 +12,7 @@ import tiny_llama
 import torch
 from rich.console import Console
 
-from loge_kernels.bench.scratch import ScratchOptions, run
+from loge_kernels.bench.pretrain.scratch import ScratchOptions, run
 from loge_kernels.finetune import FinetuneOptions, models
 
 

@@ -18,7 +18,8 @@ from interpreter import INTERPRETED, assert_passes_interpreted, needs_triton
 from rich.console import Console
 
 from loge_kernels import triton_kernels as tk
-from loge_kernels.bench import micro, tune
+from loge_kernels.bench.linear import run as micro
+from loge_kernels.bench.linear import tune
 from loge_kernels.triton_kernels import availability, dispatch, tuning
 from loge_kernels.triton_kernels.configs import Config, OneLaunchConfig, TwoLaunchConfig
 from loge_kernels.triton_kernels.devices import DEFAULT

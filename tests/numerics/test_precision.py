@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loge_kernels as loge
-from loge_kernels.bench.memory import with_peak_memory
+from loge_kernels.bench.measure.memory import with_peak_memory
 from loge_kernels.numerics import matmul
 
 HALF = [torch.bfloat16, torch.float16]

@@ -104,7 +104,8 @@ def test_bench_without_a_subcommand_is_linear(tmp_path: Path) -> None:
 
 
 def test_bench_linear_passes_on_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    from loge_kernels.bench import micro, tune
+    from loge_kernels.bench.linear import run as micro
+    from loge_kernels.bench.linear import tune
 
     seen: dict[str, micro.MicroOptions] = {}
     monkeypatch.setattr(micro, "run", lambda options: seen.update(micro=options))

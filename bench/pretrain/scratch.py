@@ -24,7 +24,7 @@ from loge_kernels.finetune.progress import progress
 from loge_kernels.finetune.training import heldout_loss, token_losses
 from loge_kernels.machine import choose_device
 
-from .pretraining import learn_tokenizer, rate
+from .tokenizer import learn_tokenizer, rate
 
 _TOKENIZER_FILES = 200  # of the standard library's, to learn the merges from
 

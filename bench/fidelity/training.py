@@ -22,8 +22,8 @@ from loge_kernels.finetune import FinetuneOptions, data, models
 from loge_kernels.finetune.progress import progress
 from loge_kernels.finetune.training import PARTS, Diverged, Record, Trainer, heldout_loss, token_losses
 
-from .paper_model import llama
-from .policies import LONGEST, Policy
+from ..paper.model import llama
+from ..policies import LONGEST, Policy
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _TEXT_SEED = 20_250  # of the sequences that calibration takes away

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import loge_kernels as loge
 
+from ..measure.roofline import Ceilings, Formula, Sequence_, Work, backward_work, forward_work
 from .operands import Operands
-from .roofline import Ceilings, Formula, Sequence_, Work, backward_work, forward_work
 
 DIRECTIONS = ("backward", "forward+backward")
 BASELINES = ("dense", "peft", "exact", "unfused")

@@ -24,7 +24,7 @@ from typing import Literal
 
 from loge_kernels.triton_kernels.dense import quantisation_passes
 
-from .shapes import LLAMAS, Llama
+from ..measure.shapes import LLAMAS, Llama
 
 Elementwise = Literal["lean", "eager"]
 EightBits = Literal["int8", "float8"]

@@ -41,12 +41,12 @@ from loge_kernels.triton_kernels.configs import (
 )
 from loge_kernels.triton_kernels.devices import DeviceSpec, device_spec
 
-from . import output
-from .environment import describe
+from ..measure import output
+from ..measure.environment import describe
+from ..measure.timing import Clock, TimingOptions, clock_for, interleave
 from .gate import Gate
-from .micro import MicroOptions, plan
 from .operands import Operands, make_operands
-from .timing import Clock, TimingOptions, clock_for, interleave
+from .run import MicroOptions, plan
 
 # Times of the interpreter must not become the table of a GPU.
 INTERPRETER = "Triton interpreter"

@@ -14,10 +14,10 @@ from torch import nn
 import loge_kernels as loge
 from loge_kernels.numerics.eight_bit import DTYPES
 
-from .policies import Policy
+from ..policies import Policy
 
 if TYPE_CHECKING:
-    from .step import StepOptions
+    from .run import StepOptions
 
 PHASES = ("forward", "backward", "optimizer")
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

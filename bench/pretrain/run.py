@@ -26,9 +26,9 @@ from typer import Option
 from loge_kernels.command_line import Device, Resumed, Text, check_counts, numbers
 from loge_kernels.machine import choose_device
 
-from . import output
-from .environment import describe
-from .pretrain_training import METHODS, read_text, train
+from ..measure import output
+from ..measure.environment import describe
+from .training import METHODS, read_text, train
 
 # Factors of two around the best of each.
 RATES: dict[str, Sequence[float]] = {

@@ -28,13 +28,14 @@ from typer import Option
 from loge_kernels.command_line import WHOLE, Device, Json
 from loge_kernels.machine import DTYPES, choose_device, dtype_name
 
-from . import on_paper, output
-from .environment import describe
-from .memory import with_peak_memory
-from .policies import PEFT, Policy, parse, parse_all
-from .roofline import Ceilings, measure_ceilings
-from .step_trainer import PHASES, Trainer, build
-from .timing import Timing, TimingOptions, clock_for, interleave
+from ..measure import output
+from ..measure.environment import describe
+from ..measure.memory import with_peak_memory
+from ..measure.roofline import Ceilings, measure_ceilings
+from ..measure.timing import Timing, TimingOptions, clock_for, interleave
+from ..paper import run as on_paper
+from ..policies import PEFT, Policy, parse, parse_all
+from .trainer import PHASES, Trainer, build
 
 RIVALS = (PEFT, "exact")
 DEFAULTS = ("apply", "rank=1/16")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from loge_kernels.finetune import FinetuneOptions, data
 from loge_kernels.finetune.training import heldout_loss, token_losses
 
-from .pretraining import learn_tokenizer, rate
+from .tokenizer import learn_tokenizer, rate
 
 METHODS = ("full", "lora", "unswitched", "switchlora")
 # The tokenizer learns from so many sequences' worth of characters.

@@ -19,25 +19,25 @@ from loge_kernels.factors.factors import resolve_rank
 from loge_kernels.machine import DTYPES, choose_device, dtype_name
 from loge_kernels.numerics.matmul import slow_on_cpu
 
-from . import output
+from ..measure import output
+from ..measure.environment import describe
+from ..measure.memory import with_peak_memory
+from ..measure.roofline import Ceilings, measure_ceilings, plain_rates, speedup_ceiling
+from ..measure.shapes import parse_shapes
+from ..measure.timing import Timing, TimingOptions, clock_for, interleave
 from .baselines import BASELINES, DIRECTIONS, Candidate, candidates, check_baselines
-from .environment import describe
 from .gate import Gate
-from .memory import with_peak_memory
 from .operands import Operands, make_operands
-from .roofline import Ceilings, measure_ceilings, plain_rates, speedup_ceiling
 from .rows import Case, Row
-from .shapes import parse_shapes
-from .timing import Timing, TimingOptions, clock_for, interleave
 
 RANKS = (1 / 16, 1 / 8, 1 / 4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroOptions:
-    """What to measure, or with `tune` what to tune for (`bench.tune`).
+    """What to measure, or with `tune` what to tune for (`tune`).
 
-    shapes: as `bench.shapes` reads them.   adapter_dtype: "same" as the layer, the stricter comparison, or "float32",
+    shapes: as `measure.shapes` reads them.   adapter_dtype: "same" as the layer, the stricter comparison, or "float32",
     PEFT's default for 16-bit models.   backends: names to measure; None for all that are available.   baselines: any
     of "dense", "peft", "exact", "unfused".   seed: of the operands.
     """

@@ -12,10 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import output
-from .on_paper import step_seconds
-from .paper_model import llama
-from .policies import PEFT, parse
+from ..measure import output
+from ..paper.model import llama
+from ..paper.run import step_seconds
+from ..policies import PEFT, parse
 
 SHARES = (0.5, 0.75, 0.9, 1.0)  # of exact LoRA's gain
 _WHOLE = 0.995  # what counts as all of it: rounding alone moves the last loss by half a per cent of the gain

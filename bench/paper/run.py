@@ -24,10 +24,10 @@ from rich.table import Table
 
 from loge_kernels.factors.factors import resolve_rank
 
-from . import paper_model
-from .output import check_writable, print_wide, write
-from .paper_model import GPUS, MODELS, Cost, EightBits, Elementwise, Gpu, check_count, known
-from .shapes import Llama
+from ..measure.output import check_writable, print_wide, write
+from ..measure.shapes import Llama
+from . import model as paper_model
+from .model import GPUS, MODELS, Cost, EightBits, Elementwise, Gpu, check_count, known
 
 _RECOMPUTATION = "recomputation"
 

@@ -16,7 +16,7 @@ from rich.measure import Measurement
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .rows import Row
+from ..linear.rows import Row
 
 _BASELINES = ("dense", "peft", "exact", "unfused")
 _WIDEST = 200  # columns

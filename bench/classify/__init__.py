@@ -1,0 +1,1 @@
+"""A real encoder on a real classification text."""

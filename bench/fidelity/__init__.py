@@ -1,0 +1,1 @@
+"""The time in which each policy comes to exact LoRA's held-out loss."""

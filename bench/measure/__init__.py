@@ -1,0 +1,1 @@
+"""What every benchmark shares: clocks, memory, the environment, ceilings, shapes, tables and files."""

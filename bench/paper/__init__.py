@@ -1,0 +1,1 @@
+"""A training step predicted from counted bytes and flops."""

@@ -1,0 +1,1 @@
+"""Small LLaMAs from nothing: every parameter, LoRA, SwitchLoRA."""

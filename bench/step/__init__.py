@@ -1,0 +1,1 @@
+"""A training step of a LLaMA-shaped model, each policy in turn."""
