@@ -1,7 +1,7 @@
 """Triton kernels of the low-rank backward pass and of the fused forward.
 
-Lies at the top of the repository, and is installed as `loge_kernels.triton_kernels` (setup.py). Takes tensors and numbers
-and imports nothing from `loge_kernels`; importable without Triton, `why_not` then says so.
+Lies at the top of the repository, and is installed as `loge_kernels.triton_kernels` (setup.py). Takes tensors and
+numbers and imports nothing from `loge_kernels`; importable without Triton, `why_not` then says so.
 """
 
 from __future__ import annotations
