@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,10 +216,7 @@ def test_the_row_of_backends_says_why() -> None:
 
 @pytest.mark.parametrize("verified", [False, True])
 def test_the_row_says_what_was_built_and_verified(verified: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Built:
-        archs, toolkit = "80 90a", "13.0"
-
-    monkeypatch.setattr(cuda_backend, "_extension", Built)
+    monkeypatch.setattr(cuda_backend, "_extension", lambda: SimpleNamespace(archs="80 90a", toolkit="13.0"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(registry, "is_verified", lambda name, device: verified)
@@ -328,20 +325,13 @@ class Recorder:
             ctypes.memset(arguments["dx"], 0, 2 * arguments["M"] * arguments["K"])
 
 
-class Properties:
-    major, minor, multi_processor_count = 9, 0, 132
-
-
-class Stream:
-    cuda_stream = 77
-
-
 @pytest.fixture
 def recorder(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     made = Recorder(extension)
     monkeypatch.setattr(cuda_backend, "_extension", lambda: made)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
     return made
 
 

@@ -15,19 +15,17 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LOGE_CACHE", str(tmp_path))
+def nothing_remembered() -> None:
     verification.is_verified.cache_clear()
-    return tmp_path / "verified.json"
 
 
-def test_recorded_and_read_back(cache: Path) -> None:
+def test_recorded_and_read_back(tmp_path: Path) -> None:
     assert not verification.is_verified("triton", CPU)
     verification.record("triton", CPU)
     assert verification.is_verified("triton", CPU)
     assert not verification.is_verified("cuda", CPU)
     verification.record("cuda", CPU)
-    assert len(json.loads(cache.read_text())["verified"]) == 2
+    assert len(json.loads((tmp_path / "cache" / "verified.json").read_text())["verified"]) == 2
 
 
 def test_another_version_is_not_verified(monkeypatch: pytest.MonkeyPatch) -> None:
