@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -153,25 +154,17 @@ def test_sm80(sm80: Emulator, case: Case) -> None:
     assert (counts["reductions"] == 0) == (case.deterministic or case.need[1:] == (False, False))
 
 
-def turnovers(schedule: int, slow: bool) -> list[Case]:
-    return [
-        Case(40, 328, 328, R, P, schedule=schedule, x_gap=8, need=(True, P > 0, P > 0))
-        for R in (64, 128, 256)
-        for P in (0, 16, 64)
-        if slow is ((R, P, schedule) not in {(64, 0, 0), (128, 16, 1), (256, 64, 0)})
-    ]
+QUICK = {(64, 0, 0), (128, 16, 1), (256, 64, 0)}  # R, P, schedule
+TURNOVERS = [
+    pytest.param(
+        Case(40, 328, 328, R, P, schedule=schedule, x_gap=8, need=(True, P > 0, P > 0)),
+        marks=[] if (R, P, schedule) in QUICK else [pytest.mark.slow],
+    )
+    for R, P, schedule in product((64, 128, 256), (0, 16, 64), (0, 1))
+]
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(c, marks=[pytest.mark.slow] * slow)
-        for slow in (False, True)
-        for s in (0, 1)
-        for c in turnovers(s, slow)
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("case", TURNOVERS, ids=str)
 def test_every_pipeline_of_sm80_turns_over(sm80: Emulator, case: Case) -> None:
     """More steps than stages in both walks, so that every tile is filled again while its neighbours are read."""
     run(sm80, case)
