@@ -146,12 +146,15 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV)
 
 # The CUDA extension is compiled again when its sources change. The tools stay in this environment, unlike those of an
-# isolated build, so that only what has changed is compiled. nvidia-cutlass is wanted for its headers alone, so only these
-# are where Python looks: beside the other packages, pip would complain that what it needs to run is missing.
+# isolated build, so that only what has changed is compiled. nvidia-cutlass is wanted for its headers alone and lies
+# apart: among the packages, pip would complain that what it needs to run is missing. It is installed once a version,
+# because everything is compiled again where headers are new.
+CUTLASS = $(shell sed -n 's,^nvidia-cutlass==,,p' constraints.txt)
 $(BASE): constraints.txt pyproject.toml setup.py Makefile CMakeLists.txt $(CUDA_SOURCES) | $(VENV)/bin/python
 	@echo 'Installing torch, transformers, PEFT and this package; where nvcc is, compiling takes minutes ...'
 	@$(PIP) --no-deps setuptools pybind11 ninja cmake
-	@$(PIP) --no-deps --upgrade --target $(VENV)/cutlass nvidia-cutlass
+	@[ -d $(VENV)/cutlass/nvidia_cutlass-$(CUTLASS).dist-info ] \
+	  || $(PIP) --no-deps --upgrade --target $(VENV)/cutlass nvidia-cutlass
 	@ln -sfn ../cutlass/cutlass_library/source/include/cute ../cutlass/cutlass_library/source/include/cutlass \
 	  $(VENV)/include
 	@$(PIP) --no-build-isolation -e '.[peft,bench]' gguf

@@ -73,7 +73,14 @@ def steps(results: Path, device: str, quick: bool) -> list[Step]:
     sample = ("--backend", "triton", "--dtype", "float16", "--sample", "12")
     watched: list[tuple[str, ...]] = [(*check, *sample)]
     if find_spec("loge_kernels._C") is not None:
-        few = ("-q", "-m", "gpu", "-k", "test_cuda_kernels and not bfloat16", str(Path(tests, "kernels", "test_gpu.py")))
+        few = (
+            "-q",
+            "-m",
+            "gpu",
+            "-k",
+            "test_cuda_kernels and not bfloat16",
+            str(Path(tests, "kernels", "test_gpu.py")),
+        )
         watched.append((sys.executable, "-m", "pytest", *few))
     step = (*_CLI, "bench", "step", "--device", device, "--dtype", "bfloat16", "--budget", "30")
     return [

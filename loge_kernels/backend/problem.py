@@ -6,9 +6,8 @@ rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,7 +86,7 @@ class Operands(NamedTuple):
 
 
 STAND_INS = ("left", "right", "rows", "residual", "dense", "dense_scale", "left_scale", "right_scale")
-_NO_FROZEN_PATH = dict.fromkeys(("weight", *STAND_INS))
+_NO_FROZEN_PATH: dict[str, Any] = dict.fromkeys(("weight", *STAND_INS))
 # One tuple of None for every operand: `_replace` gives those that have a gradient.
 NO_GRADIENTS = Operands(*(None,) * len(Operands._fields))  # type: ignore[arg-type]
 
@@ -135,8 +134,8 @@ class BackwardProblem:
     right_scale: Tensor | None = None  # float32 [K], with right in 8 bits
 
     @classmethod
-    def of(cls, dy: Tensor, xa: Tensor | None, need: Sequence[bool], operands: Operands) -> BackwardProblem:
-        """The problem of dY [M, N] and xa [M, P] for what `Operands.kept` kept; `need` in `Need`'s order."""
+    def of(cls, dy: Tensor, xa: Tensor | None, need: Need, operands: Operands) -> BackwardProblem:
+        """The problem of dY [M, N] and xa [M, P] for what `Operands.kept` kept."""
         o = operands
         left, right, dense = (None if t is None else from_bits(t) for t in (o.left, o.right, o.dense))
         return cls(
@@ -152,7 +151,11 @@ class BackwardProblem:
             o.dropout,
             o.seed,
             o.exact_fraction,
-            *need,
+            need.dx,
+            need.dweight,
+            need.dbias,
+            need.dA,
+            need.dB,
             torch.are_deterministic_algorithms_enabled(),
             rows=o.rows,
             residual=o.residual,

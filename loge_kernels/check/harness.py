@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backend.choice import backends, check_name, why_not
-from ..backend.problem import BackwardProblem, Operands
+from ..backend.problem import BackwardProblem, Need, Operands
 from ..backend.verified import record
 from ..factors.factors import Factors
 from ..machine import choose_device, dtype_name
@@ -106,7 +106,7 @@ def _problem(case: Case, inputs: dict[str, Tensor]) -> BackwardProblem:
         dropout=DROPOUT if case.dropout else 0.0,
         exact_fraction=EXACT_ROWS if case.mode == "exact rows" else 0.0,
     )
-    return BackwardProblem.of(inputs["dy"], None, [name in case.wanted for name in GRADIENTS], operands)
+    return BackwardProblem.of(inputs["dy"], None, Need(*(name in case.wanted for name in GRADIENTS)), operands)
 
 
 def _why_not_eight_bits(case: Case, device: torch.device) -> str | None:

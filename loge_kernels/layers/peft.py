@@ -42,7 +42,8 @@ class FusedAdapter:
 
     def revert_(self) -> None:
         """Undo `convert_`."""
-        self.__class__ = next(plain for plain, fused in _FUSED.items() if fused is type(self))
+        plain: Any = next(plain for plain, fused in _FUSED.items() if fused is type(self))
+        self.__class__ = plain
 
     def _get_name(self) -> str:
         """Of a printed model: PEFT's name for the layer, by which people search, and whose it is now."""

@@ -7,7 +7,6 @@ call than the dispatcher's Python path. Arguments and gradients are in the order
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, get_type_hints
 
 import torch
@@ -50,14 +49,14 @@ def _forward_fake(*given: Any) -> tuple[Tensor, Tensor]:
 
 
 @without_autocast
-def _gradients(dy: Tensor, xa: Tensor | None, need: Sequence[bool], operands: Operands) -> tuple[Tensor | None, ...]:
+def _gradients(dy: Tensor, xa: Tensor | None, need: Need, operands: Operands) -> tuple[Tensor | None, ...]:
     g = run_backward(BackwardProblem.of(dy, xa, need, operands), operands.backend)
     return g.dx, g.dweight, g.dbias, g.dA, g.dB
 
 
 def _backward(dy: Tensor, xa: Tensor | None, need: list[bool], *given: Any) -> tuple[Tensor, ...]:
     # An op's outputs may not share storage, so each absent gradient is an empty tensor of its own.
-    return tuple(dy.new_empty(0) if t is None else t for t in _gradients(dy, xa, need, Operands(*given)))
+    return tuple(dy.new_empty(0) if t is None else t for t in _gradients(dy, xa, Need(*need), Operands(*given)))
 
 
 def _backward_fake(dy: Tensor, xa: Tensor | None, need: list[bool], *given: Any) -> tuple[Tensor, ...]:
@@ -94,9 +93,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, _dxa: Tensor | None) -> Operands:
-    return (
-        NO_GRADIENTS if dy is None else NO_GRADIENTS._replace(**dict(zip(_DIFFERENTIABLE, _run(ctx, dy), strict=True)))
-    )
+    if dy is None:
+        return NO_GRADIENTS
+    gradients: dict[str, Any] = dict(zip(_DIFFERENTIABLE, _run(ctx, dy), strict=True))
+    return NO_GRADIENTS._replace(**gradients)
 
 
 def _run(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
