@@ -18,6 +18,7 @@ Source: QLoGE, Zhang et al., Applied Sciences 2025, 15(1), 82, section 4.4.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ class QuantizedLinear(LoGELinear):
     @classmethod
     def convert_(cls, linear: nn.Linear, factors: Factors | None, *args: Any, **kwargs: Any) -> None:
         """Make a layer of the library one of these, in place; `factors` are of its dequantised weight."""
+        _outside_graphs()
         library_class = type(linear)
         super().convert_(linear, factors, *args, **kwargs)
         assert isinstance(linear, cls)
@@ -102,7 +104,6 @@ class QuantizedLinear(LoGELinear):
             return f"activations are {seen} and the base multiplies in {inside}"
         return None if dtype in (inside, torch.float32) else f"adapter is {dtype} over products in {inside}"
 
-    @torch.compiler.disable(reason="quantised layers run outside compiled graphs")
     def run(
         self, input: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float, dropout: float
     ) -> Tensor:
@@ -149,6 +150,14 @@ class QuantizedLinear(LoGELinear):
             return {"weight": weight}
         dense, scale = quantize_columns(weight, DTYPES[name])
         return {"dense": as_bits(dense), "dense_scale": scale}
+
+
+@functools.cache
+def _outside_graphs() -> None:
+    """Keep `run` out of compiled graphs. Not by a decorator: it would import torch's compiler with this package, which
+    takes seconds."""
+    disable: Any = torch.compiler.disable(reason="quantised layers run outside compiled graphs")
+    QuantizedLinear.run = disable(QuantizedLinear.run)  # type: ignore[method-assign]
 
 
 class _Quantized(torch.autograd.Function):

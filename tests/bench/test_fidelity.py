@@ -7,8 +7,10 @@ import dataclasses
 import io
 import json
 import math
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import tiny_llama
@@ -27,6 +29,7 @@ from loge_kernels.finetune import training
 
 SVD = "rank=1/4,subspace=svd"
 MIXED = f"{SVD},exact_every=2"
+Whole = tuple[dict[str, Any], str, Path]
 
 
 def options(folder: Path, model: Path) -> FidelityOptions:
@@ -64,7 +67,7 @@ def base(model: Path, tmp_path: Path) -> FidelityOptions:
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """A run of two seeds with every file: the result, what was printed, the folder."""
     folder = tmp_path_factory.mktemp("whole")
     files = {kind: folder / "deep" / f"fidelity.{kind}" for kind in ("csv", "png")}
@@ -89,7 +92,7 @@ def entry(result: dict[str, Any], policy: str) -> dict[str, Any]:
     return found
 
 
-def test_what_is_measured(whole: tuple[dict[str, Any], str, Path]) -> None:
+def test_what_is_measured(whole: Whole) -> None:
     result, printed, folder = whole
     assert json.loads((folder / "fidelity.json").read_text()) == result
     assert [(row["policy"], row["seed"]) for row in result["rows"]] == [
@@ -117,7 +120,7 @@ def test_what_is_measured(whole: tuple[dict[str, Any], str, Path]) -> None:
     assert "time to exact LoRA's loss" in printed
 
 
-def test_the_summary(whole: tuple[dict[str, Any], str, Path]) -> None:
+def test_the_summary(whole: Whole) -> None:
     result, printed, _ = whole
     before, found = result["heldout_before"], entry(result, SVD)
     ends = [[row["curve"][-1]["heldout"] for row in rows(result, policy)] for policy in (SVD, "peft")]
@@ -143,7 +146,7 @@ def test_when_a_loss_is_reached() -> None:
     assert found[4] == pytest.approx({"step": 5, "seconds": 2.5, "cpu_seconds": 5.0})
 
 
-def test_never_and_the_seeds_that_came_to_it(whole: tuple[dict[str, Any], str, Path]) -> None:
+def test_never_and_the_seeds_that_came_to_it(whole: Whole) -> None:
     result = json.loads(json.dumps(whole[0]))
     for row in result["rows"]:
         if row["policy"] != "peft":
@@ -170,7 +173,7 @@ def test_what_paper_does_not_know_is_not_predicted() -> None:
     assert [each is None for each in known] == [False, False, True, True]
 
 
-def test_the_files(whole: tuple[dict[str, Any], str, Path]) -> None:
+def test_the_files(whole: Whole) -> None:
     result, _, folder = whole
     assert (folder / "deep" / "fidelity.png").read_bytes().startswith(b"\x89PNG")
     with (folder / "deep" / "fidelity.csv").open(newline="") as file:
@@ -238,9 +241,7 @@ def test_more_and_fewer_steps(base: FidelityOptions, schedule: str, monkeypatch:
         assert fewer["losses"][0] == exact["losses"][0]
 
 
-def test_taking_turns_changes_nothing_but_the_seconds(
-    base: FidelityOptions, whole: tuple[dict[str, Any], str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_turns_change_the_seconds_alone(base: FidelityOptions, whole: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[int] = []
     trained = training.Trainer.step
 
@@ -281,16 +282,10 @@ def test_the_loss_is_taken_more_often_early(base: FidelityOptions) -> None:
     assert max(points) >= 100
 
 
-def test_a_run_that_diverges_is_told_and_the_rest_goes_on(
-    base: FidelityOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    losses = fidelity_training.heldout_loss
-    values = iter([False, False, False, True])  # before; exact LoRA's two; the policy's first
-
-    def sometimes(*arguments: Any) -> float | None:
-        return math.nan if next(values, False) else losses(*arguments)
-
-    monkeypatch.setattr(fidelity_training, "heldout_loss", sometimes)
+def test_the_rest_goes_on_where_one_diverges(base: FidelityOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Before; exact LoRA's two; the policy's first. What follows is as it was.
+    losses = Mock(wraps=fidelity_training.heldout_loss, side_effect=chain([DEFAULT] * 3, [math.nan], repeat(DEFAULT)))
+    monkeypatch.setattr(fidelity_training, "heldout_loss", losses)
     result, printed = go(base, together=False, json=None)
     _, low_rank, mixed = result["rows"]
     assert low_rank["status"] == "diverged"

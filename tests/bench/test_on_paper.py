@@ -40,9 +40,7 @@ def of(policy: PaperPolicy, model: Any = "LLaMA-3-8B", gpu: str = "H100", **argu
         (replace(FLOAT8, rank=1 / 8, exact_layers=0.7), 530, 769),
     ],
 )
-def test_the_step_is_within_five_percent_of_an_estimate_by_hand(
-    policy: PaperPolicy, plain: float, checkpointed: float
-) -> None:
+def test_a_step_is_within_five_percent(policy: PaperPolicy, plain: float, checkpointed: float) -> None:
     assert of(policy).milliseconds == pytest.approx(plain, rel=0.05)
     assert of(policy, checkpointing=True).milliseconds == pytest.approx(checkpointed, rel=0.05)
 
@@ -169,14 +167,10 @@ def test_the_free_model_is_the_named_one() -> None:
     assert of(EXACT, "llama-3-8b", "h100") == of(EXACT)
 
 
-def printed(*arguments: Any, **named: Any) -> tuple[dict[str, Any], str]:
-    file = io.StringIO()
-    report = on_paper.run(*arguments, console=Console(file=file, width=80), **named)
-    return report, file.getvalue()
-
-
 def test_the_report(tmp_path: Path) -> None:
-    report, text = printed(json=tmp_path / "paper.json")
+    file = io.StringIO()
+    report = on_paper.run(json=tmp_path / "paper.json", console=Console(file=file, width=80))
+    text = file.getvalue()
     assert json.loads((tmp_path / "paper.json").read_text()) == report
     assert report["predicted"] is True
     assert "Predicted, not measured: LLaMA-3-8B" in text

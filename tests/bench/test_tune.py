@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -124,11 +125,8 @@ class TestTuning:
 
     def test_a_tie_keeps_the_shipped_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tune, "_fails_at_most", lambda *arguments: "")
-        [(entry, _)] = [
-            item
-            for item in tune.classes_of([tune.Problem("", 8, 64, 64, 16, 4, "float32")], SPEC).items()
-            if item[0].kernel == "one_launch"
-        ]
+        entries = tune.classes_of([tune.Problem("", 8, 64, 64, 16, 4, "float32")], SPEC)
+        [entry] = [one for one in entries if one.kernel == "one_launch"]
         measured = tune._space(entry, space)
         for one in measured:
             one.times = [{"median": 1.0}]
@@ -186,10 +184,8 @@ class TestTuning:
         assert {(entry.config, entry.aligned) for entry in tuning.read_table(SLUG)} == {(ONE, False), (TWO, False)}
 
     def test_a_device_error_that_stays_is_raised(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(device: torch.device) -> None:
-            raise RuntimeError("an illegal memory access was encountered")
-
-        monkeypatch.setattr(torch.cuda, "synchronize", fail)
+        error = RuntimeError("an illegal memory access was encountered")
+        monkeypatch.setattr(torch.cuda, "synchronize", Mock(side_effect=error))
         with pytest.raises(RuntimeError, match="illegal memory access"):
             tune._tried(torch.device("cuda"), lambda: str(1 // 0))
 
@@ -217,15 +213,10 @@ class TestTuning:
             run()
 
 
-def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missing", [None, "Triton is not installed"])
+def test_where_nothing_runs(missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(availability, "triton_missing", lambda: None)
+    monkeypatch.setattr(availability, "triton_missing", lambda: missing)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="nothing can be tuned here: no CUDA GPU"):
-        tune.run(OPTIONS, Console(file=io.StringIO()))
-
-
-def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(availability, "triton_missing", lambda: "Triton is not installed")
-    with pytest.raises(ValueError, match="nothing can be tuned here: Triton is not installed"):
+    with pytest.raises(ValueError, match=f"nothing can be tuned here: {missing or 'no CUDA GPU'}"):
         tune.run(OPTIONS, Console(file=io.StringIO()))

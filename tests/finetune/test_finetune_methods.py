@@ -66,14 +66,8 @@ def test_a_table_of_many_interrupted_and_resumed(base, tmp_path):
     """SwitchLoRA begins again, the others go on."""
     changes = {"method": ("low-rank", "loretta-rep", "switchlora:2e-2"), "freeze": 1, "out": tmp_path / "parts"}
     expected, printed = go(base, **changes | {"out": tmp_path / "whole"})
-    for words in (
-        "LoGE low rank + freezing",
-        "LoRETTA rep + freezing",
-        "SwitchLoRA + freezing",
-        "share of PEFT's LoRA's",
-        "the first 1 layers",
-    ):
-        assert words in printed
+    titles = [f"{method} + freezing" for method in ("LoGE low rank", "LoRETTA rep", "SwitchLoRA")]
+    assert all(words in printed for words in (*titles, "share of PEFT's LoRA's", "the first 1 layers"))
     table = printed[printed.index("Typical seconds") :].splitlines()[: 4 + len(expected["methods"])]
     assert all("MiB" in line and line.rstrip().endswith(" M") for line in table[4:])
     own = expected["methods"]["switchlora-frozen"]

@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import signal
 import stat
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -51,16 +53,13 @@ def test_exact_every_begins_again_with_an_exact_step(base):
 
 
 def test_interrupted_while_evaluating(base, whole, monkeypatch):
-    evaluate = training.heldout_loss
     handler = signal.getsignal(signal.SIGINT)
-    calls = 0
+    calls = itertools.count(1)
 
     def interrupting(*args):
-        nonlocal calls
-        calls += 1
-        if calls == 3:  # that of LoGE
+        if next(calls) == 3:  # that of LoGE
             os.kill(os.getpid(), signal.SIGINT)
-        return evaluate(*args)
+        return training.heldout_loss(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune.job, "heldout_loss", interrupting)
@@ -75,10 +74,7 @@ def test_interrupted_while_evaluating(base, whole, monkeypatch):
 
 
 def test_interrupted_before_training(base, monkeypatch):
-    def interrupting(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(finetune.job, "heldout_loss", interrupting)
+    monkeypatch.setattr(finetune.job, "heldout_loss", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(Interrupted, match="nothing to resume"):
         go(base)
 
@@ -125,12 +121,8 @@ def test_full_disk(base, monkeypatch, where):
     """At whatever write it happens: one line, and once there is space again the run goes on where it was."""
     base = dataclasses.replace(base, method=("loge",), steps=2)
 
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def rust_full(*args, **kwargs):
-        raise SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error 28)")
-
+    full = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    rust_full = Mock(side_effect=SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error 28)"))
     with monkeypatch.context() as patch:
         if where == "state":
             patch.setattr(Path, "write_bytes", full)
@@ -141,9 +133,8 @@ def test_full_disk(base, monkeypatch, where):
             patch.setattr(Figure, "savefig", full)
         else:  # the first write through write_bytes after the picture
             patch.setattr(results, "curves", lambda *args: patch.setattr(Path, "write_bytes", full))
-        with pytest.raises(
-            FinetuneError, match=r"--out: cannot write .*, the disk is full; free some space"
-        ) as failure:
+        words = r"--out: cannot write .*, the disk is full; free some space"
+        with pytest.raises(FinetuneError, match=words) as failure:
             go(base)
     assert "\n" not in str(failure.value)
     assert not (Path(base.out) / "metrics.json").exists()
