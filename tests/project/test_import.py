@@ -5,8 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-# What is imported on first use. Their import takes seconds, or they need not be installed; torch._dynamo takes longer than
-# all of torch, and imports Triton where that is installed.
+# Imported on first use: it takes seconds, or need not be installed. torch._dynamo brings Triton with it.
 _LATER = {"transformers", "peft", "accelerate", "typer", "matplotlib", "bitsandbytes", "torchao", "triton"}
 _LATER |= {"torch._dynamo"}
 
