@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
-from surrogate import assert_within_twice, case, run
-from torch import Tensor
+from surrogate import assert_within_twice, case, gradients, run
 
 from loge_kernels.backend import reference
 from loge_kernels.numerics.merging import merging_pays
@@ -20,53 +21,40 @@ SIZES = {"tall": (64, 12, 10), "few rows": (6, 12, 10), "wide": (30, 9, 20), "na
 def test_every_order_is_right(size: str, order: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     M, N, K = SIZES[size]
     c = case(M, N, K, R=None)
-    exact = c.x @ (c.weight + c.scaling * c.lora_B @ c.lora_A).t() + c.bias
-    expected = {
-        "y": exact,
-        "x": c.dy @ (c.weight + c.scaling * c.lora_B @ c.lora_A),
-        "lora_A": c.scaling * (c.dy @ c.lora_B).t() @ c.x,
-        "lora_B": c.scaling * c.dy.t() @ (c.x @ c.lora_A.t()),
-    }
+    expected = gradients(c)
     if order != "chosen":
         monkeypatch.setattr(reference, "merging_pays", lambda *_: order == "merged")
     got = run(c.to(dtype), WANTED)
     limits = {} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 2e-5}
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name].double(), tensor, **limits)
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor.double(), expected[name], **limits)
 
 
-def merges(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by an entry for each merge."""
-    seen: list[str] = []
-    own = reference.merged
-
-    def watched(*operands: Tensor) -> Tensor:
-        seen.append("merged")
-        return own(*operands)
-
+@pytest.fixture
+def merged(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Called at each merge."""
+    watched = Mock(wraps=reference.merged)
     monkeypatch.setattr(reference, "merged", watched)
-    return seen
+    return watched
 
 
-def test_the_sizes_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sizes_decide(merged: Mock) -> None:
     assert merging_pays(64, 32, torch.float32)
     assert not merging_pays(63, 32, torch.float32)
     assert not merging_pays(6400, 32, torch.bfloat16)
-    seen = merges(monkeypatch)
     for size, times in {"tall": 2, "few rows": 0, "wide": 1, "narrow": 1}.items():
-        seen.clear()
+        merged.reset_mock()
         run(case(*SIZES[size], R=None).to(torch.float32), WANTED)
-        assert len(seen) == times, size
+        assert merged.call_count == times, size
 
 
-def test_what_cannot_be_merged_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = merges(monkeypatch)
+def test_what_cannot_be_merged_is_not(merged: Mock) -> None:
     c = case(*SIZES["tall"], R=None)
     run(c.to(torch.bfloat16), WANTED)
     run(c.to(torch.float32), WANTED, dropout=0.1)
-    assert seen == []
+    assert merged.call_count == 0
     run(case(*SIZES["tall"]).to(torch.float32))
-    assert seen == ["merged"]  # the forward, which is exact either way
+    assert merged.call_count == 1  # the forward, which is exact either way
 
 
 def test_no_order_worsens_the_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
