@@ -1,6 +1,6 @@
 """Bytes that kernels move, counted in Triton's interpreter: every load, store and atomic, by address.
 
-Active lanes only: what a mask hides is not traffic. The counts are those that `model.predicted_bytes` predicts.
+Active lanes only: what a mask hides is not traffic. The counts are those that `cost_model.predicted_bytes` predicts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Counted work of every candidate, the measured ceilings of the device, and the time that the two allow.
 
-All counts are of the formulas in `loge_kernels.reference`; M tokens, N out, K in, R factor rank, P adapter rank. A
+All counts are of the formulas in `loge_kernels.backend.naive`; M tokens, N out, K in, R factor rank, P adapter rank. A
 multiply and an add are two flops; elementwise passes count no flops.
 
     matrix product [I, J] @ [J, L]   2·I·J·L flops; I·J + J·L elements read, I·L written (I·L more read to accumulate)

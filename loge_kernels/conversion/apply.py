@@ -47,7 +47,7 @@ def apply(
     On a PEFT model (`peft.get_peft_model`) a layer with one active LoRA adapter runs frozen weight and adapter in one
     op; elsewhere the adapter stays PEFT's and only the frozen weight's backward changes. The forward is unchanged.
     Layers that bitsandbytes (NF4, FP4, int8) or torchao quantised keep their library's forward, and dequantise in
-    backward for exact products alone (`loge_kernels.quantized`).
+    backward for exact products alone (`loge_kernels.layers.quantized`).
 
     Args:
         model: any module; its layers are changed in place, its parameters are not. A `DistributedDataParallel` wrapper
@@ -69,9 +69,9 @@ def apply(
         exact_every: one training forward of the model in so many has an exact backward, the first among them
             (`loge_kernels.exact_every`).
         exact_dtype: what exact products run in. "auto": 8 bits where they are faster on this device for the layer's
-            shape (`loge_kernels.exact_dtype`), the weight's dtype elsewhere. "float8", "int8", or None for the
+            shape (`conversion.exact_dtype`), the weight's dtype elsewhere. "float8", "int8", or None for the
             weight's.
-        low_rank_dtype: "float8" or "int8" for the products with the factors (`loge_kernels.eight_bit`); None for the
+        low_rank_dtype: "float8" or "int8" for the products with the factors (`numerics.eight_bit`); None for the
             weight's. They are PyTorch's then, and the adapter's own stay as they are.
         exact_fraction: share of the rows in [0, 1], heaviest ‖dY‖ first, whose dX is dense.
         residual: share of each weight's rows in [0, 1], those that the factors miss most, kept exact (CE-LoRA).

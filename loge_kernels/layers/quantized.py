@@ -10,8 +10,8 @@ Exact steps, exact rows and layers without factors do need the weight: it is deq
 a time, and dropped again. `exact_dtype` then quantises that transient copy anew; nothing is kept.
 
 A library's layer is changed in place to a class that stands before the library's own: names, parameters and state dict
-stay as they are. Supported are bitsandbytes' 4-bit and 8-bit layers (`bnb_layers`) and torchao's weight-only tensors
-(`torchao_layers`).
+stay as they are. Supported are bitsandbytes' 4-bit and 8-bit layers (`bnb`) and torchao's weight-only tensors
+(`torchao`).
 
 Source: QLoGE, Zhang et al., Applied Sciences 2025, 15(1), 82, section 4.4.
 """

@@ -64,7 +64,7 @@ def linear(
             what would work; exact_dtype or low_rank_dtype with float64.
         RuntimeError: factors inside a transform of `torch.func`, which would give another gradient than theirs.
 
-    Source: Zhang et al., Applied Sciences 2025, 15(1), 82 (LoGE); formulae in `loge_kernels.reference`.
+    Source: Zhang et al., Applied Sciences 2025, 15(1), 82 (LoGE); formulae in `loge_kernels.backend.naive`.
     """
     if exact_fraction == 1.0:
         factors = None
