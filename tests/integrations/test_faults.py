@@ -74,11 +74,17 @@ def train(wrap: Any, rows: slice, file: Path, saves: bool, on_step: Any = None) 
 
 
 def work(rank: int, dies: bool) -> list[float]:
+    file = Path(os.environ["LOGE_TEST_FILE"])
+
+    def die(gradient: Tensor) -> None:
+        while int(load_file(file)["step"]) < DIES_AT:  # the other rank is killed as soon as this one is gone
+            time.sleep(0.01)
+        os._exit(9)
+
     def on_step(model: nn.Module, step: int) -> None:
         if dies and rank == 1 and step == DIES_AT:
-            next(model.parameters()).register_hook(lambda gradient: os._exit(9))
+            next(model.parameters()).register_hook(die)
 
-    file = Path(os.environ["LOGE_TEST_FILE"])
     return train(DistributedDataParallel, slice(2 * rank, 2 * rank + 2), file, rank == 0, on_step)
 
 
