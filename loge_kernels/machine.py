@@ -60,7 +60,9 @@ def _has_bfloat16_instructions() -> bool:
 
 
 def version_of(package: str) -> str | None:
-    """The version of an installed package, or None."""
+    """The version of an installed package, or None. Torch's own names the build, which its package does not always."""
+    if package == "torch":
+        return torch.__version__
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

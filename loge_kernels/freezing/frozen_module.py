@@ -22,9 +22,8 @@ class NoAutograd:
     _last: bool  # whether what comes next trains
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        parent: Any = super()
         with torch.no_grad():
-            output = parent.__call__(*args, **kwargs)
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
         # Reentrant checkpointing gives the parameters of the next layer a gradient only if its input requires one.
         lead = self._last and torch.is_grad_enabled() and _checkpointed_reentrantly(self)
         return tree_map(lambda value: _cut(value, lead), output)

@@ -352,7 +352,7 @@ def _default_mesh() -> Any:
 
     if not torch.distributed.is_initialized():
         raise ValueError("torch.distributed is not initialised: call torch.distributed.init_process_group() first")
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)  # not what torch was built for
     kind = "cpu" if accelerator is None else accelerator.type
     return init_device_mesh(kind, (torch.distributed.get_world_size(),))
 

@@ -67,9 +67,11 @@ class FusedAdapter:
         return found if isinstance(found, str) else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parent: Any = super()
         found = "arguments" if args or kwargs else self._find(x)
-        return parent.forward(x, *args, **kwargs) if isinstance(found, str) else self.base_layer.run(x, *found)
+        if isinstance(found, str):
+            # Called where it stands: torch.compile under Python 3.13 takes no `super()` that is kept in a variable.
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return self.base_layer.run(x, *found)
 
     def _find(self, x: Tensor | None) -> str | tuple[Tensor, Tensor, float, float]:
         """A, B, scaling and dropout of the one adapter that shares the op, or why there is none."""
