@@ -12,8 +12,11 @@ from importlib.util import find_spec
 
 import pytest
 
+from loge_kernels.triton_kernels.availability import interpreter_broken
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+_WHY_NOT = "Triton is not installed" if find_spec("triton") is None else interpreter_broken()
+needs_triton = pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT))
 
 
 def interpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
