@@ -6,8 +6,7 @@ import subprocess
 import sys
 
 # Imported on first use: it takes seconds, or need not be installed. torch._dynamo brings Triton with it.
-_LATER = {"transformers", "peft", "accelerate", "typer", "matplotlib", "bitsandbytes", "torchao", "triton"}
-_LATER |= {"torch._dynamo"}
+_LATER = {"transformers", "peft", "typer", "matplotlib", "bitsandbytes", "torchao", "triton", "torch._dynamo"}
 
 
 def test_left_for_later() -> None:

@@ -93,20 +93,6 @@ def test_there_is_no_circle_and_there_are_at_most_nine_floors() -> None:
     assert max(floors.values()) <= 9
 
 
-def test_modules_inside_a_room_import_in_no_circle() -> None:
-    graph: dict[str, set[str]] = {}
-    modules = {module for _, module, _ in sources()}
-    for room, module, path in sources():
-        found = graph.setdefault(module, set())
-        for node in ast.parse(path.read_text()).body:
-            for target in _targets(node, module):
-                name = target.removeprefix("loge_kernels.")
-                for candidate in (name, name.rpartition(".")[0]):
-                    if candidate in modules and candidate.split(".")[0] == room:
-                        found.add(candidate)
-    assert list(TopologicalSorter(graph).static_order())
-
-
 def test_no_module_at_the_root_bears_a_public_functions_name() -> None:
     modules = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
     public = {name for name in (*loge.__all__, *loge._LAZY) if not isinstance(getattr(loge, name), type)}
