@@ -84,6 +84,10 @@ class QuantizedLinear(LoGELinear):
         if factors is not None:
             factors.bind(linear.weight)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _outside_graphs()  # of a pickle, in a process that has converted nothing
+        super().__setstate__(state)
+
     def revert_(self) -> None:
         library_class = self._library_class
         del self._library_class
@@ -128,11 +132,7 @@ class QuantizedLinear(LoGELinear):
             dropout=0.0 if seed is None else float(dropout),
             exact_fraction=0.0 if factors is None else float(self.exact_fraction),
             backend=requested(self.backend),
-            **(
-                {}
-                if factors is None
-                else stand_ins(factors, factors.left.dtype) | factors_in_eight_bits(factors, input)
-            ),
+            **(stand_ins(factors) | factors_in_eight_bits(factors, input)),
         )
         o = operands
         return _Quantized.apply(o.x, o.weight, o.bias, o.lora_A, o.lora_B, self, o)
