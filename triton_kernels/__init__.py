@@ -1,4 +1,4 @@
-"""Triton kernels of the low-rank backward pass and of the fused forward.
+"""Triton kernels of the low-rank and of the exact backward pass, and of the fused forward.
 
 Lies at the top of the repository, and is installed as `loge_kernels.triton_kernels` (setup.py). Takes tensors and
 numbers and imports nothing from `loge_kernels`; importable without Triton, `why_not` then says so.
@@ -12,8 +12,10 @@ from .availability import why_not_here
 from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig
 from .cost_model import Flags
 from .dispatch import explain, forward_wins, why_not
+from .exact_choice import ExactForm, fuses, why_not_exact
 
 __all__ = [
+    "ExactForm",
     "Flags",
     "ForwardConfig",
     "OneLaunchConfig",
@@ -22,16 +24,22 @@ __all__ = [
     "explain",
     "forward",
     "forward_wins",
+    "fuses",
+    "prepare",
+    "product",
     "why_not",
+    "why_not_exact",
     "why_not_here",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`backward` and `forward`, imported with Triton on their first use."""
-    if name not in ("backward", "forward"):
+    """What launches, imported with Triton on its first use."""
+    if name not in ("backward", "forward", "prepare", "product"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import launch
+    from . import exact_launch, launch
 
-    globals().update(backward=launch.backward, forward=launch.forward)
+    globals().update(
+        backward=launch.backward, forward=launch.forward, prepare=exact_launch.prepare, product=exact_launch.product
+    )
     return globals()[name]

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from . import availability
+from . import availability, exact_compile
 from .configs import Entry, ForwardConfig, OneLaunchConfig, TwoLaunchConfig, shipped
 from .constants import expand_constants, forward_constants, keeps_t, one_launch_constants, project_constants
 from .cost_model import Flags
@@ -52,7 +52,8 @@ class Job:
     def name(self) -> str:
         e = self.entry
         aligned = "aligned" if e.aligned else "unaligned"
-        return f"{self.kernel} {e.bits}-bit R<={self.rank} P<={e.adapter} {aligned} {self.variant}"
+        rank = "" if self.kernel.startswith("exact_") else f"R<={self.rank} "
+        return f"{self.kernel} {e.bits}-bit {rank}P<={e.adapter} {aligned} {self.variant}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class Row:
     shared: int  # bytes
     hmma: int
     hgmma: int
+    eight_bits: int = 0  # tensor-core instructions over 8-bit operands: QGMMA, IGMMA, IMMA
     problems: tuple[str, ...] = ()
 
 
@@ -79,6 +81,16 @@ def jobs_for(arch: str, kernels: Iterable[str] | None = None) -> list[Job]:
 def _entry_jobs(arch: str, entry: Entry) -> list[Job]:
     if entry.kernel == "one_launch":
         return [Job(arch, "one_launch_backward", entry, entry.rank, variant) for variant in VARIANTS]
+    if entry.kernel.startswith("exact_"):
+        # dY is divided by its scales in one tile for all adapters.
+        quantizes = entry.kernel == "exact_prepare" and entry.adapter > 16
+        kernels = (entry.kernel, "exact_quantize") if quantizes else (entry.kernel,)
+        device = ARCHITECTURES[arch]
+        return [
+            Job(arch, kernel, entry, entry.rank, variant)
+            for kernel in kernels
+            for variant in exact_compile.variants(kernel, entry.bits, device)
+        ]
     if entry.kernel == "forward":
         return [Job(arch, "fused_forward", entry, entry.rank, "full")]
     assert isinstance(entry.config, TwoLaunchConfig)
@@ -167,6 +179,7 @@ def compile_job(job: Job) -> Row:
         shared=compiled.metadata.shared,
         hmma=count("HMMA"),
         hgmma=count("HGMMA"),
+        eight_bits=count("QGMMA") + count("IGMMA") + count("IMMA"),
     )
     return dataclasses.replace(row, problems=tuple(_problems(job, row, device)))
 
@@ -177,6 +190,11 @@ def _source(job: Job, device: DeviceSpec) -> tuple[Any, dict[str, str], dict[str
     from .one_launch import one_launch_backward
     from .two_launch import expand_slab, expand_tiles, project
 
+    if job.kernel.startswith("exact_"):
+        entry = job.entry
+        return exact_compile.source(
+            job.kernel, job.variant, entry.config, entry.bits, entry.adapter, entry.aligned, device
+        )
     cast, flags = VARIANTS[job.variant]
     entry, config, P = job.entry, job.entry.config, job.entry.adapter
     dtype, name = (torch.float32, "fp32") if entry.bits == 32 else (torch.bfloat16, "bf16")
@@ -201,7 +219,9 @@ def _problems(job: Job, row: Row, device: DeviceSpec) -> Iterable[str]:
         yield f"spills: {row.stack} bytes of stack, {row.spills} LDL/STL"
     if row.shared > device.shared_bytes:
         yield f"{row.shared} bytes of shared memory, {device.shared_bytes} exist"
-    if job.entry.bits == 16:
+    if job.entry.bits == 8 and row.eight_bits == 0:
+        yield "no QGMMA, IGMMA or IMMA: the product is not taken in 8 bits"
+    if job.entry.bits <= 16 and job.kernel != "exact_quantize":
         if job.arch == "sm_80" and row.hmma == 0:
             yield "no HMMA"
         if job.arch == "sm_90" and row.hgmma == 0:
@@ -269,4 +289,5 @@ def _key(row: Row) -> str:
 
 
 def _numbers(row: Row) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in ("registers", "stack", "spills", "shared", "hmma", "hgmma")}
+    numbers = {name: getattr(row, name) for name in ("registers", "stack", "spills", "shared", "hmma", "hgmma")}
+    return numbers | ({"eight_bits": row.eight_bits} if row.eight_bits else {})

@@ -56,18 +56,42 @@ class ForwardConfig:
     num_stages: int
 
 
-Config = OneLaunchConfig | TwoLaunchConfig | ForwardConfig
+@dataclass(frozen=True, slots=True)
+class PrepareConfig:
+    """`exact_prepare`: a block owns block_n columns of dY and walks its rows in steps of block_m."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProductConfig:
+    """`exact_product`: tiles [block_m, block_k] of dX in steps of block_n, walked in groups of `group` row blocks."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group: int
+    num_warps: int
+    num_stages: int
+
+
+Config = OneLaunchConfig | TwoLaunchConfig | ForwardConfig | PrepareConfig | ProductConfig
 KINDS: dict[str, type[Config]] = {
     "one_launch": OneLaunchConfig,
     "two_launch": TwoLaunchConfig,
     "forward": ForwardConfig,
+    "exact_prepare": PrepareConfig,
+    "exact_product": ProductConfig,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """`config` serves kernel `kernel` for elements of `bits` bits, padded ranks up to `rank` and `adapter`, and rows
-    that are 16-byte aligned or not."""
+    that are 16-byte aligned or not. The bits of `exact_product` are those of its operands, 8 where they are scaled."""
 
     kernel: str
     bits: int
@@ -88,8 +112,10 @@ INTERPRETER_TABLE = tuple(
         ("one_launch", OneLaunchConfig(32, 32, 32, 4, 2)),
         ("two_launch", TwoLaunchConfig(32, 32, 64, 32, 32, 32, 4, 2)),
         ("forward", ForwardConfig(32, 32, 32, 2, 4, 2)),
+        ("exact_prepare", PrepareConfig(64, 128, 4, 2)),
+        ("exact_product", ProductConfig(64, 128, 128, 2, 4, 2)),
     )
-    for bits in (16, 32)
+    for bits in (8, 16, 32)
     for aligned in (False, True)
 )
 
@@ -129,7 +155,7 @@ def _parse_entry(row: Any) -> Entry:
     if not isinstance(row, dict) or set(row) != {field.name for field in dataclasses.fields(Entry)}:
         raise ValueError(f"an entry has other fields than Entry: {row!r}")
     kind = KINDS.get(row["kernel"])
-    if kind is None or row["bits"] not in (16, 32) or not isinstance(row["aligned"], bool):
+    if kind is None or row["bits"] not in (8, 16, 32) or not isinstance(row["aligned"], bool):
         raise ValueError(f"unknown kernel, bits or alignment: {row!r}")
     numbers = row["config"]
     if not isinstance(numbers, dict) or set(numbers) != {field.name for field in dataclasses.fields(kind)}:

@@ -11,7 +11,7 @@ from .cost_model import Flags
 from .devices import DeviceSpec
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
     """fp32 inputs multiply in fp32; for 16-bit ones the argument says nothing."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
@@ -44,7 +44,7 @@ def one_launch_constants(
         "ALIGNED_K": aligned_k,
         "WGMMA": uses_wgmma(device.capability, dtype.itemsize * 8),
         "ATOMIC": not flags.deterministic,
-        "PRECISION": _precision(dtype),
+        "PRECISION": precision(dtype),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -75,7 +75,7 @@ def project_constants(
         "ALIGNED_N": aligned_n,
         "WGMMA": uses_wgmma(device.capability, dtype.itemsize * 8),
         "ATOMIC": not flags.deterministic,
-        "PRECISION": _precision(dtype),
+        "PRECISION": precision(dtype),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -106,7 +106,7 @@ def expand_constants(
         "ALIGNED_K": aligned_k,
         "WGMMA": uses_wgmma(device.capability, dtype.itemsize * 8),
         "ATOMIC": not flags.deterministic,
-        "PRECISION": _precision(dtype),
+        "PRECISION": precision(dtype),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -137,7 +137,7 @@ def forward_constants(
         "HAS_BIAS": has_bias,
         "DROPOUT": dropout,
         "ALIGNED_K": aligned_k,
-        "PRECISION": _precision(dtype),
+        "PRECISION": precision(dtype),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }

@@ -66,7 +66,7 @@ def _tables(device: DeviceSpec) -> tuple[tuple[Entry, ...], ...]:
 def config_for(kernel: str, dtype: torch.dtype, R: int, P: int, aligned: bool, device: DeviceSpec) -> Config | None:
     """The configuration of `kernel` for these ranks, or None where its tiles cannot hold them."""
     tables = (INTERPRETER_TABLE,) if availability.interpreted() else _tables(device)
-    entry = best_entry(tables, kernel, torch.finfo(dtype).bits, padded(R), padded(P), aligned)
+    entry = best_entry(tables, kernel, 8 * dtype.itemsize, padded(R), padded(P), aligned)
     return None if entry is None else entry.config
 
 

@@ -126,16 +126,16 @@ def backward(
     db = allocate((*lead, N), dtype=torch.float32, device=device) if need_dbias else None
     if rows:
         results = tuple(dy if result is None else result for result in (dx, dA, dB, db))
-        mask = (_threshold(dropout), 1.0 / (1.0 - dropout)) if drops else (0, 1.0)
-        with _on(device):
+        mask = (threshold_of(dropout), 1.0 / (1.0 - dropout)) if drops else (0, 1.0)
+        with on(device):
             launch = _launch_once if isinstance(plan.config, OneLaunchConfig) else _launch_twice
             launch(plan, given, results, (M, N, K, R), float(scaling), mask)
     # Without lora_A or lora_B their gradients are not asked for.
     return (
         dx,
-        None if dA is None else _finished(dA, given.lora_A.dtype, deterministic),
-        None if dB is None else _finished(dB, given.lora_B.dtype, deterministic),
-        None if db is None else _finished(db, dtype, deterministic),
+        None if dA is None else finished(dA, given.lora_A.dtype, deterministic),
+        None if dB is None else finished(dB, given.lora_B.dtype, deterministic),
+        None if db is None else finished(db, dtype, deterministic),
     )
 
 
@@ -294,7 +294,7 @@ def forward(
     xa = torch.empty((M, P), dtype=x.dtype, device=x.device)
     blocks = cdiv(M, constants["BM"]) * cdiv(N, constants["BN"])
     if blocks:
-        with _on(x.device):
+        with on(x.device):
             fused_forward[(blocks,)](
                 x,
                 weight,
@@ -309,27 +309,27 @@ def forward(
                 K,
                 *x.stride(),
                 float(scaling),
-                _threshold(dropout),
+                threshold_of(dropout),
                 1.0 / (1.0 - dropout),
                 **constants,
             )
     return y, xa
 
 
-def _finished(buffer: Tensor, dtype: torch.dtype, deterministic: bool) -> Tensor:
+def finished(buffer: Tensor, dtype: torch.dtype, deterministic: bool) -> Tensor:
     """A gradient from its fp32 buffer. The slabs' own buffers are added by torch.sum, whose order is fixed for a
     shape: a second launch, over a few MB."""
     whole = buffer.sum(0) if deterministic else buffer
     return whole if dtype == torch.float32 else whole.to(dtype)
 
 
-def _threshold(dropout: float) -> int:
+def threshold_of(dropout: float) -> int:
     """floor(p * 2^32) as an int32 of the same bits: an argument that fits no int32 would change the signature."""
     threshold = int(dropout * (1 << 32))
     return threshold - (1 << 32) if threshold >= 1 << 31 else threshold
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device: make it the tensors' one, at no cost where it is already."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _NOTHING

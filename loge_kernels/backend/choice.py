@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..triton_kernels import ExactForm
 from . import cuda as cuda_backend
 from . import cuda_measured, reference
 from . import triton as triton_backend
@@ -214,15 +215,24 @@ def why_not(problem: BackwardProblem, name: str) -> str | None:
 def run_backward(problem: BackwardProblem, name: str) -> Gradients:
     """The gradients of `problem` by backend `name`, or by the preferred one that can run it when `name` is "auto".
 
-    Without factors dX is a dense product, which PyTorch computes whatever the name: a model may have both kinds of
-    layers. Raises ValueError with the backend's reason when a named backend cannot run this problem otherwise.
+    Without factors dX is a dense product. Triton has kernels around it, which run where they are named or predicted to
+    be faster; elsewhere PyTorch computes it, whatever the name: a model may have both kinds of layers. Raises
+    ValueError with the backend's reason when a named backend cannot run this problem otherwise.
     """
     if problem.need_dx and problem.kind.startswith("dense"):
-        return reference.backward(problem)
+        form = _exact_form(problem, name)
+        return reference.backward(problem) if form == "torch" else triton_backend.exact_backward(problem, form)
     gradients = _choose(problem, name)(problem)
     if problem.rows is not None and gradients.dx is not None:
         gradients.dx = reference.add_residual(gradients.dx, problem)
     return gradients
+
+
+def _exact_form(problem: BackwardProblem, name: str) -> ExactForm:
+    automatic = name == "auto" and problem.dy.is_cuda and is_verified("triton", problem.dy.device)
+    if not (automatic or name == "triton") or triton_backend.why_not(problem) is not None:
+        return "torch"
+    return triton_backend.exact_form(problem) if automatic else "fused"
 
 
 def _choose(problem: BackwardProblem, name: str) -> Callable[[BackwardProblem], Gradients]:

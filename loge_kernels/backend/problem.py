@@ -180,3 +180,13 @@ class Gradients:
     dbias: Tensor | None = None  # [N]
     dA: Tensor | None = None  # [P, K]
     dB: Tensor | None = None  # [N, P]
+
+
+class Prepared(NamedTuple):
+    """What a kernel made of one read of dY for an exact backward pass; `reference.backward` does the rest."""
+
+    T_P: Tensor | None = None  # [M, P] in dY's dtype: s · dY B
+    dB: Tensor | None = None  # [N, P]
+    dbias: Tensor | None = None  # [N]
+    q: Tensor | None = None  # [M, N], dY in 8 bits
+    scale: Tensor | None = None  # float32 [M, 1], of its rows

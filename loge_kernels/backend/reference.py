@@ -38,7 +38,9 @@ from ..numerics import eight_bit
 from ..numerics.dropout import drop
 from ..numerics.matmul import add, add_matmul, matmul
 from ..numerics.merging import merged, merging_pays
-from .problem import BackwardProblem, Gradients, Operands
+from .problem import BackwardProblem, Gradients, Operands, Prepared
+
+_NOTHING = Prepared()
 
 
 def forward(operands: Operands) -> tuple[Tensor, Tensor | None]:
@@ -76,21 +78,22 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def backward(problem: BackwardProblem) -> Gradients:
-    """The gradients that `problem` asks for; the formulae are in the module's docstring."""
-    p = problem
-    gradients = Gradients()
+def backward(problem: BackwardProblem, prepared: Prepared | None = None) -> Gradients:
+    """The gradients that `problem` asks for, from what is `prepared` of them already; the formulae are in the module's
+    docstring."""
+    p, given = problem, prepared or _NOTHING
+    gradients = Gradients(dB=given.dB, dbias=given.dbias)
     scaled_B = None if p.lora_B is None else _cast(p.scaling * p.lora_B, p.dy.dtype)
     lora_A = None if p.lora_A is None else _cast(p.lora_A, p.dy.dtype)
 
     low_rank = p.left is not None and p.need_dx
     projections = [p.left] if p.left is not None and low_rank and p.left_scale is None else []
     rank = sum(left.shape[1] for left in projections)
-    merge = _merges(p)
-    if scaled_B is not None and ((p.need_dx and not merge) or p.need_dA):
+    merge = prepared is None and _merges(p)
+    if scaled_B is not None and given.T_P is None and ((p.need_dx and not merge) or p.need_dA):
         projections.append(scaled_B)
     beside = projections[0] if len(projections) == 1 else torch.cat(projections, dim=1) if projections else None
-    T = None if beside is None else matmul(p.dy, beside)  # [M, R + P]
+    T = given.T_P if beside is None else matmul(p.dy, beside)  # [M, R + P]
     T_P = T if T is None or rank == 0 else T[:, rank:]  # [M, P]
 
     if p.need_dx and merge:
@@ -99,18 +102,18 @@ def backward(problem: BackwardProblem) -> Gradients:
         assert scaled_B is not None
         gradients.dx = matmul(p.dy, merged(p.weight, lora_A, scaled_B))
     elif p.need_dx:
-        gradients.dx = _input_gradient(p, T, T_P, lora_A)
+        gradients.dx = _input_gradient(p, T, T_P, lora_A, given)
     if p.need_dA:
         assert T_P is not None
         assert p.x is not None
         assert p.lora_A is not None
         gradients.dA = matmul(T_P.t(), drop(p.x, p.seed, p.dropout), p.lora_A.dtype)
-    if p.need_dB:
+    if p.need_dB and gradients.dB is None:
         assert p.xa is not None
         assert p.lora_B is not None
         gradients.dB = matmul(p.dy.t(), p.xa, p.lora_B.dtype).mul_(p.scaling)
     add_weight_gradient(gradients, p)
-    if p.need_dbias:
+    if p.need_dbias and gradients.dbias is None:
         gradients.dbias = p.dy.sum(0)
     return gradients
 
@@ -129,9 +132,21 @@ def _merges(p: BackwardProblem) -> bool:
     return p.dropout == 0.0 and merging_pays(p.dy.shape[0], p.dy.shape[1], p.dy.dtype)
 
 
-def _input_gradient(p: BackwardProblem, T: Tensor | None, T_P: Tensor | None, lora_A: Tensor | None) -> Tensor:
+def _input_gradient(
+    p: BackwardProblem, T: Tensor | None, T_P: Tensor | None, lora_A: Tensor | None, given: Prepared
+) -> Tensor:
     """dX [M, K]; T is dY [left | s·B] [M, R + P], without left where that is in 8 bits, and T_P its last P columns."""
-    if p.right is None:
+    if p.kind == "dense" and lora_A is not None:
+        assert T_P is not None
+        assert p.weight is not None
+        # The adapter's part first: it is written once, and the large product, which adds to it, hides that it is read.
+        return add_matmul(drop(matmul(T_P, lora_A), p.seed, p.dropout), p.dy, p.weight)
+    if given.q is not None:
+        assert given.scale is not None
+        assert p.dense is not None
+        assert p.dense_scale is not None
+        dx = eight_bit.multiply_quantized(given.q, given.scale, p.dense, p.dense_scale, p.dy.dtype)
+    elif p.right is None:
         dx = _dense(p, p.dy)
     elif p.left_scale is not None:
         dx = _low_rank_in_eight_bits(p)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import triton_kernels as kernels
-from .problem import BackwardProblem, Gradients, Operands
+from . import reference
+from .problem import BackwardProblem, Gradients, Operands, Prepared
 from .reference import add_weight_gradient
+
+_TILE = 16  # of 8-bit products on a GPU
 
 
 def why_not_here() -> str | None:
@@ -16,6 +19,8 @@ def why_not_here() -> str | None:
 
 def why_not(p: BackwardProblem) -> str | None:
     """Why the kernels cannot run this problem, or None."""
+    if p.need_dx and p.kind.startswith("dense"):
+        return _why_not_exact(p)
     if p.kind == "mixed":
         return "exact_fraction needs dense products, which PyTorch computes"
     if p.left_scale is not None:
@@ -31,7 +36,10 @@ def why_not(p: BackwardProblem) -> str | None:
 
 
 def backward(p: BackwardProblem) -> Gradients:
-    """All gradients but dW, which is a dense product of its own, from one launch or two."""
+    """All gradients but dW, which is a dense product of its own, from one launch or two; of an exact layer from two or
+    three."""
+    if p.need_dx and p.kind.startswith("dense"):
+        return exact_backward(p, "fused")
     dx, dA, dB, dbias = kernels.backward(
         p.dy,
         p.x,
@@ -52,6 +60,78 @@ def backward(p: BackwardProblem) -> Gradients:
     gradients = Gradients(dx=dx, dbias=dbias, dA=dA, dB=dB)
     add_weight_gradient(gradients, p)
     return gradients
+
+
+def _why_not_exact(p: BackwardProblem) -> str | None:
+    if p.dense is not None and (p.dense.shape[0] % _TILE or p.dense.shape[1] % _TILE) and p.dy.is_cuda:
+        return f"N and K must be multiples of {_TILE} in 8 bits"
+    if p.dy.numel() == 0:
+        return "nothing to compute"
+    return kernels.why_not_exact(
+        dtype=p.dy.dtype,
+        device=p.dy.device,
+        P=0 if p.lora_B is None else p.lora_B.shape[1],
+        eight_bits=None if p.dense is None else p.dense.dtype,
+        lora_dtype=None if p.lora_B is None else p.lora_B.dtype,
+    )
+
+
+def exact_backward(p: BackwardProblem, form: kernels.ExactForm) -> Gradients:
+    """All gradients of a dense frozen path. dY is read once for s·dY B, dB and db, and once more for 8 bits; then dX
+    and dA by one kernel ("fused"), which writes dX once, or by PyTorch's products ("prepared")."""
+    eight_bits = None if p.dense is None else p.dense.dtype
+    adapter = p.lora_B is not None
+    fused = form == "fused" and kernels.fuses(p.dy.dtype)
+    sums_dA = fused and p.need_dA and p.lora_A is not None and not p.deterministic
+    prepared = kernels.prepare(
+        p.dy,
+        p.xa,
+        p.lora_B,
+        p.scaling,
+        need_t=adapter,
+        need_dB=p.need_dB,
+        need_dbias=p.need_dbias,
+        eight_bits=eight_bits,
+        scales="none" if eight_bits is None else "row",
+        zeros=p.lora_A.numel() if sums_dA and p.lora_A is not None else 0,
+        deterministic=p.deterministic,
+    )
+    if not fused:
+        T_P = None if prepared.t is None else prepared.t.to(p.dy.dtype)
+        scale = None if prepared.scale is None else prepared.scale[:, None]
+        return reference.backward(p, Prepared(T_P, prepared.dB, prepared.dbias, prepared.q, scale))
+    weight = p.weight if p.dense is None else p.dense
+    assert weight is not None
+    dx, dA = kernels.product(
+        p.dy if prepared.q is None else prepared.q,
+        weight,
+        t=prepared.t,
+        lora_A=p.lora_A,
+        x=p.x if p.need_dA else None,
+        scales="none" if eight_bits is None else "row",
+        dy_scale=prepared.scale,
+        weight_scale=p.dense_scale,
+        dtype=p.dy.dtype,
+        dropout=p.dropout,
+        seed=p.seed,
+        zeros=prepared.zeros,
+        deterministic=p.deterministic,
+    )
+    gradients = Gradients(dx=dx, dbias=prepared.dbias, dA=dA, dB=prepared.dB)
+    add_weight_gradient(gradients, p)
+    return gradients
+
+
+def exact_form(p: BackwardProblem) -> kernels.ExactForm:
+    """What the cost model predicts to be fastest for this problem, whose frozen path is dense: "torch" for PyTorch's
+    composition."""
+    M, N = p.dy.shape
+    weight = p.weight if p.dense is None else p.dense
+    assert weight is not None
+    P = 0 if p.lora_B is None else p.lora_B.shape[1]
+    flags = kernels.Flags(p.need_dx, p.need_dA, p.need_dB, p.need_dbias, p.dropout > 0.0, p.deterministic)
+    eight_bits = None if p.dense is None else p.dense.dtype
+    return kernels.choose_exact(M, N, weight.shape[1], P, p.dy.dtype, eight_bits, p.dy.device, flags)
 
 
 def why_not_auto(p: BackwardProblem) -> str | None:

@@ -98,6 +98,8 @@ def _problem(case: Case, inputs: dict[str, Tensor]) -> BackwardProblem:
     given = {name: inputs.get(name) for name in ("x", "weight", "lora_A", "lora_B")}
     if case.mode in WITH_FACTORS:
         given |= {"left": inputs["left"], "right": inputs["right"]}
+    if case.mode in eight_bit.DTYPES:
+        given["dense"] = eight_bit.as_bits(torch.empty_like(inputs["weight"], dtype=eight_bit.DTYPES[case.mode]))
     if case.mode in LOW_RANK_DTYPE:
         given["left_scale"] = inputs["left"][0].float()  # any: that there is one counts
     operands = Operands(

@@ -54,7 +54,7 @@ def _in_eight_bits(case: Case, original: dict[str, Tensor], dtype: torch.dtype) 
 def _rounded(matrix: Tensor, mode: str, dim: int, dtype: torch.dtype) -> Tensor:
     """`matrix` with every slice along `dim` rounded to 8 bits of its own scale, in `dtype`."""
     limit = 448.0 if mode == "float8" else 127.0
-    scale = (matrix.float().abs().amax(dim, keepdim=True) / limit).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = (matrix.float().abs().amax(dim, keepdim=True) * (1 / limit)).clamp_min(torch.finfo(torch.float32).tiny)
     steps = matrix.float() / scale
     steps = steps.to(torch.float8_e4m3fn) if mode == "float8" else steps.round()
     return steps.to(dtype) * scale.to(dtype)

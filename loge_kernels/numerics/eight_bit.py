@@ -132,13 +132,23 @@ def quantize_rows(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if matrix.is_cuda:
         amax = torch.linalg.vector_norm(matrix, float("inf"), dim=1, keepdim=True, dtype=torch.float32)
     else:
-        amax = matrix.abs().amax(dim=1, keepdim=True).float()  # on a CPU twenty times faster than the norm
-    # The floor keeps a zero row from 0 / 0; below it a row is flushed to zero.
-    scale = (amax / _LIMIT[dtype]).clamp_min_(_TINY)
+        amax = matrix.abs().amax(dim=1, keepdim=True)  # on a CPU twenty times faster than the norm
+    scale = scale_of(amax, dtype)
+    return scaled(matrix, scale, dtype), scale
+
+
+def scale_of(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in float32 of rows or blocks with these largest magnitudes, for q in `dtype`. The floor keeps a zero row
+    from 0 / 0; below it a row is flushed to zero."""
+    return (amax.float() * (1 / _LIMIT[dtype])).clamp_min_(_TINY)  # a quotient would have other bits on a GPU
+
+
+def scaled(matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`matrix / scale`, which broadcasts, in `dtype`, rounded once from float32, ties to even; contiguous."""
     if dtype == torch.int8:
-        return torch.div(matrix, scale).round_().to(dtype, memory_format=torch.contiguous_format), scale
+        return torch.div(matrix, scale).round_().to(dtype, memory_format=torch.contiguous_format)
     q = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
-    return torch.div(matrix, scale, out=q), scale
+    return torch.div(matrix, scale, out=q)
 
 
 def quantize_columns(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -165,21 +175,26 @@ def multiply(dy: Tensor, tensor: Tensor, scale: Tensor) -> Tensor:
 
 
 def _on_cuda(dy: Tensor, tensor: Tensor, scale: Tensor) -> Tensor:
-    M = dy.shape[0]
-    out = torch.empty(M, tensor.shape[1], dtype=dy.dtype, device=dy.device)
-    if M == 0:
-        return out
+    if dy.shape[0] == 0:
+        return dy.new_empty(0, tensor.shape[1])
+    q, row_scale = quantize_rows(dy, tensor.dtype)
+    return multiply_quantized(q, row_scale, tensor, scale, dy.dtype)
+
+
+def multiply_quantized(q: Tensor, row_scale: Tensor, tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """dX [M, K] in `dtype` by cuBLAS, from dY as `quantize_rows` gives it and a weight as in `multiply`; M > 0."""
+    M = q.shape[0]
     if tensor.stride(0) != 1:  # cuBLAS wants it stored column by column
         tensor = tensor.t().contiguous().t()
-    q, row_scale = quantize_rows(dy, tensor.dtype)
     if tensor.dtype == torch.int8:
         padded = torch.nn.functional.pad(q, (0, 0, 0, _INT_ROWS - M)) if M < _INT_ROWS else q
         sums = torch._int_mm(padded, tensor)[:M]
-    elif dy.dtype == torch.bfloat16:
+    elif dtype == torch.bfloat16:
         return torch._scaled_mm(q, tensor, scale_a=row_scale, scale_b=scale[None], out_dtype=torch.bfloat16)
     else:  # row-wise scaling gives bfloat16 alone on some GPUs
-        one = torch.ones((), device=dy.device)
+        one = torch.ones((), device=q.device)
         sums = torch._scaled_mm(q, tensor, scale_a=one, scale_b=one, out_dtype=torch.float32)
+    out = torch.empty(M, tensor.shape[1], dtype=dtype, device=q.device)
     return torch.mul(sums * row_scale, scale, out=out)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import product
 from typing import Any
@@ -11,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from interpreter import INTERPRETED, assert_passes_interpreted, needs_triton
+from poisoned import assert_close, guard_bands, guarded, in_double, strided
 from surrogate import case, problem_of
-from torch import Tensor
 
 from loge_kernels import triton_kernels as tk
 from loge_kernels.backend import reference
@@ -29,27 +27,8 @@ TWO = TwoLaunchConfig(block_m=32, block_n=32, project_r=64, block_k=32, tile_k=6
 FORWARD = ForwardConfig(block_m=32, block_n=32, block_k=32, group=2, num_warps=4, num_stages=2)
 FORMS = pytest.mark.parametrize("config", [ONE, TWO], ids=["one_launch", "two_launch"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-GUARD = 64  # elements around every buffer; keeps 16-byte alignment
 SIZES = [(1, 33, 17, 5, 3), (7, 40, 72, 24, 4), (33, 100, 71, 37, 5), (70, 57, 41, 100, 17)]  # M, N, K, R, P
 OPERANDS = ("dy", "x", "xa", "left", "right", "lora_A", "lora_B")
-
-
-def guarded(t: Any) -> Any:
-    """A copy of `t` in the middle of NaNs: a read past its ends shows in the result. What is no such tensor stays."""
-    if not isinstance(t, Tensor) or not t.is_floating_point():
-        return t
-    buffer = torch.full((t.numel() + 2 * GUARD,), float("nan"), dtype=t.dtype)
-    inner = buffer[GUARD : GUARD + t.numel()].view(t.shape)
-    inner.copy_(t)
-    return inner
-
-
-def strided(t: Tensor) -> Tensor:
-    """The same values as every second row and a slice of the columns of a larger buffer of NaNs."""
-    buffer = torch.full((2 * t.shape[0], t.shape[1] + 5), float("nan"), dtype=t.dtype)
-    view = buffer[::2, 3 : 3 + t.shape[1]]
-    view.copy_(t)
-    return view
 
 
 def problem(
@@ -72,66 +51,11 @@ def problem(
     return replace(made, **{f.name: guarded(getattr(made, f.name)) for f in fields(made)})
 
 
-class Buffers:
-    """`torch` as the launcher sees it: what it allocates lies between guard bands, and `empty` is full of NaNs."""
-
-    def __init__(self) -> None:
-        self.allocated: list[tuple[Tensor, Tensor]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    def _allocate(self, shape: tuple[int, ...], fill: float, dtype: torch.dtype) -> Tensor:
-        count = torch.Size(shape).numel()
-        buffer = torch.full((count + 2 * GUARD,), 12345.0, dtype=dtype)
-        inner = buffer[GUARD : GUARD + count]
-        inner.fill_(fill)
-        self.allocated.append((buffer, inner))
-        return inner.view(shape)
-
-    def empty(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self._allocate(shape, float("nan"), dtype)
-
-    def zeros(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self._allocate(shape, 0.0, dtype)
-
-    def check(self) -> None:
-        assert self.allocated
-        for buffer, inner in self.allocated:
-            assert (buffer[:GUARD] == 12345.0).all()
-            assert (buffer[GUARD + inner.numel() :] == 12345.0).all()
-
-
-@contextmanager
-def guard_bands() -> Iterator[None]:
-    """Around everything that the launcher allocates in the block; looked at when it ends."""
-    buffers = Buffers()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loge_kernels.triton_kernels.launch.torch", buffers)
-        yield
-    buffers.check()
-
-
 def run(p: BackwardProblem, config: Config | None) -> dict[str, Any]:
     needs = ("need_dx", "need_dA", "need_dB", "need_dbias")
     options = {name: getattr(p, name) for name in ("dropout", "seed", *needs, "deterministic")}
     outputs = tk.backward(*(getattr(p, name) for name in OPERANDS), p.scaling, **options, config=config)
     return dict(zip(("dx", "dA", "dB", "dbias"), outputs, strict=True))
-
-
-def in_double(value: Any) -> Any:
-    """Of a tensor, or of every tensor of a problem."""
-    if isinstance(value, BackwardProblem):
-        return replace(value, **{f.name: in_double(getattr(value, f.name)) for f in fields(value)})
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def assert_close(name: str, computed: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """The house rule: at most twice the error of plain PyTorch at the same precision, plus a tiny absolute term."""
-    assert computed.dtype == plain.dtype, name
-    assert computed.shape == exact.shape, name
-    error, allowed = (torch.linalg.vector_norm(t.double() - exact) for t in (computed, plain))
-    assert error <= 2 * allowed + 1e-6 * torch.linalg.vector_norm(exact), f"{name}: {error} against {allowed}"
 
 
 def assert_right(computed: dict[str, Any], p: BackwardProblem) -> None:

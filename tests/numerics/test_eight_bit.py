@@ -25,7 +25,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def rounded_rows(matrix: Tensor, name: str) -> Tensor:
     """`matrix`, each row rounded to 8 bits on its own scale, in float64."""
-    scale = (matrix.float().abs().max(1, keepdim=True).values / (448.0 if name == "float8" else 127.0)).clamp_min(1e-37)
+    share = 1 / (448.0 if name == "float8" else 127.0)
+    scale = (matrix.float().abs().max(1, keepdim=True).values * share).clamp_min(1e-37)
     q = matrix.float() / scale
     q = q.to(torch.float8_e4m3fn) if name == "float8" else q.round()
     return q.double() * scale.double()

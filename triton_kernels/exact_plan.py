@@ -1,0 +1,127 @@
+"""What the exact kernels are launched with: their constexpr arguments and grids. Needs no Triton."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import torch
+
+from . import availability
+from .configs import PrepareConfig, ProductConfig, padded, uses_wgmma
+from .constants import precision
+from .cost_model import Flags, cdiv
+from .devices import DeviceSpec
+
+Scales = Literal["none", "row", "block"]
+
+SCALE_COLUMNS = 128  # of a block scale, as in the kernels
+LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+_WAVE = 0.9  # share of the multiprocessors that a grid should keep busy
+
+
+def limit_reciprocal(dtype: torch.dtype | None) -> float:
+    """What the largest magnitude of a row is multiplied by for its scale in `dtype`; 0 without one."""
+    return 0.0 if dtype is None else 1.0 / LIMITS[dtype]
+
+
+def tile_k(config: ProductConfig, operands: torch.dtype, scales: Scales, dropout: bool, fast_accumulation: bool) -> int:
+    """The columns of a tile of dX. A second accumulator, of integers, of the sums between two scales or of what the
+    mask falls on, leaves registers for half of the columns."""
+    float8_in_parts = operands == torch.float8_e4m3fn and not fast_accumulation
+    second = dropout or scales == "block" or operands == torch.int8 or float8_in_parts
+    return config.block_k // 2 if second else config.block_k
+
+
+@functools.lru_cache(maxsize=4096)
+def m_chunk_of(M: int, N: int, config: PrepareConfig, sms: int) -> int:
+    """The rows a block of `exact_prepare` walks: few enough to fill the card, many enough to add dB seldom."""
+    columns = cdiv(N, config.block_n)
+    most = max(1, cdiv(M, config.block_m))
+    fewest = min(most, max(1, sms // columns))
+
+    def busy(chunks: int) -> float:
+        blocks = columns * chunks
+        return blocks / (cdiv(blocks, sms) * sms)
+
+    candidates = range(fewest, min(most, 4 * fewest) + 1)
+    chunks = next((c for c in candidates if busy(c) >= _WAVE), max(candidates, key=busy))
+    return cdiv(most, chunks) * config.block_m
+
+
+def prepare_constants(
+    P: int,
+    dtype: torch.dtype,
+    need_t: bool,
+    flags: Flags,
+    eight_bits: torch.dtype | None,
+    scales: Scales,
+    aligned_n: bool,
+    config: PrepareConfig,
+    device: DeviceSpec,
+) -> dict[str, Any]:
+    """The constexpr arguments and launch options of `exact_prepare`."""
+    return {
+        "P": P,
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "BP": padded(P),
+        "NEED_T": need_t,
+        "NEED_DB": flags.need_dB,
+        "NEED_DBIAS": flags.need_dbias,
+        "ROW_MAXIMA": scales == "row",
+        "BLOCK_SCALES": scales == "block",
+        "LIMIT_RECIPROCAL": limit_reciprocal(eight_bits),
+        "ALIGNED_N": aligned_n,
+        "WGMMA": uses_wgmma(device.capability, dtype.itemsize * 8),
+        "ATOMIC": not flags.deterministic,
+        "PRECISION": precision(dtype),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def quantize_constants(eight_bits: torch.dtype, aligned_n: bool) -> dict[str, Any]:
+    """The constexpr arguments and launch options of `exact_quantize`: a tile for each block, bound by memory alone."""
+    return {
+        "BM": 16,
+        "BN": 64 if availability.interpreted() else 512,
+        "LIMIT_RECIPROCAL": limit_reciprocal(eight_bits),
+        "ALIGNED_N": aligned_n,
+        "num_warps": 4,
+    }
+
+
+def product_constants(
+    P: int,
+    operands: torch.dtype,
+    dtype: torch.dtype,
+    flags: Flags,
+    scales: Scales,
+    fast_accumulation: bool,
+    aligned: bool,
+    config: ProductConfig,
+    device: DeviceSpec,
+) -> dict[str, Any]:
+    """The constexpr arguments and launch options of `exact_product`; `operands` is the dtype of dY and W, `dtype` that
+    of dX."""
+    return {
+        "P": P,
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "BK": tile_k(config, operands, scales, flags.dropout, fast_accumulation),
+        "BP": padded(P),
+        "GROUP": config.group,
+        "SCALES": scales,
+        # Terms of float8 in the tensor cores' own accumulator before float32 takes them; None: all, use_fast_accum.
+        "IMPRECISE": min(128, config.block_n) if operands == torch.float8_e4m3fn and not fast_accumulation else None,
+        "NEED_DA": flags.need_dA,
+        "DROPOUT": flags.dropout,
+        "ALIGNED_N": aligned,
+        "ALIGNED_K": aligned,
+        "WGMMA": uses_wgmma(device.capability, dtype.itemsize * 8),
+        "ATOMIC": not flags.deterministic,
+        "PRECISION": precision(dtype),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }

@@ -1,0 +1,205 @@
+"""The exact product and what rides on it: dX = dY W + drop(T A), written once, and dA = Tᵀ drop(x) from one read of x.
+
+dY and W come in 16 or 32 bits, or both in 8 bits with scales: rows of dY and columns of W ("row"), or 1 x 128 of dY and
+128 x 128 of W ("block"), where every 128 columns of the sum are scaled into the fp32 accumulator.
+"""
+
+# mypy: disallow-incomplete-defs=False
+# The launch gives a kernel's arguments their types; only what must not follow the value is annotated.
+import triton
+import triton.language as tl
+
+from .device_code import dropout_keep, dropout_key, store_dA
+from .exact_prepare import SCALE_COLUMNS
+
+PRODUCT_RUNTIME = ("M", "N", "K", "stride_dy_m", "stride_dy_n", "stride_x_m", "stride_x_k", "threshold", "inv_keep")
+
+
+@triton.jit
+def exact_sum(
+    dy_ptr,
+    weight_ptr,
+    dy_scale_ptr,
+    weight_scale_ptr,
+    offs_m,  # [BM], int32
+    offs_k,  # [BK], int32
+    M,
+    N,
+    K,
+    stride_dy_m,
+    stride_dy_n,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SCALES: tl.constexpr,
+    IMPRECISE: tl.constexpr,
+    ALIGNED_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dY W of one tile [BM, BK] in fp32, its scales multiplied in."""
+    mask_m = offs_m < M
+    mask_k = offs_k < K
+    p_dy_row = dy_ptr + offs_m.to(tl.int64)[:, None] * stride_dy_m  # [BM, 1]
+    if weight_ptr.dtype.element_ty == tl.int8:
+        SUM: tl.constexpr = tl.int32
+    else:
+        SUM: tl.constexpr = tl.float32
+    if SCALES == "block":
+        accumulator = tl.zeros((BM, BK), dtype=tl.float32)
+        blocks_of_k = tl.cdiv(K, SCALE_COLUMNS)
+        p_weight_scale = weight_scale_ptr + offs_k // SCALE_COLUMNS
+    else:
+        accumulator = tl.zeros((BM, BK), dtype=SUM)
+    for n0 in range(0, N, BN):
+        offs_n = n0 + tl.arange(0, BN)
+        mask_n = offs_n < N
+        if ALIGNED_N:
+            p_dy = p_dy_row + offs_n[None, :]
+        else:
+            p_dy = p_dy_row + offs_n.to(tl.int64)[None, :] * stride_dy_n
+        b_dy = tl.load(p_dy, mask=mask_m[:, None] & mask_n[None, :], other=0.0)  # [BM, BN]
+        if SCALES == "none":
+            p_weight = weight_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+        else:
+            p_weight = weight_ptr + offs_k.to(tl.int64)[None, :] * N + offs_n[:, None]
+        b_weight = tl.load(p_weight, mask=mask_n[:, None] & mask_k[None, :], other=0.0)  # [BN, BK]
+        if SCALES == "block":
+            b_part = tl.dot(b_dy, b_weight, out_dtype=SUM)
+            b_dy_scale = tl.load(
+                dy_scale_ptr + n0 // SCALE_COLUMNS * M.to(tl.int64) + offs_m, mask=mask_m, other=0.0
+            )  # [BM]
+            b_weight_scale = tl.load(p_weight_scale + n0 // SCALE_COLUMNS * blocks_of_k, mask=mask_k, other=0.0)  # [BK]
+            accumulator += b_part.to(tl.float32) * b_dy_scale[:, None] * b_weight_scale[None, :]
+        else:
+            accumulator = tl.dot(
+                b_dy,
+                b_weight,
+                accumulator,
+                input_precision=PRECISION,
+                max_num_imprecise_acc=IMPRECISE,
+                out_dtype=SUM,
+            )
+
+    b_dx = accumulator.to(tl.float32)
+    if SCALES == "row":
+        b_dy_scale = tl.load(dy_scale_ptr + offs_m, mask=mask_m, other=0.0)  # [BM]
+        b_weight_scale = tl.load(weight_scale_ptr + offs_k, mask=mask_k, other=0.0)  # [BK]
+        b_dx = b_dx * b_dy_scale[:, None] * b_weight_scale[None, :]
+    return b_dx
+
+
+@triton.jit(do_not_specialize=PRODUCT_RUNTIME)
+def exact_product(
+    dy_ptr,
+    weight_ptr,
+    dy_scale_ptr,
+    weight_scale_ptr,
+    t_ptr,
+    x_ptr,
+    lora_A_ptr,
+    dx_ptr,
+    dA_ptr,
+    seed_ptr,
+    M: tl.int32,
+    N: tl.int32,
+    K: tl.int32,
+    stride_dy_m: tl.int64,
+    stride_dy_n: tl.int64,
+    stride_x_m: tl.int64,
+    stride_x_k: tl.int64,
+    threshold: tl.int32,
+    inv_keep: tl.float32,
+    P: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BP: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALES: tl.constexpr,
+    IMPRECISE: tl.constexpr,
+    NEED_DA: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ALIGNED_N: tl.constexpr,
+    ALIGNED_K: tl.constexpr,
+    WGMMA: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid (cdiv(M, BM) · cdiv(K, BK),), walked in groups of GROUP row blocks, whose tiles of dY and W then meet in L2.
+
+    weight [N, K], contiguous, or with SCALES stored column by column; dx [M, K] contiguous; t [M, P] in fp32, scaled;
+    dA [P, K] in fp32, with a leading dimension of row blocks unless ATOMIC. "row": dy_scale [M], weight_scale [K].
+    "block": dy_scale [cdiv(N, 128), M], weight_scale [cdiv(N, 128), cdiv(K, 128)], and BN
+    divides 128. IMPRECISE: sums of
+    float8 that the tensor cores may take in their own, shorter accumulator before they are added in fp32.
+    """
+    dtype = dx_ptr.dtype.element_ty
+    blocks_m = tl.cdiv(M, BM)
+    blocks_k = tl.cdiv(K, BK)
+    pid = tl.program_id(0)
+    first_m = pid // (GROUP * blocks_k) * GROUP
+    rows_in_group = tl.minimum(blocks_m - first_m, GROUP)
+    pid_m = first_m + pid % (GROUP * blocks_k) % rows_in_group
+    pid_k = pid % (GROUP * blocks_k) // rows_in_group
+
+    offs_m = pid_m * BM + tl.arange(0, BM)
+    offs_k = pid_k * BK + tl.arange(0, BK)
+    offs_p = tl.arange(0, BP)
+    if ALIGNED_N:
+        N = N // 16 * 16
+        stride_dy_m = stride_dy_m // 16 * 16
+    if ALIGNED_K:
+        K = K // 8 * 8
+        stride_x_m = stride_x_m // 8 * 8
+    mask_m = offs_m < M
+    mask_k = offs_k < K
+    mask_p = offs_p < P
+    row_m = offs_m.to(tl.int64)[:, None]  # [BM, 1]
+    b_dx = exact_sum(
+        dy_ptr,
+        weight_ptr,
+        dy_scale_ptr,
+        weight_scale_ptr,
+        offs_m,
+        offs_k,
+        M,
+        N,
+        K,
+        stride_dy_m,
+        stride_dy_n,
+        BM=BM,
+        BN=BN,
+        BK=BK,
+        SCALES=SCALES,
+        IMPRECISE=IMPRECISE,
+        ALIGNED_N=ALIGNED_N,
+        PRECISION=PRECISION,
+    )
+    mask_mk = mask_m[:, None] & mask_k[None, :]
+    if DROPOUT:
+        key = dropout_key(seed_ptr)
+    if P > 0:
+        p_t = t_ptr + row_m * P + offs_p[None, :]
+        b_t = tl.load(p_t, mask=mask_m[:, None] & mask_p[None, :], other=0.0).to(dtype)  # [BM, BP]
+        p_lora_A = lora_A_ptr + offs_p.to(tl.int64)[:, None] * K + offs_k[None, :]
+        b_lora_A = tl.load(p_lora_A, mask=mask_p[:, None] & mask_k[None, :], other=0.0).to(dtype)  # [BP, BK]
+        if DROPOUT:
+            b_adapter = tl.dot(b_t, b_lora_A, input_precision=PRECISION) * inv_keep
+            b_dx += tl.where(dropout_keep(key, offs_m, offs_k, threshold), b_adapter, 0.0)
+        else:
+            b_dx = tl.dot(b_t, b_lora_A, b_dx, input_precision=PRECISION)
+    tl.store(dx_ptr + row_m * K + offs_k[None, :], b_dx.to(dtype), mask=mask_mk)
+    if NEED_DA:
+        if ALIGNED_K:
+            p_x = x_ptr + row_m * stride_x_m + offs_k[None, :]
+        else:
+            p_x = x_ptr + row_m * stride_x_m + offs_k.to(tl.int64)[None, :] * stride_x_k
+        b_x = tl.load(p_x, mask=mask_mk, other=0.0)  # [BM, BK]
+        if DROPOUT:
+            # The mask again: to keep it would cost more registers than there are.
+            b_x = tl.where(dropout_keep(key, offs_m, offs_k, threshold), b_x, 0.0)
+        if ATOMIC:
+            p_dA = dA_ptr
+        else:
+            p_dA = dA_ptr + pid_m.to(tl.int64) * K * P
+        store_dA(p_dA, b_t, b_x, offs_k, mask_k, K, inv_keep, P, BP, DROPOUT, WGMMA, ATOMIC, PRECISION)
