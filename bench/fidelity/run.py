@@ -12,6 +12,7 @@ A file given as `json` is kept up to date after every seed, and what it holds is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -32,7 +33,7 @@ from loge_kernels.machine import choose_device, choose_dtype
 from ..measure import output
 from ..measure.environment import describe
 from ..policies import LONGEST, PEFT, Policy, parse_all
-from . import report
+from . import hopper, report
 from .training import Workbench
 
 DEFAULTS = (
@@ -91,6 +92,14 @@ class FidelityOptions:
             "other, whose seconds do not compare.",
         ),
     ] = True
+    fast_accumulation: Annotated[
+        bool,
+        Option(
+            "--fast-accumulation",
+            help="Take float8 products on a CPU as Hopper's tensor cores do with use_fast_accum; slow, and for its "
+            "learning alone.",
+        ),
+    ] = False
     gpu: Annotated[str, Option(help="Whose seconds are predicted: H100, H200 or A100.")] = "H100"
     paper_model: Annotated[
         str | None,
@@ -109,7 +118,10 @@ class FidelityOptions:
             raise ValueError(f"--schedule {self.schedule!r}: choose {' or '.join(SCHEDULES)}")
         if not 0 <= self.warmup < self.steps:
             raise ValueError(f"--warmup {self.warmup}: give a number of steps in [0, {self.steps})")
-        self.training().check()
+        training = self.training()
+        training.check()
+        if self.fast_accumulation and training.device != "cpu":
+            raise ValueError(f"--fast-accumulation is emulated on a CPU, and --device is {training.device}")
         report.predicted_step(self.gpu, self.paper_model or "LLaMA-3-8B", PEFT)
         output.check_writable(self.json, self.csv, self.png)
 
@@ -148,7 +160,8 @@ def run(options: FidelityOptions, console: Console | None = None, progress: Cons
     done = {(row["policy"], row["seed"]) for row in result["rows"]}
     pending = [(seed, policy) for seed in options.seeds for policy in policies if (policy.text, seed) not in done]
     if pending:
-        with torch.random.fork_rng([] if options.training().device == "cpu" else None):
+        accumulation = hopper.emulated() if options.fast_accumulation else contextlib.nullcontext()
+        with torch.random.fork_rng([] if options.training().device == "cpu" else None), accumulation:
             _measure(options, result, pending, progress or Console(stderr=True))
     report.conclude(result, options.gpu, options.paper_model)
     output.write(result, options.json)
@@ -172,6 +185,7 @@ def begin(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"--json {path} is there and no result of bench fidelity; choose another") from error
     if (kind, version) != ("fidelity", VERSION):
         raise ValueError(f"--json {path} holds bench {kind}, version {version}, not fidelity, version {VERSION}")
+    theirs.setdefault("fast_accumulation", False)  # which older files do not name
     for name, value in settings.items():
         if theirs.get(name) != value:
             raise ValueError(
