@@ -25,9 +25,9 @@ COLUMNS = 128
 def quantize(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`matrix` [M, N] as q [M, N] in `dtype` and the scales of its rows' blocks, float32 [⌈N / 128⌉, M]."""
     M, N = matrix.shape
-    blocks = F.pad(matrix, (0, -N % COLUMNS)).view(M, -1, COLUMNS)
+    blocks = F.pad(matrix, (0, -N % COLUMNS)).view(M, -(-N // COLUMNS), COLUMNS)
     scale = scale_of(blocks.abs().amax(dim=2), dtype)  # [M, blocks]
-    return scaled(blocks, scale[:, :, None], dtype).view(M, -1)[:, :N].contiguous(), scale.t().contiguous()
+    return scaled(blocks, scale[:, :, None], dtype).flatten(1)[:, :N].contiguous(), scale.t().contiguous()
 
 
 def quantize_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

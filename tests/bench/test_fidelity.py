@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 import loge_kernels as loge
+from loge_kernels.bench.fidelity import hopper
 from loge_kernels.bench.fidelity import report as fidelity_report
 from loge_kernels.bench.fidelity import run as fidelity
 from loge_kernels.bench.fidelity import training as fidelity_training
@@ -26,6 +27,7 @@ from loge_kernels.bench.paper import run as on_paper
 from loge_kernels.bench.paper.model import llama
 from loge_kernels.bench.policies import parse
 from loge_kernels.finetune import training
+from loge_kernels.numerics import eight_bit
 
 SVD = "rank=1/4,subspace=svd"
 MIXED = f"{SVD},exact_every=2"
@@ -343,6 +345,39 @@ def test_comparison_by_hand() -> None:
 def test_options_that_cannot_be(base: FidelityOptions, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         go(base, **changes)
+
+
+@torch.no_grad()
+def test_fast_accumulation_keeps_few_bits() -> None:
+    """Sums of 32 terms are exact, what is added to a large sum is cut off, and the product is nearly right."""
+    a, b = torch.tensor([[1.0] * 64]), torch.ones(64, 1)
+    assert hopper.fast_accumulated(a, b).item() == 64.0
+    a[0, :32], a[0, 32:] = 256.0, 7.0 / 32.0  # 8192, of whose 10 bits the last is 8, and 7
+    assert hopper.fast_accumulated(a, b).item() == 8192.0
+    assert hopper.fast_accumulated(a, b, bits=13).item() == 8199.0
+    torch.manual_seed(0)
+    a, b = torch.randn(16, 512), torch.randn(512, 8)
+    error = (hopper.fast_accumulated(a, b) - a @ b).norm() / (a @ b).norm()
+    assert 1e-4 < error < 1e-2
+
+
+def test_fast_accumulation_is_for_float8_alone(base: FidelityOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = Mock(side_effect=hopper.fast_accumulated)
+    monkeypatch.setattr(hopper, "fast_accumulated", taken)
+    exact = eight_bit.float32_matmul
+    go(base, policies=("exact",), fast_accumulation=True, json=None)
+    assert not taken.called
+    go(base, policies=("exact_dtype=float8",), fast_accumulation=True, json=None)
+    assert taken.called
+    assert eight_bit.float32_matmul is exact
+
+
+def test_fast_accumulation_is_emulated_on_a_cpu(base: FidelityOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = dataclasses.replace(base.training(), device="cuda")
+    monkeypatch.setattr(FidelityOptions, "training", lambda self: on_gpu)
+    monkeypatch.setattr(type(on_gpu), "check", lambda self: None)
+    with pytest.raises(ValueError, match="--fast-accumulation is emulated on a CPU, and --device is cuda"):
+        dataclasses.replace(base, fast_accumulation=True).check()
 
 
 @pytest.mark.parametrize(
