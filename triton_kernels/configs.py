@@ -111,7 +111,7 @@ INTERPRETER_TABLE = tuple(
     for kernel, config in (
         ("one_launch", OneLaunchConfig(32, 32, 32, 4, 2)),
         ("two_launch", TwoLaunchConfig(32, 32, 64, 32, 32, 32, 4, 2)),
-        ("forward", ForwardConfig(32, 32, 32, 2, 4, 2)),
+        ("forward", ForwardConfig(64, 128, 128, 2, 4, 2)),
         ("exact_prepare", PrepareConfig(64, 128, 4, 2)),
         ("exact_product", ProductConfig(64, 128, 128, 2, 4, 2)),
     )
