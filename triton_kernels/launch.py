@@ -8,6 +8,7 @@ for the device.
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,8 +38,21 @@ class Plan:
     expand: dict[str, Any]  # of the second launch
     n_chunk: int
     k_chunk: int
+    slabs: int  # buffers of each sum that are stored apart and added afterwards; 0: one, added to by atomics
+    parts: tuple[Part | None, ...]  # of dA, dB and db in the workspace
+    workspace: int  # elements
 
 
+class Part(NamedTuple):
+    """Where a contiguous tensor lies in a flat one."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    begin: int
+
+
+# Elements: 512 bytes, on which torch's allocator puts tensors of their own. Kernels are compiled for aligned pointers.
+_BOUNDARY = 128
 # Enough for every layer of a model at some hundred batch sizes; then the table starts anew.
 _MOST_PLANS = 8192
 _NOTHING = contextlib.nullcontext()
@@ -116,15 +130,10 @@ def backward(
             options: dict[str, Any] = {"dropout": dropout, "seed": seed, "deterministic": deterministic}
             options |= {"need_dx": need_dx, "need_dA": need_dA, "need_dB": need_dB, "need_dbias": need_dbias}
             backward(dy[row], x_row, xa_row, left, right, lora_A, lora_B, scaling, **options, config=other)
-    rows = plan.rows
 
-    lead = (rows,) if deterministic else ()
-    allocate = torch.empty if deterministic and rows else torch.zeros
     dx = torch.empty((M, K), dtype=dtype, device=device) if need_dx else None
-    dA = allocate((*lead, P, K), dtype=torch.float32, device=device) if need_dA else None
-    dB = allocate((*lead, N, P), dtype=torch.float32, device=device) if need_dB else None
-    db = allocate((*lead, N), dtype=torch.float32, device=device) if need_dbias else None
-    if rows:
+    dA, dB, db = _sums(plan, device)
+    if plan.rows:
         results = tuple(dy if result is None else result for result in (dx, dA, dB, db))
         mask = (threshold_of(dropout), 1.0 / (1.0 - dropout)) if drops else (0, 1.0)
         with on(device):
@@ -133,9 +142,9 @@ def backward(
     # Without lora_A or lora_B their gradients are not asked for.
     return (
         dx,
-        None if dA is None else finished(dA, given.lora_A.dtype, deterministic),
-        None if dB is None else finished(dB, given.lora_B.dtype, deterministic),
-        None if db is None else finished(db, dtype, deterministic),
+        None if dA is None else finished(dA, given.lora_A.dtype, plan.slabs),
+        None if dB is None else finished(dB, given.lora_B.dtype, plan.slabs),
+        None if db is None else finished(db, dtype, plan.slabs),
     )
 
 
@@ -164,6 +173,23 @@ def _alignment(given: _Inputs, N: int, K: int, need_dA: bool) -> tuple[bool, boo
         and given.lora_A.data_ptr() % 16 == 0
     )
     return aligned_n, aligned_k
+
+
+def _sums(plan: Plan, device: torch.device) -> list[Tensor | None]:
+    """The fp32 buffers of dA, dB and db: disjoint, contiguous views of one workspace, which one memset zeroes.
+
+    fp32 gradients are returned as these views. To autograd and to optimizers a contiguous view is a tensor like any
+    other: AccumulateGrad keeps it as `.grad` without a copy, and what is added to one in place does not touch the
+    others. The workspace lives as long as one of them; it is no larger than they are together. Gradients of other
+    dtypes are copies, and the workspace goes with the call.
+    """
+    if not any(plan.parts):
+        return [None, None, None]
+    allocate = torch.empty if plan.slabs else torch.zeros
+    space = allocate((plan.workspace,), dtype=torch.float32, device=device)
+    # as_strided is one call, narrow and view are two: 2 us against 5.
+    origin = space.storage_offset()
+    return [None if p is None else space.as_strided(p.shape, p.stride, origin + p.begin) for p in plan.parts]
 
 
 def _launch_once(
@@ -225,18 +251,36 @@ def _make_plan(
     aligned = aligned_n and aligned_k  # both or neither: what ships is compiled and checked in these two kinds
     config = forced or dispatch.choose_config(M, N, K, R, P, dtype, flags, aligned, spec)
     rows = cdiv(M, config.block_m)
+    slabs = rows if flags.deterministic else 0
+    wanted = (((P, K), flags.need_dA), ((N, P), flags.need_dB), ((N,), flags.need_dbias))
+    sums = (slabs, *_parts([shape if needed else None for shape, needed in wanted], slabs))
     if isinstance(config, OneLaunchConfig):
         constants = one_launch_constants(R, P, dtype, flags, aligned, aligned, config, spec)
-        plan = Plan(flags, config, rows, constants, {}, N, K)
+        plan = Plan(flags, config, rows, constants, {}, N, K, *sums)
     else:
         constants = project_constants(R, P, dtype, flags, aligned, config, spec)
         expand = expand_constants(R, P, dtype, flags, aligned, config, spec)
-        n_chunk = n_chunk_of(M, N, R, config, spec.sms)
-        plan = Plan(flags, config, rows, constants, expand, n_chunk, k_chunk_of(M, K, R, config, spec.sms))
+        n_chunk, k_chunk = n_chunk_of(M, N, R, config, spec.sms), k_chunk_of(M, K, R, config, spec.sms)
+        plan = Plan(flags, config, rows, constants, expand, n_chunk, k_chunk, *sums)
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()
     _plans[(M, N, K, R, P, dtype, device, needs, aligned_n, aligned_k, forced)] = plan
     return plan
+
+
+def _parts(shapes: list[tuple[int, ...] | None], slabs: int) -> tuple[tuple[Part | None, ...], int]:
+    """Where tensors of these shapes, or `slabs` of each, lie one after the other, and where the last one ends."""
+    parts: list[Part | None] = []
+    end = 0
+    for shape in shapes:
+        if shape is None:
+            parts.append(None)
+            continue
+        shape = (slabs, *shape) if slabs else shape
+        begin = cdiv(end, _BOUNDARY) * _BOUNDARY
+        end = begin + math.prod(shape)
+        parts.append(Part(shape, tuple(math.prod(shape[axis:]) for axis in range(1, len(shape) + 1)), begin))
+    return tuple(parts), end
 
 
 def _form_to_compile(
@@ -316,10 +360,10 @@ def forward(
     return y, xa
 
 
-def finished(buffer: Tensor, dtype: torch.dtype, deterministic: bool) -> Tensor:
+def finished(buffer: Tensor, dtype: torch.dtype, slabs: int) -> Tensor:
     """A gradient from its fp32 buffer. The slabs' own buffers are added by torch.sum, whose order is fixed for a
     shape: a second launch, over a few MB."""
-    whole = buffer.sum(0) if deterministic else buffer
+    whole = buffer.sum(0) if slabs else buffer
     return whole if dtype == torch.float32 else whole.to(dtype)
 
 

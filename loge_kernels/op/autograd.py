@@ -55,8 +55,11 @@ def _gradients(dy: Tensor, xa: Tensor | None, need: Need, operands: Operands) ->
 
 
 def _backward(dy: Tensor, xa: Tensor | None, need: list[bool], *given: Any) -> tuple[Tensor, ...]:
-    # An op's outputs may not share storage, so each absent gradient is an empty tensor of its own.
-    return tuple(dy.new_empty(0) if t is None else t for t in _gradients(dy, xa, Need(*need), Operands(*given)))
+    # An op's outputs may not share storage: each absent gradient is an empty tensor of its own, and those that lie in
+    # one workspace are copied out of it.
+    found = _gradients(dy, xa, Need(*need), Operands(*given))
+    alone = (t is None or t.untyped_storage().nbytes() == t.nbytes for t in found)
+    return tuple(dy.new_empty(0) if t is None else t if own else t.clone() for t, own in zip(found, alone, strict=True))
 
 
 def _backward_fake(dy: Tensor, xa: Tensor | None, need: list[bool], *given: Any) -> tuple[Tensor, ...]:

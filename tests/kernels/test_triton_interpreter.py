@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from interpreter import INTERPRETED, assert_passes_interpreted, needs_triton
-from poisoned import assert_close, guard_bands, guarded, in_double, strided
+from poisoned import Buffers, assert_close, guard_bands, guarded, in_double, strided
 from surrogate import case, problem_of
 
 from loge_kernels import triton_kernels as tk
@@ -243,6 +243,62 @@ class Spy:
     def __getitem__(self, grid: Any) -> Any:
         self.launched.append(self.name)
         return self.kernel[grid]
+
+
+SUMS = ("dA", "dB", "dbias")
+
+
+class TestWorkspace:
+    """dA, dB and db lie in one allocation, so that zeroing them is one memset."""
+
+    __test__ = INTERPRETED
+
+    @pytest.mark.parametrize("deterministic", [False, True])
+    def test_one_launch_and_one_memset(self, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        from loge_kernels.triton_kernels import launch
+
+        launched: list[str] = []
+        monkeypatch.setattr(launch, "one_launch_backward", Spy(launch.one_launch_backward, "one", launched))
+        buffers = Buffers()
+        monkeypatch.setattr(launch, "torch", buffers)
+        computed = run(problem(40, 57, 41, 20, 5, deterministic=deterministic), ONE)
+        assert launched == ["one"]
+        assert buffers.filled == ["empty", "empty" if deterministic else "zeros"]  # dX, then the workspace
+        (_, workspace) = buffers.allocated[1]
+        base = workspace.data_ptr()
+        if deterministic:  # the sums over slabs are tensors of their own
+            assert all(computed[name].untyped_storage().nbytes() == computed[name].nbytes for name in SUMS)
+            return
+        places = [(computed[name].data_ptr() - base, computed[name].nbytes) for name in SUMS]
+        assert [begin for begin, _ in places] == [0, 1024, 2560]  # 820 and 1140 bytes, on boundaries of 512
+        assert places[-1][0] + places[-1][1] == workspace.nbytes
+        covered = torch.ones_like(workspace, dtype=torch.bool)
+        for begin, size in places:
+            covered[begin // 4 : (begin + size) // 4] = False
+        assert (workspace[covered] == 0).all()  # nothing is added between them
+        assert all(computed[name].is_contiguous() for name in SUMS)
+
+    def test_sixteen_bit_gradients_do_not_keep_it(self) -> None:
+        computed = run(problem(40, 57, 41, 20, 5, torch.float16), ONE)
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in computed.values())
+
+    def test_as_gradients_of_parameters(self) -> None:
+        """What a step adds to one in place leaves the others alone."""
+        p = problem(40, 57, 41, 20, 5)
+        computed = run(p, ONE)
+        before = computed["dB"].clone()
+        leaf = torch.zeros_like(p.lora_A, requires_grad=True)
+        leaf.backward(computed["dA"])
+        assert leaf.grad is not None
+        leaf.grad.add_(leaf.grad)
+        leaf.grad = None
+        assert torch.equal(computed["dB"], before)
+
+    @pytest.mark.parametrize("sizes", [(0, 57, 41, 20, 5), (9, 0, 41, 20, 5), (9, 57, 0, 20, 5)], ids=str)
+    @pytest.mark.parametrize("deterministic", [False, True])
+    def test_nothing_to_add(self, sizes: tuple[int, ...], deterministic: bool) -> None:
+        p = problem(*sizes, need_dx=False, deterministic=deterministic)
+        assert_right(run(p, ONE), p)
 
 
 class TestFirstCall:

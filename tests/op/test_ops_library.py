@@ -10,7 +10,8 @@ import torch
 from surrogate import NAMES, Case, call, case, leaves_of
 from torch import Tensor
 
-from loge_kernels.backend.problem import Operands
+from loge_kernels.backend import choice, reference
+from loge_kernels.backend.problem import BackwardProblem, Gradients, Operands
 from loge_kernels.numerics.eight_bit import EightBitWeight, as_bits
 from loge_kernels.op.linear import stand_ins
 
@@ -74,6 +75,28 @@ def test_opcheck_backward(needs: tuple[bool, ...], exact_dtype: str | None) -> N
     frozen = frozen_path(c, 3, exact_dtype, exact_dtype)
     operands = Operands(c.x, c.weight, **frozen, **adapter, **constants, backend="reference")
     given = (c.dy, c.x @ c.lora_A.t(), list(needs), *operands)
+    torch.library.opcheck(torch.ops.loge_kernels.linear_backward.default, given)
+
+
+def test_gradients_of_one_workspace_leave_the_operator_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels add dA and dB up in one allocation; an operator's outputs may not share one."""
+
+    def backward(problem: BackwardProblem) -> Gradients:
+        found = reference.backward(problem)
+        assert found.dA is not None
+        assert found.dB is not None
+        space = torch.cat([found.dA.flatten(), found.dB.flatten()])
+        dA, dB = space.split([found.dA.numel(), found.dB.numel()])
+        return Gradients(found.dx, found.dweight, found.dbias, dA.view_as(found.dA), dB.view_as(found.dB))
+
+    monkeypatch.setattr(choice, "_REGISTRY", dict(choice._REGISTRY))
+    choice.register_backend("one workspace", backward)
+    c = case(dtype=torch.float32)
+    adapter = {"lora_A": c.lora_A, "lora_B": c.lora_B}
+    operands = Operands(c.x, c.weight, **frozen_path(c), **adapter, backend="one workspace")
+    given = (c.dy, c.x @ c.lora_A.t(), [True, False, True, True, True], *operands)
+    *_, dA, dB = torch.ops.loge_kernels.linear_backward(*given)
+    assert dA.untyped_storage().data_ptr() != dB.untyped_storage().data_ptr()
     torch.library.opcheck(torch.ops.loge_kernels.linear_backward.default, given)
 
 

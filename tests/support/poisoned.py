@@ -40,6 +40,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self.allocated: list[tuple[Tensor, Tensor]] = []
+        self.filled: list[str] = []  # by which function
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -53,9 +54,11 @@ class Buffers:
         return inner.view(shape)
 
     def empty(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        self.filled.append("empty")
         return self._allocate(shape, float("nan"), dtype)
 
     def zeros(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        self.filled.append("zeros")
         return self._allocate(shape, 0.0, dtype)
 
     def check(self) -> None:
