@@ -12,6 +12,7 @@ from loge_kernels.command_line import SETTINGS, add_command
 from . import scale
 from .classify import run as classify
 from .fidelity import run as fidelity
+from .linear import host
 from .linear import run as micro
 from .pretrain import run as pretrain
 from .pretrain import scratch
@@ -47,6 +48,14 @@ add_command(
     _linear,
     "One frozen linear layer with LoRA: every backend against the dense product, PEFT and the unfused composition.\n\n"
     "Lists are given by repeating an option or separating values by commas. No speed-up is printed for a wrong result.",
+)
+add_command(
+    bench_app,
+    "host",
+    host.HostOptions,
+    host.run,
+    "What a call of the op costs the host, over an autograd function that does nothing: with kernels that do nothing "
+    "and, on a GPU, with those that it launches.",
 )
 add_command(
     bench_app,

@@ -7,6 +7,7 @@ rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -63,22 +64,25 @@ class Operands(NamedTuple):
     @property
     def stand_ins(self) -> tuple[Tensor | None, ...]:
         """The tensors that stand for the weight in dX, which the layer owns."""
-        return tuple(getattr(self, name) for name in STAND_INS)
+        return _stand_ins(self)
 
     def kept(self, need: Need) -> Operands:
         """What backward reads and nothing else: x where a gradient needs it, never a frozen weight that factors or an
         8-bit copy stand for."""
-        kept = self._replace(
-            x=self.x if need.dweight or need.dA else None,
-            bias=None,
-            lora_A=self.lora_A if need.dx or need.dA else None,
-            lora_B=self.lora_B if need.dx or need.dA or need.dB else None,
-        )
+        dropped: dict[str, Any] = {"bias": None}  # for a single `_replace`, which costs 2 us
+        if not (need.dweight or need.dA):
+            dropped["x"] = None
+        if not (need.dx or need.dA):
+            dropped["lora_A"] = None
+            if not need.dB:
+                dropped["lora_B"] = None
         if not need.dx:
-            return kept._replace(**_NO_FROZEN_PATH)
-        if self.kind == "low-rank":
-            return kept._replace(weight=None, dense=None, dense_scale=None)
-        return kept if self.dense is None else kept._replace(weight=None)
+            dropped |= _NO_FROZEN_PATH
+        elif self.kind == "low-rank":
+            dropped["weight"] = dropped["dense"] = dropped["dense_scale"] = None
+        elif self.dense is not None:
+            dropped["weight"] = None
+        return self._replace(**dropped)
 
     def wanted(self) -> Need:
         """The gradients wanted of the op, from a truth value for each operand, as autograd has them."""
@@ -86,6 +90,7 @@ class Operands(NamedTuple):
 
 
 STAND_INS = ("left", "right", "rows", "residual", "dense", "dense_scale", "left_scale", "right_scale")
+_stand_ins = attrgetter(*STAND_INS)
 _NO_FROZEN_PATH: dict[str, Any] = dict.fromkeys(("weight", *STAND_INS))
 # One tuple of None for every operand: `_replace` gives those that have a gradient.
 NO_GRADIENTS = Operands(*(None,) * len(Operands._fields))  # type: ignore[arg-type]
@@ -137,7 +142,9 @@ class BackwardProblem:
     def of(cls, dy: Tensor, xa: Tensor | None, need: Need, operands: Operands) -> BackwardProblem:
         """The problem of dY [M, N] and xa [M, P] for what `Operands.kept` kept."""
         o = operands
-        left, right, dense = (None if t is None else from_bits(t) for t in (o.left, o.right, o.dense))
+        left, right, dense = o.left, o.right, o.dense
+        if o.left_scale is not None and left is not None and right is not None:
+            left, right = from_bits(left), from_bits(right)
         return cls(
             dy,
             o.x,
@@ -159,7 +166,7 @@ class BackwardProblem:
             torch.are_deterministic_algorithms_enabled(),
             rows=o.rows,
             residual=o.residual,
-            dense=dense,
+            dense=None if dense is None else from_bits(dense),
             dense_scale=o.dense_scale,
             left_scale=o.left_scale,
             right_scale=o.right_scale,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .. import triton_kernels as kernels
@@ -10,6 +13,9 @@ from .problem import BackwardProblem, Gradients, Operands, Prepared
 from .reference import add_weight_gradient
 
 _TILE = 16  # of 8-bit products on a GPU
+# Kinds of problem that were found to run here. To find it out takes as long as the rest of a call on the host; a reason
+# against a kind is found anew at every call.
+_able: set[tuple[Any, ...]] = set()
 
 
 def why_not_here() -> str | None:
@@ -25,14 +31,20 @@ def why_not(p: BackwardProblem) -> str | None:
         return "exact_fraction needs dense products, which PyTorch computes"
     if p.left_scale is not None:
         return "the low-rank product is in 8 bits, which PyTorch computes"
-    return kernels.why_not(
-        dtype=p.dy.dtype,
-        device=p.dy.device,
-        R=0 if p.left is None else p.left.shape[1],
-        P=0 if p.lora_B is None else p.lora_B.shape[1],
-        need_dx=p.need_dx,
-        lora_dtype=None if p.lora_B is None else p.lora_B.dtype,
-    )
+    R, P = 0 if p.left is None else p.left.shape[1], 0 if p.lora_B is None else p.lora_B.shape[1]
+    return _why_not(p.dy.dtype, p.dy.device, R, P, p.need_dx, None if p.lora_B is None else p.lora_B.dtype)
+
+
+def _why_not(
+    dtype: torch.dtype, device: torch.device, R: int, P: int, need_dx: bool, lora_dtype: torch.dtype | None
+) -> str | None:
+    kind = (dtype, device, R, P, need_dx, lora_dtype)
+    if kind in _able:
+        return None
+    reason = kernels.why_not(dtype=dtype, device=device, R=R, P=P, need_dx=need_dx, lora_dtype=lora_dtype)
+    if reason is None:
+        _able.add(kind)
+    return reason
 
 
 def backward(p: BackwardProblem) -> Gradients:
@@ -157,9 +169,7 @@ def why_not_forward(operands: Operands) -> str | None:
         return "without an adapter the forward is one dense product"
     if x.numel() == 0:
         return "nothing to compute"
-    return kernels.why_not(
-        dtype=x.dtype, device=x.device, R=0, P=lora_A.shape[0], need_dx=False, lora_dtype=lora_A.dtype
-    )
+    return _why_not(x.dtype, x.device, 0, lora_A.shape[0], False, lora_A.dtype)
 
 
 def forward(operands: Operands) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,8 @@ def share(name: str, value: float, what: str = "rows") -> float:
 
 
 def _same(name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], float32_too: bool = False) -> None:
+    if tensor.shape == shape and tensor.dtype == x.dtype and tensor.device == x.device:
+        return
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
     if tensor.dtype != x.dtype and not (float32_too and tensor.dtype == torch.float32):
