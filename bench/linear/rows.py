@@ -36,7 +36,11 @@ class Row:
     status: str
     note: str
     runs: int = 0
+    mode: str = "eager"  # or "graph": what `seconds` and all that follows from it are of
     seconds: float | None = None  # median
+    eager_seconds: float | None = None
+    graph_seconds: float | None = None  # a replay of a CUDA graph
+    graph_note: str = ""  # why there is no graph
     p10: float | None = None
     p90: float | None = None
     tflops: float | None = None

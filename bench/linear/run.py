@@ -24,7 +24,8 @@ from ..measure.environment import describe
 from ..measure.memory import with_peak_memory
 from ..measure.roofline import Ceilings, measure_ceilings, plain_rates, speedup_ceiling
 from ..measure.shapes import parse_shapes
-from ..measure.timing import Timing, TimingOptions, clock_for, interleave
+from ..measure.timing import Timing, TimingOptions, captured, clock_for, interleave
+from . import rates
 from .baselines import BASELINES, DIRECTIONS, Candidate, candidates, check_baselines
 from .gate import Gate
 from .operands import Operands, make_operands
@@ -115,6 +116,7 @@ def run(options: MicroOptions, console: Console | None = None) -> dict[str, Any]
         "environment": describe(device),
         "options": output.without_files(asdict(options)),
         "ceilings": {},
+        "rates": [],
         "rows": [],
     }
     rows: list[Row] = []
@@ -124,7 +126,12 @@ def run(options: MicroOptions, console: Console | None = None) -> dict[str, Any]
         output.print_heading(console, report)
         for number, case in enumerate(cases, 1):
             label = f"case {number} of {len(cases)}, {case.title}: "
-            rows_of_case = measure(case, options, device, ceilings[case.dtype], partial(_tell, tell, label))
+            operands = operands_of(case, options, device)
+            if device.type == "cuda":
+                tell(f"{label}the rates of its products")
+                limits = TimingOptions(budget_seconds=options.budget / 4)
+                report["rates"] += rates.measure(case, operands, clock_for(device), limits)
+            rows_of_case = measure(case, options, operands, ceilings[case.dtype], partial(_tell, tell, label))
             output.print_case(console, case.title, options.direction, rows_of_case)
             rows += rows_of_case
             report["rows"] = [row.to_dict() for row in rows]
@@ -168,25 +175,21 @@ def plan(options: MicroOptions, device: torch.device) -> list[Case]:
     return cases
 
 
+def operands_of(case: Case, options: MicroOptions, device: torch.device) -> Operands:
+    """The operands of one case."""
+    adapter = torch.float32 if options.adapter_dtype == "float32" else None
+    N, K, dtype = case.shape.N, case.shape.K, DTYPES[case.dtype]
+    return make_operands(case.M, N, K, case.ranks, case.P, dtype, device, adapter, options.seed)
+
+
 def measure(
     case: Case,
     options: MicroOptions,
-    device: torch.device,
+    operands: Operands,
     ceilings: Ceilings,
     progress: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """The rows of one case, baselines first. Everything is timed in turn in one loop and checked by the gate."""
-    operands = make_operands(
-        case.M,
-        case.shape.N,
-        case.shape.K,
-        case.ranks,
-        case.P,
-        DTYPES[case.dtype],
-        device,
-        torch.float32 if options.adapter_dtype == "float32" else None,
-        options.seed,
-    )
     found = candidates(operands, options.direction, options.backends, options.baselines)
     return measure_candidates(case, options, operands, found, ceilings, progress)
 
@@ -230,35 +233,73 @@ def measure_candidates(
         return result
 
     def inspect(name: str, results: Any) -> None:
-        verdicts[name] = gate.check(results, by_name[name].rank, by_name[name].adapter)
+        found = gate.check(results, by_name[name].rank, by_name[name].adapter)
+        before = verdicts.get(name, found)  # of the eager call, where this is a replay
+        verdicts[name] = {key: max(verdict, before[key], key=lambda v: v.ratio) for key, verdict in found.items()}
 
-    timings = interleave(
-        calls,
-        clock_for(device),
-        TimingOptions(budget_seconds=options.budget, slow_seconds=max(1.0, options.budget / 4)),
-        around_first=around_first,
-        inspect=inspect,
-        progress=tell,
-    )
+    clock = clock_for(device)
+    budget = options.budget / 2 if has_graphs(device) else options.budget
+    limits = TimingOptions(budget_seconds=budget, slow_seconds=max(1.0, options.budget / 4))
+    eager = interleave(calls, clock, limits, around_first=around_first, inspect=inspect, progress=tell)
+    timings: dict[str, dict[str, Timing]] = {"eager": eager, "graph": {}}
+    no_graph: dict[str, str] = {}
+    if has_graphs(device):
+        sound = [candidate for candidate in found if candidate.name in eager and not eager[candidate.name].failure]
+        replays, no_graph = _captured(sound, device, tell)
+        timings["graph"] = interleave(replays, clock, limits, inspect=inspect, progress=tell)
     rows = []
     for candidate in found:
         name = candidate.name
         row = Row(case, name, candidate.kind, candidate.rank, "not run", refused.get(name, ""))
         row.factor_bytes = candidate.factor_bytes
-        if name in timings:
-            _fill(row, candidate, timings[name], verdicts.get(name, {}), ceilings, options.direction)
+        row.graph_note = no_graph.get(name, "")
+        if name in eager:
+            own = {mode: timed[name] for mode, timed in timings.items() if name in timed}
+            _fill(row, candidate, own, verdicts.get(name, {}), ceilings, options.direction)
             row.peak_bytes = peaks.get(name)
         rows.append(row)
     _compare(rows, timings)
     return rows
 
 
+def has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _captured(
+    found: Sequence[Candidate], device: torch.device, tell: Callable[[str], None]
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """A replay of a CUDA graph of each candidate's call, or why there is none."""
+    replays: dict[str, Callable[[], Any]] = {}
+    reasons: dict[str, str] = {}
+    for candidate in found:
+        tell(f"{candidate.name}: capturing")
+        try:
+            replays[candidate.name] = captured(candidate.prepare, device)
+        except (RuntimeError, ValueError, TypeError) as error:
+            reasons[candidate.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return replays, reasons
+
+
 def _fill(
-    row: Row, candidate: Candidate, timing: Timing, verdicts: dict[str, Verdict], ceilings: Ceilings, direction: str
+    row: Row,
+    candidate: Candidate,
+    timings: dict[str, Timing],
+    verdicts: dict[str, Verdict],
+    ceilings: Ceilings,
+    direction: str,
 ) -> None:
+    """A graph's replay is what is shown where there is one: the host is not in it."""
+    timing = timings["eager"]
     if timing.failure:
         row.note = timing.failure
         return
+    row.eager_seconds = timing.median
+    replay = timings.get("graph")
+    if replay is not None and replay.failure:
+        row.graph_note = replay.failure
+    elif replay is not None:
+        row.mode, timing, row.graph_seconds = "graph", replay, replay.median
     row.verdicts = verdicts
     row.runs = timing.runs
     row.seconds, row.p10, row.p90 = timing.median, timing.quantile(0.1), timing.quantile(0.9)
@@ -277,11 +318,13 @@ def _fill(
         row.ceiling = speedup_ceiling(direction, row.case.shape.N, row.case.shape.K, candidate.rank)
 
 
-def _compare(rows: list[Row], timings: dict[str, Timing]) -> None:
-    """Fill in the speed-ups: between results that passed the gate, never for a baseline over itself."""
+def _compare(rows: list[Row], timings: dict[str, dict[str, Timing]]) -> None:
+    """Fill in the speed-ups: between results that passed the gate, never for a baseline over itself, and between two
+    replays or two eager calls, never one of each."""
     sound = [row for row in rows if row.status == "ok"]
     for row in sound:
         for baseline in sound:
             # A low-rank baseline is compared with its own rank.
             if baseline.kind in BASELINES and baseline is not row and baseline.rank in (None, row.rank):
-                row.speedup[baseline.kind] = timings[row.candidate].faster_than(timings[baseline.candidate])
+                both = timings["graph" if row.mode == baseline.mode == "graph" else "eager"]
+                row.speedup[baseline.kind] = both[row.candidate].faster_than(both[baseline.candidate])

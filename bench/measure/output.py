@@ -96,7 +96,18 @@ def print_case(console: Console, title: str, direction: str, rows: Sequence[Row]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("candidate", no_wrap=True)
     baselines = [name for name in _BASELINES if any(name in row.speedup for row in rows)]
-    headings = ("median", "p10-p90", "runs", "TFLOP/s", "GB/s", "% roof", *(f"x {name}" for name in baselines), "peak")
+    headings = (
+        "by",
+        "median",
+        "eager",
+        "p10-p90",
+        "runs",
+        "TFLOP/s",
+        "GB/s",
+        "% roof",
+        *(f"x {name}" for name in baselines),
+        "peak",
+    )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
@@ -104,7 +115,7 @@ def print_case(console: Console, title: str, direction: str, rows: Sequence[Row]
             table.add_row(f"[dim]{row.candidate}[/dim]", "[yellow]not run[/yellow]")
             continue
         spread = f"{duration(row.p10)}-{duration(row.p90)}" if row.runs > 1 else "cold"
-        start = [row.candidate, duration(row.seconds), spread, str(row.runs)]
+        start = [row.candidate, row.mode, duration(row.seconds), duration(row.eager_seconds), spread, str(row.runs)]
         if row.status == "wrong result":
             table.add_row(*start, "[red]wrong[/red]", "[red]result[/red]")
             continue
@@ -115,6 +126,10 @@ def print_case(console: Console, title: str, direction: str, rows: Sequence[Row]
     console.print(f"\n[bold]{title}, {direction}[/bold]", highlight=False, soft_wrap=True)
     print_wide(console, table)
     for row in rows:
+        if row.graph_note:
+            console.print(
+                f"  {row.candidate} in no CUDA graph: {row.graph_note}", style="yellow", highlight=False, soft_wrap=True
+            )
         if row.status == "not run":
             console.print(f"  {row.candidate} not run: {row.note}", style="yellow", highlight=False, soft_wrap=True)
         elif row.status == "wrong result":
@@ -136,7 +151,7 @@ def print_wide(console: Console, table: Table) -> None:
 def write(report: dict[str, Any], json_file: Path | None, csv_file: Path | None = None) -> None:
     """Write the report as JSON and its rows as CSV, each in one replacement of the file."""
     if json_file:
-        _replace(json_file, json.dumps(report, indent=1) + "\n")
+        replace_file(json_file, json.dumps(report, indent=1) + "\n")
     if csv_file:
         write_csv([_flat(row, report) for row in report["rows"]], csv_file)
 
@@ -158,7 +173,8 @@ def identity(environment: dict[str, Any]) -> dict[str, Any]:
     return versions | {name: environment[name] for name in ("device", "threads", "commit", "date")}
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write `text` in one replacement of the file: a reader, or a run that is stopped, sees the old one or the new."""
     temporary = _temporary(path)
     temporary.write_text(text)
     temporary.replace(path)

@@ -69,6 +69,30 @@ def clock_for(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
+def captured(prepare: Callable[[], Call], device: torch.device) -> Call:
+    """What replays a CUDA graph of the call that `prepare()` returns; its results are written anew at each replay.
+
+    Prepared, run and captured on one stream, because autograd runs a backward on the stream of its forward. Raises
+    RuntimeError where a graph cannot hold the call.
+    """
+    with torch.cuda.device(device):
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call = prepare()
+            for _ in range(2):  # compiled and loaded before, for neither can be captured
+                call()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            results = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return replay
+
+
 @dataclass(frozen=True, slots=True)
 class TimingOptions:
     """How long to measure one set of candidates.
