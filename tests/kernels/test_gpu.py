@@ -96,7 +96,10 @@ def test_deterministic_mode_repeats_its_bits(backend: str, dropout: float) -> No
 CUDA_KERNELS = [("sm80", 1), ("sm90", 1), ("sm90", 2), ("sm90", 4), ("sm90", 8)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+SIXTEEN = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+
+
+@SIXTEEN
 @pytest.mark.parametrize(("R", "P"), [(40, 8), (128, 16), (256, 64)])
 @pytest.mark.parametrize(("kernel", "sm_count"), CUDA_KERNELS)
 def test_cuda_kernels(
@@ -104,19 +107,89 @@ def test_cuda_kernels(
 ) -> None:
     """Ragged edges of every tile, full pipelines, every cluster; what compute-sanitizer watches."""
     use_kernel(monkeypatch, kernel, sm_count)
-    M, N, K = 100, 1032, 1160
-    if kernel == "sm90":
-        extension = import_module("loge_kernels._C")
-        assert extension.plan(kernel, M=M, N=N, K=K, R=R, P=P, sm_count=sm_count)["cluster"] == sm_count
+    assert_right(100, 1032, 1160, R, P, dtype, cluster=sm_count if kernel == "sm90" else None)
+
+
+def assert_right(
+    M: int, N: int, K: int, R: int, P: int, dtype: torch.dtype = torch.bfloat16, cluster: int | None = None
+) -> None:
+    """Every gradient of the backend "cuda" against float64, by the rule of the house; `cluster`: its size, for sm90."""
+    if cluster is not None:
+        planned = import_module("loge_kernels._C").plan("sm90", M=M, N=N, K=K, R=R, P=P, sm_count=cluster)
+        assert planned["cluster"] == cluster
     given = operands(M, N, K, P, dtype)
     factors = factors_of(given[1], R)
-    in_double = loge.Factors(factors.left.double(), factors.right.double())
-    got, plain = (gradients(given, backend, factors=factors) for backend in ("cuda", "reference"))
+    assert_gradients(gradients(given, "cuda", factors=factors), given, factors)
+
+
+def assert_gradients(got: tuple[torch.Tensor, ...], given: tuple[torch.Tensor, ...], factors: loge.Factors) -> None:
+    plain = gradients(given, "reference", factors=factors)
     doubles = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in given)
+    in_double = loge.Factors(factors.left.double(), factors.right.double())
     exact = gradients(doubles, "reference", factors=in_double)
-    for mine, reference, truth in zip(got, plain, exact, strict=True):
+    for name, mine, reference, truth in zip(("dX", "dA", "dB"), got, plain, exact, strict=True):
         verdict = judge(mine, reference, truth)
-        assert verdict.passed, verdict
+        assert verdict.passed, (name, verdict)
+
+
+# What the emulated kernels leave open: sizes at which each reading of the hardware's rules gives other numbers.
+
+
+@SIXTEEN
+@pytest.mark.parametrize("P", [8, 16])
+@pytest.mark.parametrize("cluster", [1, 4])
+def test_adapter_tile_of_16(cluster: int, P: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lora_A and lora_B in tiles 16 wide, with the 32-byte swizzle that no other operand has."""
+    use_kernel(monkeypatch, "sm90", cluster)
+    assert_right(128, 512, 512, 64, P, dtype, cluster)
+
+
+@pytest.mark.parametrize("R", [64, 128, 256])
+def test_order_of_the_boxes_of_left(R: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """left's tile is one box of 64 by 64, two or four; from two on it matters in which order their atoms lie."""
+    use_kernel(monkeypatch, "sm90", 1)
+    assert_right(128, 256, 256, R, 16)
+
+
+@pytest.mark.parametrize("R", [72, 136])
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_boxes_out_of_bounds(cluster: int, R: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of R = 136 in a tile of 256 one box of 64 is in part, and one wholly, outside the factors: zeros."""
+    use_kernel(monkeypatch, "sm90", cluster)
+    assert_right(128, 520, 584, R, 16, cluster=cluster)
+
+
+@pytest.mark.parametrize(("N", "K"), [(264, 264), (64, 1160), (1160, 64)])
+def test_cluster_of_eight_with_idle_blocks(N: int, K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five steps, or one, for eight blocks: those without a share still take part in the exchange."""
+    use_kernel(monkeypatch, "sm90", 8)
+    assert_right(128, N, K, 64, 16, cluster=8)
+
+
+@pytest.mark.parametrize("M", [1, 64, 65, 129, 192, 193])
+@pytest.mark.parametrize(("kernel", "cluster"), [("sm80", None), ("sm90", 1), ("sm90", 2)])
+def test_rows_beside_whole_slabs(kernel: str, cluster: int | None, M: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last slab has 1, 64 or 65 of its 128 rows: a warpgroup without a row, with all of its own, with one."""
+    use_kernel(monkeypatch, kernel, cluster)
+    assert_right(M, 520, 584, 64, 16)
+
+
+def test_two_streams_at_once(backend: str) -> None:
+    """Different problems side by side: nothing of a launch is shared with another one."""
+    given = [operands(4096, 1024, 1024, dtype=torch.bfloat16) for _ in range(2)]
+    factors = [factors_of(each[1], 64) for each in given]
+    gradients(given[0], backend, factors=factors[0])  # compiled before
+    streams = [torch.cuda.Stream() for _ in given]
+    torch.cuda.synchronize()
+    got: list[list[tuple[torch.Tensor, ...]]] = [[], []]
+    for _ in range(8):
+        for which, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                got[which].append(gradients(given[which], backend, factors=factors[which]))
+    torch.cuda.synchronize()
+    for which, results in enumerate(got):
+        for found in results:
+            assert_gradients(found, given[which], factors[which])
 
 
 def capture(step: Callable[[], Any]) -> tuple[Any, Any, torch.cuda.CUDAGraph]:
