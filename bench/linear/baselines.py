@@ -7,6 +7,8 @@
 | exact            | exact LoRA through this package's op (`factors=None`): the same products as the low-rank op,     |
 |                  | so that what the method gains is apart from what better products gain                            |
 | unfused R        | the low-rank formula as separate plain PyTorch products, dY read for each: no autograd           |
+| exact triton     | the same by the exact kernels, where they are available; on a GPU also `exact float8`,           |
+|                  | `exact int8 triton` and so on, whose dX is taken in 8 bits                                       |
 | loge BACKEND R   | `loge_kernels.linear` with factors, by each backend that is available here, through autograd     |
 """
 
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import loge_kernels as loge
+from loge_kernels.numerics import eight_bit
 
 from ..measure.roofline import Ceilings, Formula, Sequence_, Work, backward_work, forward_work
 from .operands import Operands
@@ -47,6 +50,7 @@ class Candidate:
     work: Work
     plain: bool
     factor_bytes: int = 0
+    eight_bits: str | None = None  # what dX is taken in
 
     @property
     def adapter(self) -> bool:
@@ -101,9 +105,11 @@ def candidates(
     if "peft" in baselines:
         found.append(Candidate("peft", "peft", None, partial(_peft, operands, forward), work("exact"), True))
     if "exact" in baselines:
-        # Without factors every backend leaves the products to the specification.
-        prepare = partial(_op, operands, forward, None, "reference")
-        found.append(Candidate("exact", "exact", None, prepare, work("exact"), False))
+        for name, eight_bits in _exact(operands, backends):
+            prepare = partial(_op, operands, forward, None, name, eight_bits)
+            label = " ".join(["exact", *([eight_bits] if eight_bits else []), *([name] * (name != "reference"))])
+            kind = "exact" if label == "exact" else "loge"
+            found.append(Candidate(label, kind, None, prepare, work("exact"), False, eight_bits=eight_bits))
     for R in operands.factors:
         held = R * (N + K) * itemsize
         if "unfused" in baselines:
@@ -115,6 +121,20 @@ def candidates(
             label = f"loge {name} R={R}"
             found.append(Candidate(label, "loge", R, prepare, work("low-rank", R, sequence), False, held))
     return found
+
+
+def _exact(o: Operands, backends: Sequence[str]) -> list[tuple[str, str | None]]:
+    """The backend and the 8 bits of each way to an exact gradient: PyTorch's, in the operands' own dtype, first."""
+    names = ["reference", *(name for name in backends if name == "triton")]  # what has exact kernels
+    in_eight_bits = [dtype for dtype in eight_bit.DTYPES if _takes(o, dtype)]
+    return [(name, dtype) for dtype in (None, *in_eight_bits) for name in names]
+
+
+def _takes(o: Operands, eight_bits: str) -> bool:
+    """Where 8 bits are what `loge.apply` might choose: on a GPU, and a CPU's are for `bench step`."""
+    if not o.dy.is_cuda or o.dtype == torch.float64:
+        return False
+    return eight_bit.why_not(eight_bits, o.dy.device, *o.weight.shape) is None
 
 
 def _dense(o: Operands, forward: bool) -> Callable[[], Results]:
@@ -169,11 +189,23 @@ def _differentiated(
     return call
 
 
-def _op(o: Operands, forward: bool, R: int | None, backend: str) -> Callable[[], Results]:
+def _op(
+    o: Operands, forward: bool, R: int | None, backend: str, eight_bits: str | None = None
+) -> Callable[[], Results]:
     factors = None if R is None else o.factors[R]
+    copy = None if eight_bits is None else eight_bit.EightBitWeight(eight_bits)  # made once, as a layer keeps it
 
     def layer() -> tuple[Tensor, list[Tensor]]:
-        y = loge.linear(o.x, o.weight, factors, lora_A=o.lora_A, lora_B=o.lora_B, scaling=o.scaling, backend=backend)
+        y = loge.linear(
+            o.x,
+            o.weight,
+            factors,
+            lora_A=o.lora_A,
+            lora_B=o.lora_B,
+            scaling=o.scaling,
+            backend=backend,
+            exact_dtype=copy,
+        )
         return y, [o.x, o.lora_A, o.lora_B]
 
     return _differentiated(o, forward, layer)

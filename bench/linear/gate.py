@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loge_kernels.check.accuracy import Verdict, judge
+from loge_kernels.numerics import eight_bit
 
 from .operands import Operands
 
@@ -25,23 +26,29 @@ class Gate:
 
     def __init__(self, operands: Operands) -> None:
         self._operands = operands
-        self._expected: dict[tuple[str, int | None], tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._expected: dict[tuple[str, int | None, str | None], tuple[Tensor, Tensor, Tensor | None]] = {}
 
-    def check(self, results: dict[str, Tensor], rank: int | None, adapter: bool = True) -> dict[str, Verdict]:
-        """A verdict per result ("y", "dx", "dA", "dB"); `rank` None: the exact formula; no `adapter`: x Wᵀ, dY W."""
-        return {name: self._verdict(name, value, rank, adapter) for name, value in results.items()}
+    def check(
+        self, results: dict[str, Tensor], rank: int | None, adapter: bool = True, eight_bits: str | None = None
+    ) -> dict[str, Verdict]:
+        """A verdict per result ("y", "dx", "dA", "dB"); `rank` None: the exact formula; no `adapter`: x Wᵀ, dY W;
+        `eight_bits`: dY W of operands that are rounded to these."""
+        return {name: self._verdict(name, value, rank, adapter, eight_bits) for name, value in results.items()}
 
     @torch.no_grad()
-    def _verdict(self, name: str, value: Tensor, rank: int | None, adapter: bool) -> Verdict:
-        key = (f"{name}, product alone" if not adapter else name, rank if name == "dx" else None)
+    def _verdict(self, name: str, value: Tensor, rank: int | None, adapter: bool, eight_bits: str | None) -> Verdict:
+        own = (rank, eight_bits) if name == "dx" else (None, None)
+        key = (f"{name}, product alone" if not adapter else name, *own)
         if key not in self._expected:
-            self._expected[key] = self._expect(name, rank, adapter)
+            self._expected[key] = self._expect(name, rank, adapter, eight_bits)
         exact, yardstick, rows = self._expected[key]
         if tuple(value.shape) != self._operands.shape_of(name) or not torch.isfinite(value).all():
             return Verdict(False, float("inf"))
         return judge(value if rows is None else value[rows], yardstick, exact)
 
-    def _expect(self, name: str, rank: int | None, adapter: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _expect(
+        self, name: str, rank: int | None, adapter: bool, eight_bits: str | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         o = self._operands
         if name == "dA":
             return _product64(o.dy, o.lora_B, o.x) * o.scaling, _rounded(_rounded(o.dy, o.scaled_B).t(), o.x), None
@@ -62,7 +69,9 @@ class Gate:
                 yardstick = yardstick + _rounded(_rounded(x, o.lora_A.t()), o.scaled_B.t())
             return exact, yardstick, rows
         dy = o.dy[rows]
-        if rank is None:
+        if eight_bits is not None:
+            exact, yardstick = _in_eight_bits(dy, o.weight, eight_bit.DTYPES[eight_bits])
+        elif rank is None:
             exact, yardstick = dy.double() @ o.weight.double(), _rounded(dy, o.weight)
         else:
             left, right = o.factors[rank].left, o.factors[rank].right
@@ -83,6 +92,13 @@ def _product64(streamed: Tensor, small: Tensor, second: Tensor) -> Tensor:
         block = streamed[row : row + step].double() @ small
         total += block.t() @ second[row : row + step].double()
     return total
+
+
+def _in_eight_bits(dy: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """dY W of operands rounded to 8 bits, in float64 and, summed in float32, in dY's dtype."""
+    (q, scale), (copy, scales) = eight_bit.quantize_rows(dy, dtype), eight_bit.quantize_columns(weight, dtype)
+    exact = (q.double() * scale) @ (copy.double() * scales)
+    return exact, (((q.float() @ copy.float()) * scale) * scales).to(dy.dtype)
 
 
 def _rounded(a: Tensor, b: Tensor) -> Tensor:

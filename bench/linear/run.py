@@ -233,7 +233,8 @@ def measure_candidates(
         return result
 
     def inspect(name: str, results: Any) -> None:
-        found = gate.check(results, by_name[name].rank, by_name[name].adapter)
+        candidate = by_name[name]
+        found = gate.check(results, candidate.rank, candidate.adapter, candidate.eight_bits)
         before = verdicts.get(name, found)  # of the eager call, where this is a replay
         verdicts[name] = {key: max(verdict, before[key], key=lambda v: v.ratio) for key, verdict in found.items()}
 
