@@ -11,8 +11,9 @@ from typing import Any
 from .availability import why_not_here
 from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig
 from .cost_model import Flags
-from .dispatch import explain, forward_wins, why_not
-from .exact_choice import ExactForm, fuses, why_not_exact
+from .dispatch import forward_wins, why_not
+from .exact_choice import ExactForm, choose_exact, fuses, why_not_exact
+from .explanation import explain
 
 __all__ = [
     "ExactForm",
@@ -21,6 +22,7 @@ __all__ = [
     "OneLaunchConfig",
     "TwoLaunchConfig",
     "backward",
+    "choose_exact",
     "explain",
     "forward",
     "forward_wins",

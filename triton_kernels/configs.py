@@ -130,11 +130,12 @@ def device_slug(name: str) -> str:
     return "_".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
-def to_json(entries: tuple[Entry, ...], device: str, source: str) -> str:
-    """A table as text; `parse_table` is its inverse."""
+def to_json(entries: tuple[Entry, ...], device: str, source: str, rates: dict[str, Any] | None = None) -> str:
+    """A table as text; `parse_table` is its inverse. `rates`: measured ones, which `tuning` reads."""
     rows = [dataclasses.asdict(entry) for entry in entries]
     lines = ",\n".join("    " + json.dumps(row) for row in rows)
     head = f'{{\n  "schema": {SCHEMA},\n  "device": {json.dumps(device)},\n  "source": {json.dumps(source)},\n'
+    head += f'  "rates": {json.dumps(rates)},\n' if rates else ""
     return head + f'  "entries": [\n{lines}\n  ]\n}}\n'
 
 

@@ -1,31 +1,33 @@
-"""The cost model: bytes, flops and waves of each way to compute a backward pass, and the time they predict.
+"""The cost model of the Triton kernels: the bytes, flops and steps of each form, and the time they predict.
 
-The bytes are exact: for the one-launch kernel they equal, tensor by tensor, what the interpreter counts. The times
-rest on three bounds, HBM, L2 and the matrix units, each scaled by how much of the card the grid keeps busy; they are
-meant for choosing between forms and are corrected by measured tables where those exist.
+The bytes are exact: for the one-launch kernel they equal, tensor by tensor, what the interpreter counts. A walk over N
+and a walk over K have bounds of their own (`phases`), and add up. What PyTorch takes is in `library`, the CUDA kernels
+are in `cost_cuda`, and exact backward passes in `dense`; all rates are in `rates`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .configs import Config, ForwardConfig, OneLaunchConfig, TwoLaunchConfig, padded
-from .devices import DeviceSpec
+from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig, padded
+from .phases import Estimate, Flags, Phase, Step, cdiv, l2_traffic, passes, product_cycles, walk
+from .rates import KERNEL_US, PASS, SHARED_BYTES, TRITON_DRAIN_K, TRITON_DRAIN_N, TRITON_MATRIX_SHARE, DeviceSpec
 
-# What a Triton loop reaches of a matrix rate that cuBLAS attains; not measured, see the status table of the README.
-TRITON_MATRIX_SHARE = 0.7
-
-
-@dataclass(frozen=True, slots=True)
-class Flags:
-    """Which gradients a call computes, and how."""
-
-    need_dx: bool = True
-    need_dA: bool = True
-    need_dB: bool = True
-    need_dbias: bool = False
-    dropout: bool = False
-    deterministic: bool = False
+__all__ = [
+    "Estimate",
+    "Flags",
+    "Traffic",
+    "cdiv",
+    "estimate_forward",
+    "estimate_one_launch",
+    "estimate_two_launch",
+    "finishing",
+    "k_chunk_of",
+    "n_chunk_of",
+    "predicted_bytes",
+    "triton_flops",
+    "useful_flops",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +36,6 @@ class Traffic:
 
     loaded: int = 0
     stored: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What one candidate costs: unique bytes (HBM), all bytes (L2), flops with padding, and the predicted time."""
-
-    form: str
-    config: Config | None
-    hbm_bytes: int
-    l2_bytes: int
-    flops: int
-    blocks: int
-    waves: float
-    predicted_us: float
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def predicted_bytes(
@@ -90,17 +74,6 @@ def predicted_bytes(
     return {name: bytes_ for name, bytes_ in traffic.items() if bytes_ != Traffic()}
 
 
-def unique_bytes(M: int, N: int, K: int, R: int, P: int, flags: Flags, itemsize: int = 2) -> int:
-    """What any implementation must move at least: each operand once, each result once."""
-    total = M * N
-    total += (N * R + R * K + P * K + M * K) * flags.need_dx
-    total += N * P * (flags.need_dx or flags.need_dA)
-    total += (M * K + P * K) * flags.need_dA
-    total += (M * P + N * P) * flags.need_dB
-    total += N * flags.need_dbias
-    return total * itemsize
-
-
 def useful_flops(M: int, N: int, K: int, R: int, P: int, flags: Flags) -> int:
     """Multiplications and additions of the formula, without padding."""
     need_t_p = flags.need_dx or flags.need_dA
@@ -117,21 +90,116 @@ def useful_flops(M: int, N: int, K: int, R: int, P: int, flags: Flags) -> int:
     )
 
 
+def finishing(
+    N: int, K: int, P: int, flags: Flags, device: DeviceSpec, itemsize: int, slabs: int, zeroed: int = 0
+) -> Phase:
+    """The small kernels around ours: a zero fill and, for 16-bit adapters, a cast of each fp32 gradient; without
+    atomics a sum over the slabs instead of the fill. `zeroed`: bytes of one more zero fill, of T."""
+    elements = [P * K] * flags.need_dA + [N * P] * flags.need_dB + [N] * flags.need_dbias
+    read = slabs if flags.deterministic else 0
+    kernels = len(elements) * (1 + (itemsize == 2)) + (zeroed > 0)
+    nbytes = sum(elements) * (4 * (1 + read) + (4 + itemsize) * (itemsize == 2)) + zeroed
+    return passes("small", device, nbytes, kernels)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """A slab's tiles in one form: rows, columns of a step, and the padded ranks that it holds (0: without)."""
+
+    device: DeviceSpec
+    itemsize: int
+    rows: int
+    step: int
+    rank: int
+    adapter: int
+    num_stages: int
+
+    def over_n(self, need_db: bool, need_t_p: bool) -> Step:
+        """T += dY [left | lora_B] and dBᵀ: products, then a wait, then the next loads."""
+        size, rows, step, p = self.itemsize, self.rows, self.step, self.adapter
+        tensor = product_cycles(self.device, size, rows, self.rank, step)
+        tensor += product_cycles(self.device, size, rows, p * need_t_p, step)
+        tensor += product_cycles(self.device, size, step, p * need_db, rows)
+        fill = step * (rows + self.rank + p) * size
+        operands = rows // 64 * step * (64 + self.rank) + (rows + p) * step * need_t_p + (step + p) * rows * need_db
+        return Step(tensor, fill + operands * size, tensor + fill / SHARED_BYTES + TRITON_DRAIN_N)
+
+    def over_k(self, need_dx: bool, need_dA: bool) -> Step:
+        """dX = T [right ; A], staged on its way out, and dAᵀ: three waits."""
+        size, rows, step, p = self.itemsize, self.rows, self.step, self.adapter
+        tensor = product_cycles(self.device, size, rows, step, self.rank + p) if need_dx else 0.0
+        tensor += product_cycles(self.device, size, step, p * need_dA, rows)
+        fill = step * (rows * need_dA + (self.rank + p) * need_dx) * size
+        staged = 2 * rows * step * size * need_dx
+        operands = max(1, rows // 64) * (self.rank + p) * step * need_dx + (step + p) * rows * need_dA
+        latency = tensor + (fill + staged) / SHARED_BYTES + TRITON_DRAIN_K
+        return Step(tensor, fill + staged + operands * size, latency)
+
+    @property
+    def resident(self) -> int:
+        """Blocks that a multiprocessor holds at once, one or two: by the ring of stages, xa and the tile of dX on its
+        way out, of which each block has its own."""
+        ring = self.num_stages * self.step * (self.rows + self.rank + self.adapter)
+        held = (ring + self.rows * (self.adapter + self.step)) * self.itemsize + 1024
+        return 2 if 2 * held <= self.device.shared_bytes else 1
+
+
 def estimate_one_launch(
     M: int, N: int, K: int, R: int, P: int, config: OneLaunchConfig, flags: Flags, device: DeviceSpec, itemsize: int = 2
 ) -> Estimate:
-    """One wave is one block per SM: a slab's tiles take most of an SM's shared memory or registers."""
+    """One block a slab: a walk over N, a walk over K, and the small kernels."""
     blocks = cdiv(M, config.block_m)
-    traffic = predicted_bytes(M, N, K, R, P, config, flags, itemsize)
-    l2 = sum(t.loaded + t.stored for t in traffic.values())
-    hbm = unique_bytes(M, N, K, R, P, flags, itemsize)
-    if flags.deterministic:
-        hbm += 2 * sum(traffic[name].stored for name in ("dA", "dB", "dbias") if name in traffic)
-    flops = useful_flops(blocks * config.block_m, N, K, padded(R) if R else 0, padded(P) if P else 0, flags)
-    time = _kernel_time(blocks, hbm, l2, flops, device, itemsize) + device.launch_us
-    launches = 3 if flags.deterministic else 1  # zeroing the accumulators, or summing them
-    time += launches * device.launch_us * (flags.need_dA or flags.need_dB)
-    return Estimate("one_launch", config, hbm, l2, flops, blocks, blocks / device.sms, time)
+    rows = blocks * config.block_m
+    t = predicted_bytes(M, N, K, R, P, config, flags, itemsize)
+    need_t_p = (flags.need_dx or flags.need_dA) and P > 0
+    rank, pad_p = (padded(R) if R and flags.need_dx else 0), (padded(P) if P else 0)
+
+    def moved(*names: str) -> int:
+        return sum(t[name].loaded + t[name].stored for name in names if name in t)
+
+    def stored(*names: str) -> int:
+        return sum(t[name].stored for name in names if name in t)
+
+    def tiles(step: int) -> _Tiles:
+        return _Tiles(device, itemsize, config.block_m, step, rank, pad_p, config.num_stages)
+
+    added = 0 if flags.deterministic else 1
+    first, second = ("dy", "left", "lora_B", "xa", "dB", "dbias"), ("right", "lora_A", "x", "dx", "dA", "seed")
+    partials = stored("dB", "dbias"), stored("dA")
+    ends = M * K * (flags.need_dx + flags.need_dA) + (R + P) * K * flags.need_dx
+    resident = min(tiles(config.block_n).resident, tiles(config.block_k).resident)
+    phases = [
+        walk(
+            "walk N",
+            device,
+            tiles(config.block_n).over_n(flags.need_dB, need_t_p),
+            cdiv(N, config.block_n),
+            blocks,
+            hbm=(M * N + N * (R * flags.need_dx + P) + M * P * flags.need_dB) * itemsize + partials[0] * (not added),
+            l2=l2_traffic(moved(*first) - partials[0], partials[0] * (not added), partials[0] * added),
+            l2_bytes=moved(*first),
+            flops=2 * rows * N * (rank + pad_p * need_t_p + pad_p * flags.need_dB),
+            resident=resident,
+        )
+    ]
+    if flags.need_dx or flags.need_dA:
+        dx = stored("dx")
+        phases.append(
+            walk(
+                "walk K",
+                device,
+                tiles(config.block_k).over_k(flags.need_dx, flags.need_dA),
+                cdiv(K, config.block_k),
+                blocks,
+                hbm=ends * itemsize + partials[1] * (not added),
+                l2=l2_traffic(moved(*second) - dx - partials[1], dx + partials[1] * (not added), partials[1] * added),
+                l2_bytes=moved(*second),
+                flops=2 * rows * K * ((rank + pad_p) * flags.need_dx + pad_p * flags.need_dA),
+                kernels=0,
+            )
+        )
+    phases.append(finishing(N, K, P, flags, device, itemsize, blocks))
+    return Estimate("one_launch", tuple(phases), config, blocks, blocks / (device.sms * resident))
 
 
 def n_chunk_of(M: int, N: int, R: int, config: TwoLaunchConfig, sms: int) -> int:
@@ -156,68 +224,94 @@ def estimate_two_launch(
     rows = cdiv(M, config.block_m)
     rank = R if flags.need_dx else 0
     rank_tiles = max(1, cdiv(rank, config.project_r))
-    splits = cdiv(N, n_chunk_of(M, N, rank, config, device.sms))
-    k_blocks = cdiv(K, k_chunk_of(M, K, R, config, device.sms))
-    need_t_p = flags.need_dx or flags.need_dA
+    n_chunk = n_chunk_of(M, N, rank, config, device.sms)
+    splits = cdiv(N, n_chunk)
+    need_t_p = (flags.need_dx or flags.need_dA) and P > 0
     columns = rank + P * need_t_p
-    t_bytes = M * columns * 4 * splits
+    layers = splits if flags.deterministic else 1
     padded_m = rows * config.block_m
-    pad_r = 0 if rank == 0 else rank_tiles * min(config.project_r, padded(rank))
+    tile_r = min(config.project_r, padded(rank)) if rank else 0
     pad_p = padded(P) if P else 0
+    t_bytes = M * columns * 4
 
-    project_l2 = M * N * rank_tiles * itemsize + rows * N * (columns * itemsize + P * 4 * flags.need_dB) + t_bytes
-    project_hbm = (M * N + N * (R + P)) * itemsize + t_bytes
-    project_flops = 2 * padded_m * N * (pad_r + pad_p * need_t_p + pad_p * flags.need_dB)
+    partials = (rows if flags.deterministic else 1) * N * (P * flags.need_dB + flags.need_dbias) * 4
+    added = t_bytes * splits + rows * N * (P * flags.need_dB + flags.need_dbias) * 4
+    loaded = M * N * rank_tiles * itemsize + rows * N * columns * itemsize + M * P * itemsize * flags.need_dB * splits
+    tiles = _Tiles(device, itemsize, config.block_m, config.block_n, tile_r, pad_p, config.num_stages)
     blocks = rows * rank_tiles * splits
-    time = _kernel_time(blocks, project_hbm, project_l2, project_flops, device, itemsize) + device.launch_us
-    time += (3 if flags.deterministic else 1) * device.launch_us  # zeroing the accumulators, or summing them
-
-    expand_l2 = expand_hbm = expand_flops = 0
+    phases = [
+        walk(
+            "project",
+            device,
+            tiles.over_n(flags.need_dB, need_t_p),
+            cdiv(n_chunk, config.block_n),
+            blocks,
+            hbm=(M * N + N * columns) * itemsize + t_bytes * layers + partials * flags.deterministic,
+            l2=l2_traffic(loaded, added * flags.deterministic, added * (not flags.deterministic)),
+            l2_bytes=loaded + added,
+            flops=2 * padded_m * N * (rank_tiles * tile_r + pad_p * need_t_p + pad_p * flags.need_dB),
+            resident=tiles.resident,
+        )
+    ]
     if flags.need_dx or flags.need_dA:
-        ends = M * K * itemsize * (flags.need_dx + flags.need_dA)
-        layers = splits if flags.deterministic else 1
-        expand_hbm = M * columns * 4 * layers + ends + columns * K * itemsize
-        expand_l2 = k_blocks * M * columns * 4 * layers + ends + rows * P * K * 4 * flags.need_dA
-        expand_l2 += rows * K * (R + P) * itemsize * flags.need_dx
-        expand_flops = 2 * padded_m * K * ((pad_r + pad_p) * flags.need_dx + pad_p * flags.need_dA)
-        time += _kernel_time(rows * k_blocks, expand_hbm, expand_l2, expand_flops, device, itemsize) + device.launch_us
-    return Estimate(
-        "two_launch",
-        config,
-        project_hbm + expand_hbm,
-        project_l2 + expand_l2,
-        project_flops + expand_flops,
-        blocks,
-        blocks / device.sms,
-        time,
+        phases.append(_expand(M, K, R, P, config, flags, device, itemsize, layers))
+    zeroed = 0 if flags.deterministic or columns == 0 else rows * config.block_m * columns * 4
+    phases.append(finishing(N, K, P, flags, device, itemsize, rows, zeroed))
+    return Estimate("two_launch", tuple(phases), config, blocks, blocks / (device.sms * tiles.resident))
+
+
+def _expand(
+    M: int,
+    K: int,
+    R: int,
+    P: int,
+    config: TwoLaunchConfig,
+    flags: Flags,
+    device: DeviceSpec,
+    itemsize: int,
+    layers: int,
+) -> Phase:
+    """The second launch: slabs that keep T on chip for a chunk of K, or tiles that read it anew for every tile of K."""
+    rows, k_chunk = cdiv(M, config.block_m), k_chunk_of(M, K, R, config, device.sms)
+    slab = padded(R) <= config.project_r
+    k_blocks = cdiv(K, k_chunk)
+    rank, pad_p = (R if flags.need_dx else 0), (padded(P) if P else 0)
+    pad_r = cdiv(rank, config.tile_r) * config.tile_r if not slab else padded(rank) if rank else 0
+    t_read = k_blocks * M * (rank + P) * 4 * layers
+    ends = M * K * itemsize
+    loaded = t_read + ends * flags.need_dA + rows * K * (R + P) * itemsize * flags.need_dx
+    added = rows * P * K * 4 * flags.need_dA
+    if slab:
+        tiles = _Tiles(device, itemsize, config.block_m, config.block_k, pad_r, pad_p, config.num_stages)
+        step, steps = tiles.over_k(flags.need_dx, flags.need_dA), cdiv(k_chunk, config.block_k)
+    else:  # a step is one of R's: T in fp32 and right through shared memory
+        tensor = product_cycles(device, itemsize, config.block_m, config.tile_k, config.tile_r)
+        fill = config.tile_r * (config.block_m * 4 + config.tile_k * itemsize)
+        operands = config.block_m // 64 * (64 + config.tile_k) * config.tile_r * itemsize
+        step = Step(tensor, fill + operands, tensor + fill / SHARED_BYTES + TRITON_DRAIN_N)
+        steps = cdiv(rank, config.tile_r) + 1  # and the adapter's, with x
+    written = ends * flags.need_dx + added * flags.deterministic
+    return walk(
+        "expand",
+        device,
+        step,
+        steps,
+        rows * k_blocks,
+        hbm=M * (rank + P) * 4 * layers
+        + ends * (flags.need_dx + flags.need_dA)
+        + (rank + P) * K * itemsize
+        + added * flags.deterministic,
+        l2=l2_traffic(loaded, written, added * (not flags.deterministic)),
+        l2_bytes=loaded + ends * flags.need_dx + added,
+        flops=2 * rows * config.block_m * K * ((pad_r + pad_p) * flags.need_dx + pad_p * flags.need_dA),
+        resident=1 if slab else cdiv(rows * k_blocks, device.sms),  # a tile starts while others multiply
     )
 
 
-def estimate_torch(
-    M: int, N: int, K: int, R: int, P: int, flags: Flags, device: DeviceSpec, itemsize: int = 2
-) -> Estimate:
-    """The formula as PyTorch composes it: T = dY [left | s B], dX = T [right ; A], dA = T_Bᵀ x, dB = s dYᵀ xa, each a
-    cuBLAS call; dropout adds passes over x and over the adapter's part of dX."""
-    need_t_p = flags.need_dx or flags.need_dA
-    width = R * flags.need_dx + P * need_t_p
-    products = [(M, width, N)] if width else []
-    if flags.need_dx:
-        products += [(M, K, R), (M, K, P)] if flags.dropout else [(M, K, R + P)]
-    products += [(P, K, M)] * flags.need_dA + [(N, P, M)] * flags.need_dB
-    matrix = (device.tflops_16 if itemsize == 2 else device.tflops_32) * 1e6
-    time, total, flops = 0.0, 0, 0
-    for m, n, k in products:
-        moved = (m * k + k * n + m * n) * itemsize
-        time += max(moved / (device.hbm_gbs * 1e3), 2 * m * n * k / matrix) + device.launch_us
-        total += moved
-        flops += 2 * m * n * k
-    # Concatenating the factors and scaling B: small copies; the mask: x read and written, dX read and written.
-    passes = [(N + K) * width * 2] * flags.need_dx + [N * P * 2] * need_t_p + [M * N] * flags.need_dbias
-    passes += [3 * M * K] * (2 * flags.dropout)
-    for elements in passes:
-        time += elements * itemsize / (device.hbm_gbs * 1e3) + device.launch_us
-        total += elements * itemsize
-    return Estimate("torch", None, total, total, flops, 0, 0.0, time)
+def triton_flops(device: DeviceSpec, itemsize: int, times: float = 1.0) -> float:
+    """Flops a cycle of a multiprocessor in a pipelined Triton product; `times` the 16-bit rate for 8 bits."""
+    tflops = device.tflops_32 if itemsize == 4 else device.tflops_16_sustained * times
+    return tflops * TRITON_MATRIX_SHARE * 1e3 / (device.sms * device.clock_ghz)
 
 
 def estimate_forward(
@@ -226,34 +320,29 @@ def estimate_forward(
     """`fused_forward`: tiles of x and W from L2, the adapter's columns recomputed in every column of tiles."""
     rows, columns = cdiv(M, config.block_m), cdiv(N, config.block_n)
     hbm = (M * K + N * K + M * N + (N + K + M) * P) * itemsize
-    l2 = (columns * M * K + rows * N * K + columns * P * K * rows + M * N) * itemsize
+    loaded = (columns * M * K + rows * N * K + columns * P * K * rows) * itemsize
     flops = 2 * rows * config.block_m * (N * K + columns * padded(P) * K + N * padded(P))
     blocks = rows * columns
-    time = _kernel_time(blocks, hbm, l2, flops, device, itemsize) + device.launch_us
-    return Estimate("forward", config, hbm, l2, flops, blocks, blocks / device.sms, time)
-
-
-def estimate_torch_forward(
-    M: int, N: int, K: int, P: int, device: DeviceSpec, dropout: bool, itemsize: int = 2
-) -> Estimate:
-    """`x Wᵀ`, `x Aᵀ` and the product with Bᵀ that adds to y, as cuBLAS calls; dropout reads and writes x."""
-    matrix = (device.tflops_16 if itemsize == 2 else device.tflops_32) * 1e6
-    steps = [(M * K + N * K + M * N, M * N * K), (M * K + P * K + M * P, M * P * K), (2 * M * N + M * P, M * N * P)]
-    steps += [(2 * M * K, 0)] * dropout
-    time = sum(
-        max(moved * itemsize / (device.hbm_gbs * 1e3), 2 * multiplied / matrix) + device.launch_us
-        for moved, multiplied in steps
+    tile = config.block_m * config.block_n, config.block_m * padded(P)
+    cycles = sum(2 * size * config.block_k for size in tile) / triton_flops(device, itemsize)
+    return Estimate(
+        "forward",
+        (
+            walk(
+                "product",
+                device,
+                Step(cycles, 0.0),
+                cdiv(K, config.block_k),
+                blocks,
+                hbm=hbm,
+                l2=l2_traffic(loaded, M * N * itemsize, 0),
+                l2_bytes=loaded + M * N * itemsize,
+                flops=flops,
+                share=PASS,
+                start_us=KERNEL_US,
+            ),
+        ),
+        config,
+        blocks,
+        blocks / device.sms,
     )
-    total = sum(moved for moved, _ in steps) * itemsize
-    return Estimate("torch", None, total, total, 2 * sum(multiplied for _, multiplied in steps), 0, 0.0, time)
-
-
-def _kernel_time(blocks: int, hbm: int, l2: int, flops: int, device: DeviceSpec, itemsize: int) -> float:
-    """Microseconds of one grid: the slowest of its three bounds. Few blocks cannot draw all of a card's bandwidth:
-    an SM has its share of the matrix rate, and can draw about twice its share of HBM and of L2."""
-    if blocks == 0:
-        return 0.0
-    busy = blocks / (cdiv(blocks, device.sms) * device.sms)
-    drawn = 1e3 * min(1.0, 2 * busy)
-    matrix = (device.tflops_16 if itemsize == 2 else device.tflops_32) * 1e6 * TRITON_MATRIX_SHARE * busy
-    return max(hbm / (device.hbm_gbs * drawn), l2 / (device.l2_gbs * drawn), flops / matrix)

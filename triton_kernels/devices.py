@@ -1,55 +1,41 @@
-"""What the cost model knows of a device. A device that is not listed is described by its own properties."""
+"""Which row of the cost model's table a device has. One that is not listed is described by its own properties."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
+from . import tuning
+from .configs import device_slug
+from .rates import DEFAULT, KNOWN, DeviceSpec
 
-@dataclass(frozen=True, slots=True)
-class DeviceSpec:
-    """Attainable rates, not peak ones: bandwidths in GB/s, matrix rates in TFLOP/s, sizes in bytes."""
-
-    name: str
-    capability: tuple[int, int]
-    sms: int
-    hbm_gbs: float
-    l2_gbs: float
-    l2_bytes: int
-    shared_bytes: int  # per block, opt-in
-    tflops_16: float
-    tflops_32: float
-    launch_us: float = 4.0  # from one kernel's end to the next one's start, as PyTorch issues them
-
-
-# H200: 790 TFLOP/s and 4.3 TB/s measured; the others scaled from data sheets by the same fractions (0.80, 0.90).
-KNOWN: dict[str, DeviceSpec] = {
-    spec.name: spec
-    for spec in (
-        DeviceSpec("NVIDIA H200", (9, 0), 132, 4300.0, 5500.0, 50 << 20, 232448, 790.0, 50.0),
-        DeviceSpec("NVIDIA H100 80GB HBM3", (9, 0), 132, 3000.0, 5500.0, 50 << 20, 232448, 790.0, 50.0),
-        DeviceSpec("NVIDIA H100 PCIe", (9, 0), 114, 1800.0, 4400.0, 50 << 20, 232448, 600.0, 40.0),
-        DeviceSpec("NVIDIA A100-SXM4-80GB", (8, 0), 108, 1800.0, 4000.0, 40 << 20, 166912, 250.0, 16.0),
-        DeviceSpec("NVIDIA A100-SXM4-40GB", (8, 0), 108, 1400.0, 4000.0, 40 << 20, 166912, 250.0, 16.0),
-    )
-}
-# What explain() describes where there is no GPU, and what a device without readable properties is taken for.
-DEFAULT = KNOWN["NVIDIA H200"]
+__all__ = ["DEFAULT", "KNOWN", "DeviceSpec", "device_spec", "from_properties", "measured"]
 
 
 @functools.cache
 def device_spec(device: torch.device | str | None = None) -> DeviceSpec:
-    """The spec of a torch device, or of a name in KNOWN; of an H200 where neither is to be had. Never raises."""
+    """The spec of a torch device, or of a name in KNOWN; of an H200 where neither is to be had. Rates that `bench
+    linear --tune` has measured there come first. Never raises."""
     if isinstance(device, str) and device in KNOWN:
-        return KNOWN[device]
+        return measured(KNOWN[device])
     try:
         properties = torch.cuda.get_device_properties(device)
     except (RuntimeError, AssertionError, ValueError):  # no CUDA in this torch, no driver, no such device
         return DEFAULT
     known = KNOWN.get(properties.name)
-    return known if known is not None else from_properties(properties)
+    return measured(known if known is not None else from_properties(properties))
+
+
+def measured(spec: DeviceSpec) -> DeviceSpec:
+    """`spec` with the rates of the user's table for that device; as it is where there are none."""
+    rates = tuning.read_rates(device_slug(spec.name))
+    if not rates:
+        return spec
+    # Measured in a short run; what lasts keeps its share of that.
+    lasting = spec.tflops_16_sustained / spec.tflops_16 * rates.get("tflops_16", spec.tflops_16)
+    return replace(spec, **rates, tflops_16_sustained=lasting)
 
 
 def from_properties(properties: object) -> DeviceSpec:
@@ -62,6 +48,7 @@ def from_properties(properties: object) -> DeviceSpec:
 
     capability = (int(read("major", 8)), int(getattr(properties, "minor", 0) or 0))
     per_sm = KNOWN["NVIDIA A100-SXM4-80GB"] if capability[0] < 9 else DEFAULT
+    float8 = DEFAULT if capability >= (8, 9) else per_sm
     sms = int(read("multi_processor_count", per_sm.sms))
     share = sms / per_sm.sms
     # kHz and bits: two transfers a clock, 0.9 of the peak attainable.
@@ -75,5 +62,12 @@ def from_properties(properties: object) -> DeviceSpec:
         l2_bytes=int(read("L2_cache_size", per_sm.l2_bytes * share)),
         shared_bytes=int(read("shared_memory_per_block_optin", 101376)),
         tflops_16=per_sm.tflops_16 * share,
+        tflops_16_sustained=per_sm.tflops_16_sustained * share,
         tflops_32=per_sm.tflops_32 * share,
+        clock_ghz=per_sm.clock_ghz,
+        skinny=per_sm.skinny,
+        int8=per_sm.int8,
+        float8=float8.float8,
+        float8_fast=float8.float8_fast,
+        float8_blocks=per_sm.float8_blocks,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 
@@ -22,37 +21,13 @@ from .configs import (
     shipped,
 )
 from .cost_model import (
-    Estimate,
     Flags,
     estimate_forward,
     estimate_one_launch,
-    estimate_torch,
-    estimate_torch_forward,
     estimate_two_launch,
-    useful_flops,
 )
-from .devices import DEFAULT, DeviceSpec, device_spec
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """The candidates for one backward problem, cheapest first, what was passed over and why, and the choice."""
-
-    device: str
-    useful_flops: int
-    candidates: tuple[Estimate, ...]
-    passed_over: dict[str, str]
-    choice: str
-
-    def __str__(self) -> str:
-        lines = [f"{self.device}: {self.useful_flops / 1e9:.2f} GFLOP without padding; predicted, not measured"]
-        lines.append(f"{'':2}{'form':<11} {'µs':>9} {'HBM MB':>9} {'L2 MB':>9} {'GFLOP':>9} {'blocks':>7} {'waves':>6}")
-        for c in self.candidates:
-            mark = "*" if c.form == self.choice else " "
-            sizes = f"{c.hbm_bytes / 1e6:9.1f} {c.l2_bytes / 1e6:9.1f} {c.flops / 1e9:9.2f}"
-            lines.append(f"{mark:2}{c.form:<11} {c.predicted_us:9.1f} {sizes} {c.blocks:7d} {c.waves:6.2f}")
-        lines += [f"  {form:<11} {reason}" for form, reason in self.passed_over.items()]
-        return "\n".join(lines)
+from .devices import DeviceSpec, device_spec
+from .library import estimate_torch_forward
 
 
 @functools.cache
@@ -130,43 +105,3 @@ def forward_wins(
         return False
     fused = estimate_forward(M, N, K, P, config, spec, dtype.itemsize)
     return fused.predicted_us < estimate_torch_forward(M, N, K, P, spec, dropout, dtype.itemsize).predicted_us
-
-
-@functools.lru_cache(maxsize=4096)
-def explain(
-    M: int,
-    N: int,
-    K: int,
-    R: int,
-    P: int,
-    dtype: torch.dtype = torch.bfloat16,
-    device: torch.device | str | None = None,
-    flags: Flags = Flags(),  # noqa: B008 (frozen)
-) -> Explanation:
-    """One-launch, two-launch and the PyTorch composition for this problem on `device` (a torch device, a name such as
-    "NVIDIA H200", or None: the current GPU, or an H200 where there is none), with predicted times, bytes and flops.
-
-    Predicts also for GPUs that are not there; never raises for lack of one.
-    """
-    spec = device_spec(device) if device is not None or torch.cuda.is_available() else DEFAULT
-    candidates = [estimate_torch(M, N, K, R, P, flags, spec, dtype.itemsize)]
-    passed_over: dict[str, str] = {}
-    if dtype not in availability.DTYPES:
-        passed_over["one_launch"] = passed_over["two_launch"] = f"dtype {dtype} is not supported"
-    elif P > availability.MAX_ADAPTER or R > availability.MAX_RANK:
-        reason = f"R={R}, P={P} exceed {availability.MAX_RANK}, {availability.MAX_ADAPTER}"
-        passed_over["one_launch"] = passed_over["two_launch"] = reason
-    else:
-        one, two = form_configs(dtype, R, P, N % 8 == 0 and K % 8 == 0, spec)
-        if one is not None:
-            candidates.append(estimate_one_launch(M, N, K, R, P, one, flags, spec, dtype.itemsize))
-        else:
-            passed_over["one_launch"] = f"no tile holds R={R}, P={P} in {dtype}"
-        if two is not None:
-            candidates.append(estimate_two_launch(M, N, K, R, P, two, flags, spec, dtype.itemsize))
-        else:
-            passed_over["two_launch"] = f"no tile holds R={R}, P={P} in {dtype}"
-    candidates.sort(key=lambda candidate: candidate.predicted_us)
-    return Explanation(
-        spec.name, useful_flops(M, N, K, R, P, flags), tuple(candidates), passed_over, candidates[0].form
-    )

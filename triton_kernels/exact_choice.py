@@ -1,14 +1,17 @@
-"""Whether the exact kernels can run a problem; importable without Triton."""
+"""Whether the exact kernels can run a problem, and in which form it runs fastest; importable without Triton."""
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
 
 from . import availability
-from .devices import device_spec
+from .cost_exact import FAST, estimate_exact, precisions
+from .devices import DeviceSpec, device_spec
 from .dispatch import config_for
+from .phases import Flags
 
 # "torch": PyTorch's composition; "prepared": `exact_prepare`, then PyTorch's products; "fused": `exact_product` too.
 ExactForm = Literal["torch", "prepared", "fused"]
@@ -42,3 +45,35 @@ def why_not_exact(
         if any(config_for(kernel, operands, 16, P, aligned, spec) is None for aligned in (True, False)):
             return f"no tile of {kernel} for P={P} fits the {spec.shared_bytes} bytes of shared memory of {spec.name}"
     return None
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_exact(
+    M: int,
+    N: int,
+    K: int,
+    P: int,
+    dtype: torch.dtype,
+    eight_bits: torch.dtype | str | None,
+    device: torch.device | str | DeviceSpec | None,
+    flags: Flags,
+    fast_accumulation: bool = False,
+) -> ExactForm:
+    """How an exact backward takes least predicted time.
+
+    dY [M, N] in `dtype`, dX [M, K], an adapter of rank P. `eight_bits`: what the product runs in, float8_e4m3fn (scales
+    by row, with `fast_accumulation` or without), int8, or by name "float8", "int8" or "float8 blocks"; None: `dtype`.
+    """
+    spec = device if isinstance(device, DeviceSpec) else device_spec(device)
+    name = {torch.float8_e4m3fn: "float8", torch.int8: "int8"}.get(eight_bits, eight_bits)  # type: ignore[arg-type]
+    precision = FAST if name == "float8" and fast_accumulation else name
+    if dtype not in availability.DTYPES or P > availability.MAX_ADAPTER:
+        return "torch"
+    if precision is not None and (precision not in precisions(N, K, spec) or dtype == torch.float32):
+        return "torch"
+    forms: tuple[ExactForm, ...] = ("torch", "prepared", "fused")
+    estimates = {
+        form: estimate_exact(form, precision, M, N, K, P, flags, spec, dtype.itemsize, dtype == torch.bfloat16)
+        for form in (forms if flags.need_dx and fuses(dtype) else forms[:2])
+    }
+    return min(estimates, key=lambda form: estimates[form].predicted_us)

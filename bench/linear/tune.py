@@ -27,7 +27,7 @@ from loge_kernels.backend import reference
 from loge_kernels.backend.problem import BackwardProblem
 from loge_kernels.check.accuracy import judge
 from loge_kernels.machine import DTYPES, choose_device
-from loge_kernels.triton_kernels import availability, compile_check, dispatch, tuning
+from loge_kernels.triton_kernels import availability, compile_check, dispatch, explanation, tuning
 from loge_kernels.triton_kernels.configs import (
     Config,
     Entry,
@@ -40,6 +40,7 @@ from loge_kernels.triton_kernels.configs import (
     shipped,
 )
 from loge_kernels.triton_kernels.devices import DeviceSpec, device_spec
+from loge_kernels.triton_kernels.exact_choice import choose_exact
 
 from ..measure import output
 from ..measure.environment import describe
@@ -331,7 +332,8 @@ def _forget_choices() -> None:
     """Have the dispatcher read the tables again: this process holds choices made before the new one was written."""
     from loge_kernels.triton_kernels import launch
 
-    for cached in (dispatch._tables, dispatch.form_configs, dispatch.forward_wins, dispatch.explain):
+    choices = (dispatch.form_configs, dispatch.forward_wins, choose_exact, explanation.explain)
+    for cached in (device_spec, dispatch._tables, *choices):
         cached.cache_clear()
     launch._plans.clear()
     launch._forward_constants.clear()

@@ -1,42 +1,29 @@
 """Kernels of a LoRA training step, counted, and the time that a named GPU is predicted to take. Nothing is measured.
 
-    time of a kernel = max(flops / rate, bytes / (share · copy rate)) + 2.5 us for its start and end
-
-`GPUS` has the rates. Kernels reach these shares of the copy rate:
-
-    skinny product summed over the wide side (x Aᵀ, dY B, dA, dB)     0.72 (H100, A100), 0.62 (H200)
-    elementwise pass, or skinny product that writes the wide side      0.85
-    passes around 8-bit products                                       `triton_kernels.dense`
-
-A product with a side of width w, the rank, reaches w / (w + 160) of the GPU's rate: cuBLAS wastes tiles and fills its
-pipeline for few columns. A dense product reaches all of it where its result has a tile of 128 x 128 for each SM, and
-with fewer tiles the share of the SMs that have one. Operands have 16 bits; M tokens, N out, K in, R factor rank, P
-adapter rank. Left out: the host (every kernel is in the queue when its turn comes), the embedding, the last norm, and
-that the first block needs no dX of q, k and v.
+The rates, the shares of them that kernels reach, and the counts of products and passes are those of `loge.explain`
+(`triton_kernels.rates`, `library`, `cost_exact`). Dense products run at the rate that lasts for a training step of a
+second, not at that of a short run. Operands have 16 bits; M tokens, N out, K in, R factor rank, P adapter rank. Left
+out: the host (every kernel is in the queue when its turn comes), the embedding, the last norm, and that the first block
+needs no dX of q, k and v.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
-from loge_kernels.triton_kernels.dense import quantisation_passes
+from loge_kernels.triton_kernels import cost_exact, library, phases
+from loge_kernels.triton_kernels.rates import KERNEL_US, KNOWN, PASS, DeviceSpec
 
 from ..measure.shapes import LLAMAS, Llama
 
 Elementwise = Literal["lean", "eager"]
 EightBits = Literal["int8", "float8"]
 
-_LAUNCH = 2.5e-6  # seconds from one kernel's end to the next one's full speed, in a queue that is never empty
-_PASS = 0.85  # share of the copy rate, as above
-_HALF_WIDTH = 160  # columns at which a narrow product reaches half of the rate
-_TILE = 128  # rows and columns of a dense product's result that one SM computes at a time
 _CROSS_ENTROPY = 28  # bytes a logit: to float32 (6), log-softmax (8), its backward (8), to 16 bits (6)
 _OPTIMIZER = 96  # bytes an adapter element: 21 reads and writes of AdamW's foreach passes, 3 of clipping, in float32
 _OPTIMIZER_KERNELS = 11
-_EIGHT_BIT_STEP = 16  # 8-bit products take N and K that are multiples of this
 
 
 # LLaMA-2-7B from its published config, the others from `shapes`.
@@ -45,39 +32,40 @@ MODELS = {"LLaMA-2-7B": Llama(4096, 4096, 11008, 32, 32000), **LLAMAS}
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Rates of one GPU, sustained in a training step of a second: products and attention in TFLOP/s, copies in TB/s.
+    """One GPU: what the cost model knows of it, and causal attention with heads of 128 and 4096 tokens, in TFLOP/s."""
 
-    float8 is None where there is none; `float8_fast` is with use_fast_accum. `skinny` is a share of `copy`.
-    """
-
-    sms: int
-    bf16: float
-    int8: float
-    float8: float | None
-    float8_fast: float | None
+    spec: DeviceSpec
     attention_forward: float
     attention_backward: float
-    copy: float
-    skinny: float
 
-    def rate(self, dtype: EightBits | None, fast_accumulation: bool = False) -> float:
-        """flop/s of a dense product in `dtype`, None for 16 bits. Raises ValueError where the GPU has none."""
-        float8 = self.float8_fast if fast_accumulation else self.float8
-        rate = self.bf16 if dtype is None else self.int8 if dtype == "int8" else float8
-        if rate is None:
-            raise ValueError(f"dtype={dtype!r} does not run on this GPU; give 'int8' or None")
-        return rate * 1e12
+    @property
+    def float8(self) -> bool:
+        return self.spec.float8 > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rates that a step rests on, JSON-able: products and attention in TFLOP/s, copies in TB/s; float8 is None
+        where there is none."""
+        own = self.spec.tflops_16_sustained
+        return {
+            "device": self.spec.name,
+            "sms": self.spec.sms,
+            "bf16": own,
+            "bf16_short_run": self.spec.tflops_16,
+            "int8": own * self.spec.int8,
+            "float8": own * self.spec.float8 or None,
+            "float8_fast": own * self.spec.float8_fast or None,
+            "attention_forward": self.attention_forward,
+            "attention_backward": self.attention_backward,
+            "copy": self.spec.hbm_gbs / 1e3,
+            "skinny": self.spec.skinny,
+        }
 
 
-# Recalled from datasheets and published measurements; none was taken for this table.
-# bf16: cuBLAS, on Hopper under a limit of 700 W, which holds it below the 740 to 790 of a short run. float8: row-wise
-# torch._scaled_mm of cuBLAS 12.9 or newer. int8: on Hopper as slow float8, whose datasheet peak it shares; on A100 0.72
-# of its own. attention: causal, heads of 128, 4096 tokens; FlashAttention 3 on Hopper, 2 on A100. copy: 0.90 of the
-# datasheet. skinny: cuBLAS, thousands of tokens.
+# Attention: FlashAttention 3 on Hopper, 2 on A100, as published; none was measured for this table.
 GPUS = {
-    "H100": Gpu(132, 660, 980, 980, 1150, 450, 380, 3.0, 0.72),
-    "H200": Gpu(132, 720, 1080, 1080, 1280, 450, 380, 4.3, 0.62),
-    "A100": Gpu(108, 250, 450, None, None, 190, 150, 1.8, 0.72),
+    "H100": Gpu(KNOWN["NVIDIA H100 80GB HBM3"], 450, 380),
+    "H200": Gpu(KNOWN["NVIDIA H200"], 450, 380),
+    "A100": Gpu(KNOWN["NVIDIA A100-SXM4-80GB"], 190, 150),
 }
 
 
@@ -91,14 +79,26 @@ class Cost:
     flops_seconds: float = 0.0
     bytes_seconds: float = 0.0
 
+    launch_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, *counted: phases.Phase) -> Cost:
+        """The sum of phases, which follow each other."""
+        cost = cls()
+        for phase in counted:
+            bound = phase.bound_us * 1e-6
+            flops = (bound, 0.0) if phase.limit == "tensor" or phase.tensor_us >= phase.hbm_us > 0 else (0.0, bound)
+            cost += cls(phase.flops, phase.hbm_bytes, phase.kernels, *flops, phase.launch_us * 1e-6)
+        return cost
+
     @property
     def seconds(self) -> float:
-        return self.flops_seconds + self.bytes_seconds + self.kernels * _LAUNCH
+        return self.flops_seconds + self.bytes_seconds + self.launch_seconds
 
     @property
     def bound(self) -> Literal["flops", "bytes", "launches"]:
         """What most of the time goes to."""
-        longest = max(self.flops_seconds, self.bytes_seconds, self.kernels * _LAUNCH)
+        longest = max(self.flops_seconds, self.bytes_seconds, self.launch_seconds)
         if longest == self.flops_seconds:
             return "flops"
         return "bytes" if longest == self.bytes_seconds else "launches"
@@ -110,6 +110,7 @@ class Cost:
             self.kernels + other.kernels,
             self.flops_seconds + other.flops_seconds,
             self.bytes_seconds + other.bytes_seconds,
+            self.launch_seconds + other.launch_seconds,
         )
 
     def __mul__(self, count: float) -> Cost:
@@ -120,41 +121,59 @@ class Cost:
             self.kernels * count,
             self.flops_seconds * count,
             self.bytes_seconds * count,
+            self.launch_seconds * count,
         )
 
 
-def kernel(flops: float, rate: float, nbytes: float, bandwidth: float) -> Cost:
-    """One kernel: the longer of its flops at `rate` flop/s and its bytes at `bandwidth` bytes/s."""
-    arithmetic, memory = flops / rate, nbytes / bandwidth
-    return Cost(flops, nbytes, 1, arithmetic if arithmetic >= memory else 0.0, memory if memory > arithmetic else 0.0)
+def kernel(gpu: Gpu, flops: float, tflops: float, nbytes: float) -> Cost:
+    """One kernel: the longer of its flops at `tflops` and its bytes at a pass's rate."""
+    arithmetic, memory = flops / (tflops * 1e12), nbytes / (PASS * gpu.spec.hbm_gbs * 1e9)
+    seconds = (arithmetic, 0.0) if arithmetic >= memory else (0.0, memory)
+    return Cost(flops, nbytes, 1, *seconds, _launches(gpu, 1))
 
 
-def passes(gpu: Gpu, nbytes: float, kernels: int = 1, share: float = _PASS) -> Cost:
+def _launches(gpu: Gpu, kernels: float) -> float:
+    """Seconds from kernels' ends to the next ones' full speed, in a queue that is never empty."""
+    return kernels * (gpu.spec.gap_us + KERNEL_US) * 1e-6
+
+
+def small(gpu: Gpu, kernels: int) -> Cost:
+    """Kernels that move next to nothing."""
+    return passes(gpu, 0, kernels)
+
+
+def passes(gpu: Gpu, nbytes: float, kernels: int = 1, share: float = PASS) -> Cost:
     """Elementwise kernels that move `nbytes` in all."""
-    return Cost(bytes=nbytes, kernels=kernels, bytes_seconds=nbytes / (share * gpu.copy * 1e12))
+    return Cost.of(phases.passes("", gpu.spec, int(nbytes), kernels, share))
 
 
 def dense(gpu: Gpu, I: int, J: int, L: int, dtype: EightBits | None = None, fast_accumulation: bool = False) -> Cost:
-    """[I, J] @ [J, L] with no narrow side, operands in `dtype` or 16 bits; int8 writes int32, all else 16 bits."""
-    nbytes = (I * J + J * L) * (1 if dtype else 2) + I * L * (4 if dtype == "int8" else 2)
-    busy = min(1.0, ceil(I / _TILE) * ceil(L / _TILE) / gpu.sms)
-    return kernel(2.0 * I * J * L, busy * gpu.rate(dtype, fast_accumulation), nbytes, _PASS * gpu.copy * 1e12)
+    """[I, J] @ [J, L] with no narrow side, operands in `dtype` or 16 bits; int8 writes int32, all else 16 bits. Raises
+    ValueError where the GPU has no such product."""
+    if dtype is None:
+        return Cost.of(library.dense_product("", gpu.spec, I, J, L))
+    times = cost_exact.rate_of(gpu.spec, precision(dtype, fast_accumulation))
+    if not times:
+        raise ValueError(f"dtype={dtype!r} does not run on this GPU; give 'int8' or None")
+    out_size = 4 if dtype == "int8" else 2
+    return Cost.of(library.dense_product("", gpu.spec, I, J, L, 1, times=times, out_size=out_size))
+
+
+def precision(dtype: EightBits, fast_accumulation: bool) -> str:
+    """The name that the cost model gives to `dtype`."""
+    return cost_exact.FAST if dtype == "float8" and fast_accumulation else dtype
 
 
 def narrow(gpu: Gpu, I: int, J: int, L: int, accumulates: bool = False) -> Cost:
     """[I, J] @ [J, L] in 16 bits whose narrowest side is a rank; `accumulates`: it reads what it adds to."""
-    width = min(I, J, L)
-    share = _PASS if width == J else gpu.skinny
-    nbytes = 2 * (I * J + J * L + I * L * (2 if accumulates else 1))
-    rate = gpu.rate(None) * width / (width + _HALF_WIDTH)
-    return kernel(2.0 * I * J * L, rate, nbytes, share * gpu.copy * 1e12)
+    return Cost.of(library.narrow_product("", gpu.spec, I, J, L, accumulates=accumulates))
 
 
 def lora_forward(gpu: Gpu, M: int, N: int, K: int, P: int, peft: bool) -> Cost:
     """What the adapter adds to y = x Wᵀ: PEFT moves MK + 6 MN elements, the op MK + 2 MN and s·B."""
     if peft:  # x Aᵀ; xa Bᵀ; times s; added to y
         return narrow(gpu, M, K, P) + narrow(gpu, M, P, N) + passes(gpu, 4 * M * N) + passes(gpu, 6 * M * N)
-    return Cost(kernels=1) + narrow(gpu, M, K, P) + narrow(gpu, M, P, N, accumulates=True)
+    return small(gpu, 1) + narrow(gpu, M, K, P) + narrow(gpu, M, P, N, accumulates=True)
 
 
 def lora_gradients(gpu: Gpu, M: int, N: int, K: int, P: int) -> Cost:
@@ -167,21 +186,39 @@ def lora_backward(gpu: Gpu, M: int, N: int, K: int, P: int, peft: bool) -> Cost:
     gradients = lora_gradients(gpu, M, N, K, P) + narrow(gpu, M, N, P)
     if peft:  # s·dY; its product with B; that with A; added to dX
         return gradients + passes(gpu, 4 * M * N) + narrow(gpu, M, P, K) + passes(gpu, 6 * M * K)
-    # Small kernels: s·B, its copy, s·dB. The product with A is added to dX in place.
-    return gradients + Cost(kernels=3) + narrow(gpu, M, P, K, accumulates=True)
+    # Small kernels: s·B, s·dB. The product with A is added to dX in place.
+    return gradients + small(gpu, 2) + narrow(gpu, M, P, K, accumulates=True)
 
 
 def quantisation(gpu: Gpu, M: int, N: int, K: int, dtype: EightBits) -> Cost:
     """Passes around the 8-bit product for dX: row maxima of dY, two small kernels for the scales, the division; int8
     also rounds and converts, and scales int32 sums by row and by column afterwards."""
-    counted = quantisation_passes(M, N, K, dtype)
-    return sum((passes(gpu, nbytes, share=share) for nbytes, share in counted), Cost(kernels=2))
+    before, after = cost_exact.quantisation(M, N, K, dtype)
+    return sum((passes(gpu, nbytes, share=share) for nbytes, share in before + after), small(gpu, 2))
+
+
+def exact_kernels(
+    gpu: Gpu, M: int, N: int, K: int, P: int, dtype: EightBits | None, fast_accumulation: bool = False
+) -> dict[str, Cost]:
+    """One linear layer's exact backward by this package's kernels around and in the product, in the form that takes
+    least time: its product, what quantises dY, and all else."""
+    forms = [
+        cost_exact.estimate_exact(
+            form, dtype and precision(dtype, fast_accumulation), M, N, K, P, phases.Flags(), gpu.spec
+        )
+        for form in ("prepared", "fused")
+    ]
+    best = min(forms, key=lambda estimate: estimate.predicted_us)
+    parts = {"product": Cost(), "quantise": Cost(), "LoRA": Cost()}
+    for phase in best.phases:
+        parts[phase.name if phase.name in parts else "LoRA"] += Cost.of(phase)
+    return parts
 
 
 def fastest_dtype(gpu: Gpu, M: int, N: int, K: int, fast_accumulation: bool = False) -> EightBits | None:
     """What the dense product dX = dY W takes least time in, its quantisation counted; None for 16 bits."""
     seconds: dict[EightBits | None, float] = {None: dense(gpu, M, N, K).seconds}
-    eight_bits: tuple[EightBits, ...] = ("int8",) if gpu.float8 is None else ("int8", "float8")
+    eight_bits: tuple[EightBits, ...] = ("int8", "float8") if gpu.float8 else ("int8",)
     for dtype in eight_bits if runs_in_eight_bits(N, K) else ():
         product = dense(gpu, M, N, K, dtype, fast_accumulation)
         seconds[dtype] = (product + quantisation(gpu, M, N, K, dtype)).seconds
@@ -190,12 +227,12 @@ def fastest_dtype(gpu: Gpu, M: int, N: int, K: int, fast_accumulation: bool = Fa
 
 def runs_in_eight_bits(N: int, K: int) -> bool:
     """Whether cuBLAS has an 8-bit product for a weight [N, K]."""
-    return N % _EIGHT_BIT_STEP == 0 and K % _EIGHT_BIT_STEP == 0
+    return N % cost_exact.EIGHT_BIT_STEP == 0 and K % cost_exact.EIGHT_BIT_STEP == 0
 
 
 def low_rank_dx(gpu: Gpu, M: int, N: int, K: int, R: int, P: int) -> Cost:
     """T = dY [left | s·B], dX = T [right ; A] by cuBLAS: s·B, two concatenations, two products, s·dB."""
-    joined = passes(gpu, 4 * (R + P) * (N + K), kernels=2) + Cost(kernels=2)
+    joined = passes(gpu, 4 * (R + P) * (N + K), kernels=2) + small(gpu, 2)
     return joined + narrow(gpu, M, N, R + P) + narrow(gpu, M, R + P, K)
 
 
@@ -204,10 +241,9 @@ def attention(gpu: Gpu, model: Llama, M: int, length: int) -> tuple[Cost, Cost]:
     and five in backward; queries, keys, values and outputs read or written once, their gradients as well."""
     flops = 2.0 * M * length * model.hidden
     tensors = 2 * M * (2 * model.hidden + 2 * model.key_value)
-    bandwidth = _PASS * gpu.copy * 1e12
-    forward = kernel(flops, gpu.attention_forward * 1e12, tensors, bandwidth)
-    backward = kernel(2.5 * flops, gpu.attention_backward * 1e12, 2 * tensors, bandwidth)
-    return forward, backward + Cost(kernels=2)  # row sums before, dq to 16 bits after
+    forward = kernel(gpu, flops, gpu.attention_forward, tensors)
+    backward = kernel(gpu, 2.5 * flops, gpu.attention_backward, 2 * tensors)
+    return forward, backward + small(gpu, 2)  # row sums before, dq to 16 bits after
 
 
 def elementwise(gpu: Gpu, model: Llama, M: int, kind: Elementwise) -> tuple[Cost, Cost]:

@@ -14,7 +14,7 @@ GPU's memory is not asked.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -43,6 +43,8 @@ class PaperPolicy:
         product has no more flops stays exact.
     exact_layers: share in [0, 1] of the frozen weights, from the output downwards, that is exact.
     exact_every: of so many steps one is exact in every layer; any number from 1, None for no such step.
+    kernels: exact backwards by this package's kernels, which read dY once beside the product (twice for scales of its
+        rows), where PyTorch's composition reads it up to four times.
     """
 
     name: str
@@ -52,6 +54,7 @@ class PaperPolicy:
     rank: int | float | None = None
     exact_layers: float = 0.0
     exact_every: float | None = None
+    kernels: bool = False
 
     def __post_init__(self) -> None:
         if self.exact_dtype not in (None, "int8", "float8", "auto"):
@@ -71,7 +74,7 @@ class PaperPolicy:
             raise ValueError(
                 f"fast_accumulation=True, exact_dtype={self.exact_dtype!r}: only float8 has it; give 'float8' or 'auto'"
             )
-        if self.peft and (self.exact_dtype or self.fast_accumulation or self.rank is not None):
+        if self.peft and (self.exact_dtype or self.fast_accumulation or self.kernels or self.rank is not None):
             raise ValueError(f"policy {self.name!r}: peft=True is exact in 16 bits; give it no other field")
 
     @property
@@ -136,7 +139,7 @@ def predict(
         raise ValueError(f"tokens={tokens}, sequences={sequences}: give a multiple of the sequences")
     if elementwise not in get_args(Elementwise):
         raise ValueError(f"elementwise={elementwise!r} is unknown; choose from {', '.join(get_args(Elementwise))}")
-    if policy.exact_dtype == "float8" and device.float8 is None:
+    if policy.exact_dtype == "float8" and not device.float8:
         raise ValueError(f"exact_dtype='float8' does not run on gpu={gpu!r}; give 'int8', 'auto' or None")
     attention = paper_model.attention(device, sizes, tokens, tokens // sequences)
     others = paper_model.elementwise(device, sizes, tokens, elementwise)
@@ -164,10 +167,16 @@ def _linear_backward(gpu: Gpu, sizes: Llama, policy: PaperPolicy, M: int, P: int
         R = _rank(policy.rank, N, K)
         exact = 1.0 if R is None else policy.exact_share
         dtype = _dtype(gpu, policy, M, N, K)
-        dense += paper_model.dense(gpu, M, N, K, dtype, policy.fast_accumulation) * exact
-        if dtype is not None:
-            quantisation += paper_model.quantisation(gpu, M, N, K, dtype) * exact
-        adapters += paper_model.lora_backward(gpu, M, N, K, P, policy.peft) * exact
+        if policy.kernels:
+            parts = paper_model.exact_kernels(gpu, M, N, K, P, dtype, policy.fast_accumulation)
+            dense += parts["product"] * exact
+            quantisation += parts["quantise"] * exact
+            adapters += parts["LoRA"] * exact
+        else:
+            dense += paper_model.dense(gpu, M, N, K, dtype, policy.fast_accumulation) * exact
+            if dtype is not None:
+                quantisation += paper_model.quantisation(gpu, M, N, K, dtype) * exact
+            adapters += paper_model.lora_backward(gpu, M, N, K, P, policy.peft) * exact
         if R is not None:
             low_rank += paper_model.low_rank_dx(gpu, M, N, K, R, P) * (1.0 - exact)
             adapters += paper_model.lora_gradients(gpu, M, N, K, P) * (1.0 - exact)
@@ -216,15 +225,20 @@ def default_exact_dtype(gpu: str, N: int, K: int, M: int, fast_accumulation: boo
 
 def standard_policies(gpu: str) -> tuple[PaperPolicy, ...]:
     """PEFT, and this package's policies that run on `gpu`."""
-    eight: EightBits = "int8" if _gpu(gpu).float8 is None else "float8"
-    fast = (PaperPolicy("exact float8, fast accumulation", exact_dtype="float8", fast_accumulation=True),)
+    eight: EightBits = "int8" if not _gpu(gpu).float8 else "float8"
+    fast = PaperPolicy("exact float8, fast accumulation", exact_dtype="float8", fast_accumulation=True)
+    ours = "exact kernels"
     return (
         PaperPolicy("peft", peft=True),
         PaperPolicy("exact"),
         PaperPolicy(f"exact {eight}", exact_dtype=eight),
-        *(fast if eight == "float8" else ()),
+        *((fast,) if eight == "float8" else ()),
+        PaperPolicy(ours, kernels=True),
+        PaperPolicy(f"{ours}, {eight}", exact_dtype=eight, kernels=True),
+        *((replace(fast, name=f"{ours}, float8, fast accumulation", kernels=True),) if eight == "float8" else ()),
         PaperPolicy("exact auto", exact_dtype="auto"),
         PaperPolicy("rank 256", rank=256),
+        PaperPolicy("rank 1/4, exact_layers 0.5 auto", rank=1 / 4, exact_layers=0.5, exact_dtype="auto"),
         PaperPolicy(f"rank 1/8, exact_layers 0.7 {eight}", rank=1 / 8, exact_layers=0.7, exact_dtype=eight),
     )
 
@@ -275,7 +289,7 @@ def run(
         "benchmark": "on paper",
         "predicted": True,
         "model": {"name": known("model", model, MODELS) if isinstance(model, str) else "LLaMA"} | asdict(_model(model)),
-        "gpu": {"name": known("gpu", gpu, GPUS)} | asdict(_gpu(gpu)),
+        "gpu": {"name": known("gpu", gpu, GPUS)} | _gpu(gpu).to_dict(),
         "tokens": tokens,
         "sequences": sequences,
         "lora_rank": lora_rank,
@@ -292,12 +306,14 @@ def run(
 
 def _print_policies(console: Console, report: dict[str, Any]) -> None:
     gpu, model = report["gpu"], report["model"]
-    float8 = f", {gpu['float8']} ({gpu['float8_fast']} with fast accumulation) in float8" if gpu["float8"] else ""
+    float8 = (
+        f", {gpu['float8']:.0f} ({gpu['float8_fast']:.0f} with fast accumulation) in float8" if gpu["float8"] else ""
+    )
     console.print(
         f"[bold]Predicted, not measured[/bold]: {model['name']} (hidden {model['hidden']}, {model['layers']} layers) "
         f"on one {gpu['name']}, {report['tokens']} tokens in {report['sequences']} sequences, adapters of rank "
-        f"{report['lora_rank']}, {report['elementwise']} elementwise kernels; products {gpu['bf16']} TFLOP/s in 16 "
-        f"bits, {gpu['int8']} in int8{float8}; copies {gpu['copy']} TB/s; a queue that is never empty",
+        f"{report['lora_rank']}, {report['elementwise']} elementwise kernels; products {gpu['bf16']:.0f} TFLOP/s in 16 "
+        f"bits, {gpu['int8']:.0f} in int8{float8}; copies {gpu['copy']} TB/s; a queue that is never empty",
         highlight=False,
         soft_wrap=True,
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..triton_kernels import ExactForm
 from . import cuda as cuda_backend
-from . import cuda_measured, reference
+from . import cuda_measured, predicted, reference
 from . import triton as triton_backend
 from .problem import BackwardProblem, Gradients, Operands
 from .verified import is_verified
@@ -54,9 +54,14 @@ def _why_not_triton(problem: BackwardProblem) -> str | None:
         return "on the CPU it runs in an interpreter, for tests"
     if not is_verified("triton", device):
         return _UNVERIFIED
-    if cuda_measured.faster_than_triton(problem) and is_verified("cuda", device) and not cuda_backend.why_not(problem):
-        return "the CUDA kernels are measured to be faster for this shape"
-    return triton_backend.why_not_auto(problem)
+    known = "measured" if cuda_measured.faster_than_triton(problem) else "predicted"
+    if (
+        (known == "measured" or predicted.cuda_wins(problem))
+        and is_verified("cuda", device)
+        and not cuda_backend.why_not(problem)
+    ):
+        return f"the CUDA kernels are {known} to be faster for this shape"
+    return predicted.why_not(problem, "triton")
 
 
 def _why_not_cuda(problem: BackwardProblem) -> str | None:
@@ -65,7 +70,7 @@ def _why_not_cuda(problem: BackwardProblem) -> str | None:
         return None  # that reason is the backend's own
     if not is_verified("cuda", device):
         return _UNVERIFIED
-    return None if cuda_measured.faster_than_triton(problem) else triton_backend.why_not_auto(problem)
+    return None if cuda_measured.faster_than_triton(problem) else predicted.why_not(problem, "cuda")
 
 
 def _state_on_gpu(name: str) -> str:

@@ -146,22 +146,6 @@ def exact_form(p: BackwardProblem) -> kernels.ExactForm:
     return kernels.choose_exact(M, N, weight.shape[1], P, p.dy.dtype, eight_bits, p.dy.device, flags)
 
 
-def why_not_auto(p: BackwardProblem) -> str | None:
-    """The cost model's reason to prefer the PyTorch composition for this problem, or None."""
-    if p.left is None or p.right is None:
-        return "without factors dX is a dense product"
-    if p.right.shape[0] == 0:
-        return "the frozen path is dropped: rank 0"
-    if not p.need_dx:
-        return "without dX there is no chain to fuse"
-    M, N = p.dy.shape
-    R, K = p.right.shape
-    P = 0 if p.lora_B is None else p.lora_B.shape[1]
-    flags = kernels.Flags(p.need_dx, p.need_dA, p.need_dB, p.need_dbias, p.dropout > 0.0, p.deterministic)
-    choice = kernels.explain(M, N, K, R, P, p.dy.dtype, p.dy.device, flags).choice
-    return "PyTorch's products are predicted to be faster" if choice == "torch" else None
-
-
 def why_not_forward(operands: Operands) -> str | None:
     """Why the fused forward cannot run these operands, or None."""
     x, lora_A = operands.x, operands.lora_A

@@ -272,10 +272,48 @@ def test_measured_shapes_are_preferred_to_triton_where_cuda_can(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(registry, "is_verified", lambda name, device: name == "triton" or obstacle != "unverified")
     monkeypatch.setattr(cuda_backend, "why_not", lambda problem: "no" if obstacle == "refuses" else None)
-    monkeypatch.setattr(registry.triton_backend, "why_not_auto", lambda problem: None)
+    times = {"triton": 1.0, "cuda": 1.0, "reference": 2.0}
+    monkeypatch.setattr(registry.predicted, "microseconds", lambda problem: times)
     monkeypatch.setattr(cuda_measured, "_rows", lambda: (ROW | changes,))
     assert (passed_over("triton") is not None) is preferred
     assert (passed_over("cuda") is None) is (obstacle != "unverified")
+
+
+@pytest.mark.parametrize(
+    ("triton", "cuda", "reference", "obstacle", "chosen"),
+    [
+        (2.0, 1.0, 3.0, None, "cuda"),
+        (1.0, 2.0, 3.0, None, "triton"),
+        (3.0, 2.0, 1.0, None, "reference"),
+        (3.0, 1.0, 2.0, None, "cuda"),
+        (2.0, 1.0, 3.0, "unverified", "triton"),
+        (2.0, 1.0, 3.0, "refuses", "triton"),
+        (3.0, 1.0, 2.0, "unverified", "reference"),
+        (2.0, None, 1.0, None, "reference"),
+        (1.0, None, 2.0, None, "triton"),
+    ],
+)
+def test_auto_compares_predicted_times(
+    triton: float,
+    cuda: float | None,
+    reference: float,
+    obstacle: str | None,
+    chosen: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = {"triton": triton, "reference": reference} | ({} if cuda is None else {"cuda": cuda})
+    monkeypatch.setattr(registry.predicted, "microseconds", lambda problem: times)
+    monkeypatch.setattr(cuda_measured, "faster_than_triton", lambda problem: False)
+    monkeypatch.setattr(registry, "is_verified", lambda name, device: name == "triton" or obstacle != "unverified")
+    monkeypatch.setattr(cuda_backend, "why_not", lambda problem: "no" if obstacle == "refuses" else None)
+    order = (name for name in registry._REGISTRY if name == "reference" or passed_over(name) is None)
+    assert next(order) == chosen
+
+
+def test_the_prediction_is_asked_of_the_cost_model() -> None:
+    times = registry.predicted.microseconds(problem())
+    assert set(times) >= {"triton", "reference"}
+    assert all(us > 0 for us in times.values())
 
 
 def test_an_empty_table_prefers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,28 @@ def test_a_step_is_within_five_percent(policy: PaperPolicy, plain: float, checkp
     ],
 )
 def test_parts_do_not_make_up_for_each_other(policy: PaperPolicy, part: str, milliseconds: float) -> None:
-    assert 1e3 * of(policy).parts[part].seconds == pytest.approx(milliseconds, rel=0.08)
+    # The estimate has skinny products at 0.72 of the copy rate, `rates` at 0.67.
+    assert 1e3 * of(policy).parts[part].seconds == pytest.approx(milliseconds, rel=0.1)
+
+
+def test_exact_kernels() -> None:
+    """float8 with fast accumulation by this package's kernels: 1.27 times as fast as PEFT, estimated 510 of 658 ms."""
+    fast = replace(FLOAT8, fast_accumulation=True)
+    ours = of(replace(fast, kernels=True))
+    assert ours.milliseconds == pytest.approx(510, rel=0.05)
+    assert of(PEFT).seconds / ours.seconds >= 1.27
+    backward = ("exact dX", "quantisation", "LoRA, backward")
+    by_torch, by_us = (
+        sum(cost.seconds for name, cost in step.parts.items() if name in backward) for step in (of(EXACT), ours)
+    )
+    assert by_torch / by_us >= 1.45
+    parts = {name: cost for name, cost in ours.parts.items() if name not in backward}
+    assert parts == {name: cost for name, cost in of(fast).parts.items() if name not in backward}
+    assert of(replace(EXACT, kernels=True)).seconds < of(EXACT).seconds
+    assert "quantisation" not in of(replace(EXACT, kernels=True)).parts
+    low_rank = replace(RANK, exact_every=2)
+    assert of(replace(RANK, kernels=True)).seconds == of(RANK).seconds  # nothing is exact there
+    assert of(replace(low_rank, kernels=True)).seconds < of(low_rank).seconds
 
 
 def test_flops_by_hand() -> None:
@@ -223,6 +244,7 @@ def test_bad_arguments(arguments: dict[str, Any], words: str) -> None:
         ({"exact_layers": 0.5}, "exact_layers=0.5, exact_every=None: without a rank"),
         ({"fast_accumulation": True}, "fast_accumulation=True, exact_dtype=None: only float8 has it"),
         ({"peft": True, "rank": 16}, "peft=True is exact in 16 bits"),
+        ({"peft": True, "kernels": True}, "peft=True is exact in 16 bits"),
     ],
 )
 def test_bad_policies(fields: dict[str, Any], words: str) -> None:

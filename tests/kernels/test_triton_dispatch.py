@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from loge_kernels import triton_kernels as tk
-from loge_kernels.triton_kernels import availability, dispatch, tuning
+from loge_kernels.triton_kernels import availability, dispatch, explanation, tuning
 from loge_kernels.triton_kernels.configs import (
     Entry,
     OneLaunchConfig,
@@ -27,8 +27,13 @@ from loge_kernels.triton_kernels.configs import (
 )
 from loge_kernels.triton_kernels.cost_model import Flags, estimate_one_launch
 from loge_kernels.triton_kernels.devices import DEFAULT, KNOWN, device_spec, from_properties
+from loge_kernels.triton_kernels.exact_choice import choose_exact
 
 H200 = "NVIDIA H200"
+BAD_RATES = (
+    *("7", '{"hbm": 4000.0}', '{"hbm_gbs": "4000"}', '{"hbm_gbs": NaN}', '{"skinny": 62}', '{"gap_us": true}'),
+    *('{"narrow": []}', '{"narrow": [[272, 0.5], [144, 0.4]]}', '{"narrow": [[144, 7]]}', '{"narrow": 0.5}'),
+)
 ENTRY = Entry("one_launch", 16, 64, 16, True, OneLaunchConfig(64, 64, 64, 4, 3))
 
 
@@ -36,7 +41,8 @@ ENTRY = Entry("one_launch", 16, 64, 16, True, OneLaunchConfig(64, 64, 64, 4, 3))
 def fresh_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(tuning, "_warned", set())
-    for cached in (dispatch._tables, dispatch.form_configs, dispatch.explain, dispatch.forward_wins):
+    choices = (dispatch.forward_wins, choose_exact, explanation.explain)
+    for cached in (device_spec, dispatch._tables, dispatch.form_configs, *choices):
         cached.cache_clear()
 
 
@@ -46,8 +52,9 @@ class TestModel:
     def test_explain_orders_its_candidates(self, M: int, R: int) -> None:
         explained = tk.explain(M, 4096, 4096, R, 16, torch.bfloat16, H200)
         forms = {c.form for c in explained.candidates}
-        assert forms == ({"torch", "two_launch"} if R > 256 else {"torch", "two_launch", "one_launch"})
-        assert set(explained.passed_over) == ({"one_launch"} if R > 256 else set())
+        some = {"one_launch", "cuda sm90"}
+        assert forms == {"torch", "two_launch"} | (set() if R > 256 else some)
+        assert set(explained.passed_over) == (some if R > 256 else set())
         times = [c.predicted_us for c in explained.candidates]
         assert times == sorted(times)
         assert all(math.isfinite(time) and time > 0 for time in times)
@@ -69,7 +76,7 @@ class TestModel:
         for arguments, dtype in (((64, 64, 64, 16, 200), torch.bfloat16), ((64, 64, 64, 16, 8), torch.float64)):
             explained = tk.explain(*arguments, dtype, H200)
             assert explained.choice == "torch"
-            assert set(explained.passed_over) == {"one_launch", "two_launch"}
+            assert set(explained.passed_over) == {"one_launch", "two_launch", "cuda sm90"}
 
     def test_the_fused_forward_is_for_small_problems(self) -> None:
         assert tk.forward_wins(64, 576, 576, 16, torch.bfloat16, H200)
@@ -163,6 +170,7 @@ class TestTables:
             ('"bits": 16', '"bits": 8'),
             ('"aligned": true', '"aligned": 1'),
             ('"entries": [', '"entries": [7, '),
+            *(('"entries"', f'"rates": {rates}, "entries"') for rates in BAD_RATES),
         ],
         ids=lambda damage: repr(damage)[:40],
     )
@@ -206,6 +214,33 @@ class TestTables:
         processes = [subprocess.Popen([sys.executable, "-c", script, str(who)]) for who in range(2)]
         assert [process.wait(timeout=120) for process in processes] == [0, 0]
         assert len(tuning.read_table("here")) == 50
+
+    def test_measured_rates_lie_beside_the_configurations(self) -> None:
+        before = device_spec(H200)
+        rates = {"hbm_gbs": 2150.0, "tflops_16": 395.0, "skinny": 0.8, "narrow": [[144, 0.9], [4096, 1.0]]}
+        tuning.write_entries("nvidia_h200", [ENTRY], "test")
+        tuning.write_rates("nvidia_h200", rates, "test")
+        tuning.write_entries("nvidia_h200", [replace(ENTRY, rank=128)], "test")
+        tuning.write_rates("nvidia_h200", {"gap_us": 2.5}, "test")
+        assert len(tuning.read_table("nvidia_h200")) == 2
+        assert device_spec(H200) is before, "until the choices are forgotten"
+        device_spec.cache_clear()
+        spec = device_spec(H200)
+        assert (spec.hbm_gbs, spec.tflops_16, spec.skinny, spec.gap_us) == (2150.0, 395.0, 0.8, 2.5)
+        assert spec.narrow == ((144, 0.9), (4096, 1.0))
+        assert spec.tflops_16_sustained == pytest.approx(before.tflops_16_sustained / 2)
+        assert device_spec("NVIDIA H100 80GB HBM3") is KNOWN["NVIDIA H100 80GB HBM3"]
+        slower = tk.explain(8192, 4096, 4096, 64, 16, device=H200)
+        explanation.explain.cache_clear()
+        device_spec.cache_clear()
+        tuning.table_path("nvidia_h200").unlink()
+        faster = tk.explain(8192, 4096, 4096, 64, 16, device=H200)
+        assert slower.candidates[0].predicted_us > 1.3 * faster.candidates[0].predicted_us
+
+    def test_rates_that_cannot_be_are_not_written(self) -> None:
+        with pytest.raises(ValueError, match="hbm_gbs=-1"):
+            tuning.write_rates("here", {"hbm_gbs": -1}, "test")
+        assert not tuning.table_path("here").exists()
 
     def test_cache_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LOGE_CACHE", "off")

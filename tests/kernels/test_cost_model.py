@@ -1,0 +1,397 @@
+"""The cost model against an independent estimate of the same kernels, and what must follow from its counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from loge_kernels import triton_kernels as tk
+from loge_kernels.triton_kernels import cost_cuda, cost_exact
+from loge_kernels.triton_kernels.configs import best_entry, padded, shipped
+from loge_kernels.triton_kernels.cost_exact import estimate_exact
+from loge_kernels.triton_kernels.cost_model import Flags, estimate_one_launch, estimate_two_launch
+from loge_kernels.triton_kernels.explanation import Explanation
+from loge_kernels.triton_kernels.library import dense_product, estimate_torch, narrow_product
+from loge_kernels.triton_kernels.phases import BOUNDS, Estimate, Phase, l2_traffic
+from loge_kernels.triton_kernels.rates import DEFAULT, KNOWN, OVERLAP, narrow_share
+
+H100, H200, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA A100-SXM4-80GB"
+P = 16
+SMALL = 10  # microseconds of two zero fills and two casts, which the estimate lists apart for the CUDA kernel
+
+# An estimate on paper of bfloat16 with an adapter of 16, in microseconds: the PyTorch composition, the sm_90 kernel
+# without its small kernels, Triton's one launch and two launches. It is itself good to 15 %.
+#    N     K     M     R  torch sm90 one  two
+ESTIMATED = """
+H200  4096  4096  4096  64   69   35   88   51
+H200  4096  4096  4096 128   75   40  103   58
+H200  4096  4096  4096 256   91   52  193   73
+H200  4096  4096  4096 512  118    -    -  146
+H200  4096  4096  8192  64  117   63   95   80
+H200  4096  4096  8192 128  125   70  117   93
+H200  4096  4096  8192 256  151   91  193  120
+H200  4096  4096  8192 512  198    -    -  268
+H200  4096  4096 16384  64  214  116  176  139
+H200  4096  4096 16384 128  230  127  226  163
+H200  4096  4096 16384 256  280  165  197  214
+H200  4096  4096 16384 512  370    -    -  516
+H200 14336  4096  4096  64  131   62  171   80
+H200 14336  4096  4096 128  150   73  204   95
+H200 14336  4096  4096 256  188   99  399  125
+H200 14336  4096  4096 512  251    -    -  250
+H200 14336  4096  8192  64  240  117  183  139
+H200 14336  4096  8192 128  259  137  232  166
+H200 14336  4096  8192 256  323  185  399  223
+H200 14336  4096  8192 512  427    -    -  474
+H200 14336  4096 16384  64  457  224  352  255
+H200 14336  4096 16384 128  495  261  463  309
+H200 14336  4096 16384 256  618  353  403  421
+H200 14336  4096 16384 512  817    -    -  929
+H200  4096 14336  4096  64  131   79  190   94
+H200  4096 14336  4096 128  144   83  225  107
+H200  4096 14336  4096 256  174  106  432  135
+H200  4096 14336  4096 512  233    -    -  339
+H200  4096 14336  8192  64  240  151  210  167
+H200  4096 14336  8192 128  259  157  259  191
+H200  4096 14336  8192 256  313  198  432  245
+H200  4096 14336  8192 512  419    -    -  653
+H200  4096 14336 16384  64  457  292  406  313
+H200  4096 14336 16384 128  495  303  519  359
+H200  4096 14336 16384 256  598  380  447  465
+H200  4096 14336 16384 512  801    -    - 1287
+H200  1024  4096  4096  64   50   27   63   42
+H200  1024  4096  4096 128   53   30   73   47
+H200  1024  4096  4096 256   61   38  131   57
+H200  1024  4096  4096 512   78    -    -  115
+H200  1024  4096  8192  64   80   47   69   63
+H200  1024  4096  8192 128   85   49   82   71
+H200  1024  4096  8192 256  100   62  131   89
+H200  1024  4096  8192 512  129    -    -  206
+H200  1024  4096 16384  64  142   84  124  104
+H200  1024  4096 16384 128  151   87  155  119
+H200  1024  4096 16384 256  179  108  135  152
+H200  1024  4096 16384 512  236    -    -  392
+H100  4096  4096  8192  64  160   82  100   97
+H100  4096  4096  8192 128  163   85  120  104
+H100  4096  4096  8192 256  180   99  193  122
+H100  4096  4096  8192 512  232    -    -  273
+H100 14336  4096  8192  64  335  145  191  159
+H100 14336  4096  8192 128  341  154  239  177
+H100 14336  4096  8192 256  388  196  399  225
+H100 14336  4096  8192 512  502    -    -  480
+H100  4096 14336  8192  64  335  206  224  221
+H100  4096 14336  8192 128  341  209  267  228
+H100  4096 14336  8192 256  377  223  432  251
+H100  4096 14336  8192 512  494    -    -  671
+H100  1024  4096  8192  64  107   63   73   79
+H100  1024  4096  8192 128  110   64   85   82
+H100  1024  4096  8192 256  118   69  131   91
+H100  1024  4096  8192 512  150    -    -  211
+"""
+
+
+def shapes() -> list[Any]:
+    rows = [line.split() for line in ESTIMATED.strip().splitlines()]
+    return [pytest.param({"H100": H100, "H200": H200}[gpu], *row, id=" ".join([gpu, *row[:4]])) for gpu, *row in rows]
+
+
+def config(kernel: str, R: int) -> Any:
+    entry = best_entry((shipped("sm_90"),), kernel, 16, padded(R), padded(P), True)
+    assert entry is not None
+    return entry.config
+
+
+@pytest.mark.parametrize(("gpu", "n", "k", "m", "r", "torch_us", "sm90_us", "one_us", "two_us"), shapes())
+def test_every_row_of_the_estimate(
+    gpu: str, n: str, k: str, m: str, r: str, torch_us: str, sm90_us: str, one_us: str, two_us: str
+) -> None:
+    sizes, device = (int(m), int(n), int(k), int(r), P), KNOWN[gpu]
+    assert estimate_torch(*sizes, Flags(), device).predicted_us == pytest.approx(float(torch_us), rel=0.1)
+    two = estimate_two_launch(*sizes, config("two_launch", int(r)), Flags(), device)
+    assert two.predicted_us == pytest.approx(float(two_us), rel=0.1)
+    if one_us != "-":
+        one = estimate_one_launch(*sizes, config("one_launch", int(r)), Flags(), device)
+        assert one.predicted_us == pytest.approx(float(one_us), rel=0.1)
+    if sm90_us != "-":
+        cuda = cost_cuda.estimate_cuda(*sizes, Flags(), device)
+        small = sum(phase.us for phase in cuda.phases if phase.name == "small")
+        assert cuda.predicted_us - small == pytest.approx(float(sm90_us), rel=0.1)
+        assert cuda.predicted_us == pytest.approx(float(sm90_us) + SMALL, rel=0.1)
+
+
+def explained(R: int | None = 256, gpu: str = H200, M: int = 8192, N: int = 4096, K: int = 4096) -> Explanation:
+    return tk.explain(M, N, K, R, P, torch.bfloat16, gpu)
+
+
+class TestPhases:
+    def test_a_phase_takes_its_longest_bound_and_its_launch(self) -> None:
+        phase = Phase("walk", hbm_us=10.0, l2_us=2.0, launch_us=3.0)
+        assert phase.us == pytest.approx(13.0, rel=1e-3)
+        assert phase.limit == "hbm"
+        assert replace(phase, l2_us=10.0).us == pytest.approx(3.0 + 10.0 * 2 ** (1 / OVERLAP))
+        assert replace(phase, launch_us=20.0).limit == "launches"
+        assert Phase("nothing").us == 0.0
+
+    def test_phases_add_up(self) -> None:
+        walks = (Phase("walk N", l2_us=7.0), Phase("walk K", hbm_us=5.0, kernels=3))
+        estimate = Estimate("form", walks)
+        assert estimate.predicted_us == pytest.approx(12.0)
+        assert (estimate.bound_us("l2"), estimate.bound_us("hbm")) == (7.0, 5.0)
+        assert estimate.kernels == 3
+        assert estimate.host_us > replace(estimate, phases=walks[:1]).host_us > 0.0
+
+    def test_the_walks_of_one_kernel_have_limits_of_their_own(self) -> None:
+        """R = 64: L2 holds the walk over N, HBM that over K, which reads x and writes dX."""
+        cuda = cost_cuda.estimate_cuda(8192, 4096, 4096, 64, P, Flags(), DEFAULT)
+        limits = {phase.name: phase.limit for phase in cuda.phases}
+        assert (limits["walk N"], limits["walk K"], limits["exchange"]) == ("l2", "hbm", "latency")
+
+    def test_atomics_count_as_two_stores_and_stores_half(self) -> None:
+        assert l2_traffic(100, 0, 0) == l2_traffic(0, 200, 0) == l2_traffic(0, 0, 100) == 100
+
+    def test_a_step_of_the_hopper_kernel_by_hand(self) -> None:
+        """Cycles of the matrix units, and KiB of shared memory, of 64 columns of 128 rows at R = 256."""
+        over_n, over_k = cost_cuda._sm90_steps(DEFAULT, 256, 16, Flags(), True)
+        assert (over_n.tensor, over_k.tensor) == (2 * 4 * (128 + 20) + 8 * 20, 2 * 17 * 32 + 8 * 20)
+        assert (over_n.shared, over_k.shared) == (170 * 1024, 170 * 1024)
+
+    def test_triton_waits_in_each_step(self) -> None:
+        """So that half as many rows, on half of the card, take as long."""
+        one = [
+            estimate_one_launch(M, 4096, 4096, 256, P, config("one_launch", 256), Flags(), DEFAULT)
+            for M in (4096, 8192)
+        ]
+        assert [walk.limit for walk in one[0].phases[:2]] == ["latency", "latency"]
+        assert one[1].predicted_us < 1.01 * one[0].predicted_us
+
+    def test_two_small_blocks_share_a_multiprocessor(self) -> None:
+        waves = [
+            estimate_one_launch(16384, 4096, 4096, R, P, config("one_launch", R), Flags(), DEFAULT).waves
+            for R in (64, 128)
+        ]
+        assert waves == [256 / 132 / 2, 256 / 132]
+
+    def test_casts_and_fills_are_counted(self) -> None:
+        def kernels(itemsize: int, **flags: bool) -> int:
+            arguments = (4096, 4096, 4096, 64, P, config("one_launch", 64), Flags(**flags), DEFAULT, itemsize)
+            return estimate_one_launch(*arguments).kernels
+
+        assert kernels(2) == 1 + 2 + 2
+        assert kernels(4) == 1 + 2  # fp32 gradients need no cast
+        assert kernels(2, need_dbias=True) == 1 + 3 + 3
+        assert kernels(2, need_dA=False, need_dB=False) == 1
+
+
+class TestLibrary:
+    def test_narrow_products_reach_a_share_of_the_rate(self) -> None:
+        assert [narrow_share(DEFAULT, width) for width in (144, 272, 528)] == [0.45, 0.56, 0.72]
+        shares = [narrow_share(DEFAULT, width) for width in (1, 16, 80, 100, 144, 500, 2000, 4096, 9999)]
+        assert shares == sorted(shares)
+        assert shares[-1] == 1.0
+        wide = narrow_product("T", DEFAULT, 8192, 4096, 272)
+        assert wide.tensor_us == pytest.approx(2 * 8192 * 4096 * 272 / (0.56 * DEFAULT.tflops_16 * 1e6))
+
+    def test_skinny_products_move_at_their_own_rate(self) -> None:
+        dA = narrow_product("dA", DEFAULT, P, 8192, 4096)
+        assert dA.limit == "hbm"
+        assert dA.hbm_us == pytest.approx(2 * (P * 8192 + 8192 * 4096 + P * 4096) / (0.62 * DEFAULT.hbm_gbs * 1e3))
+
+    def test_dense_products_run_at_the_rate_that_lasts(self) -> None:
+        flops = 2 * 8192 * 4096 * 4096
+        dense = dense_product("dX", DEFAULT, 8192, 4096, 4096)
+        assert dense.tensor_us == pytest.approx(flops / (DEFAULT.tflops_16_sustained * 1e6))
+        few = dense_product("dX", DEFAULT, 128, 4096, 128 * 33)
+        assert few.tensor_us == pytest.approx(
+            2 * 128 * 4096 * 128 * 33 / (DEFAULT.tflops_16_sustained * 1e6 * 33 / 132)
+        )
+
+
+class TestCuda:
+    @pytest.mark.parametrize(("M", "cluster"), [(4096, 4), (8192, 2), (16384, 1)])
+    def test_the_cluster_fills_the_card(self, M: int, cluster: int) -> None:
+        assert cost_cuda.sm90_cluster(M, 4096, 4096, 132) == (cluster, 1)
+        assert cost_cuda.estimate_cuda(M, 4096, 4096, 256, P, Flags(), DEFAULT).blocks == 128
+
+    def test_the_plan_is_the_extensions_own(self) -> None:
+        extension = pytest.importorskip("loge_kernels._C")
+        needs = {"need_dx": True, "need_dA": True, "need_dB": True}
+        for M in (1, 100, 4096, 5000, 8192, 16384):
+            for N, K in ((4096, 4096), (14336, 4096), (1024, 4096), (72, 136)):
+                plan = extension.plan("sm90", M=M, N=N, K=K, R=256, P=P, **needs, sm_count=132)
+                assert plan["cluster"] == cost_cuda.sm90_cluster(M, N, K, 132)[0], (M, N, K)
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"R": 264}, "R=264"),
+            ({"R": 12}, "R=12"),
+            ({"P": 72}, "P=72"),
+            ({"P": 4}, "P=4"),
+            ({"N": 4100}, "N=4100"),
+            ({"itemsize": 4}, "float16 and bfloat16"),
+            ({"flags": Flags(dropout=True)}, "dropout"),
+            ({"capability": (7, 5)}, "8.0"),
+        ],
+    )
+    def test_what_the_kernels_refuse(self, changes: dict[str, Any], words: str) -> None:
+        problem = {"N": 4096, "K": 4096, "R": 256, "P": P, "itemsize": 2, "flags": Flags(), "capability": (9, 0)}
+        assert cost_cuda.why_not(**problem) is None  # type: ignore[arg-type]
+        assert words in str(cost_cuda.why_not(**(problem | changes)))
+
+    def test_a_tile_costs_the_same_whatever_it_holds(self) -> None:
+        """But loads what there is."""
+        times = [cost_cuda.estimate_cuda(16384, 4096, 4096, R, P, Flags(), DEFAULT) for R in (136, 256)]
+        assert times[0].bound_us("tensor") == times[1].bound_us("tensor")
+        assert times[0].l2_bytes < times[1].l2_bytes
+
+
+class TestExplain:
+    @pytest.mark.parametrize(("gpu", "kernel"), [(H100, "cuda sm90"), (H200, "cuda sm90"), (A100, "cuda sm80")])
+    def test_every_bound_of_every_candidate_is_shown(self, gpu: str, kernel: str) -> None:
+        found = explained(gpu=gpu)
+        assert {c.name for c in found.candidates} == {"torch", "one_launch", "two_launch", kernel}
+        text = str(found)
+        assert all(head in text for head in ("HBM", "L2", "tensor", "shared", "latency", "launches"))
+        for candidate in (*found.candidates, *found.exact):
+            line = next(line for line in text.splitlines() if line[2:].startswith(candidate.name.ljust(22)))
+            assert all(f"{candidate.bound_us(bound):.1f}" in line for bound in BOUNDS)
+        assert f"host: about {found.candidates[0].host_us:.0f} µs a call of {found.choice}" in text
+
+    def test_the_kernels_win_where_a_perfect_roofline_had_torch(self) -> None:
+        """R = 256, the twelve shapes of LLaMA-3-8B: both kernels before the composition."""
+        for M in (4096, 8192, 16384):
+            for N, K in ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)):
+                times = explained(M=M, N=N, K=K).by_backend()
+                assert times["cuda"] < times["triton"] < times["reference"]
+
+    def test_the_exact_gradient_is_shown_and_never_chosen(self) -> None:
+        found = explained(R=512)
+        assert found.choice == "torch"
+        assert min(c.predicted_us for c in found.exact) > found.candidates[0].predicted_us
+        # At so high a rank an exact backward in 8 bits would take less time: it is still another gradient.
+        found = explained(R=4096)
+        assert found.exact[0].predicted_us < found.candidates[0].predicted_us
+        assert found.choice in {c.name for c in found.candidates}
+        assert len({c.precision for c in found.exact}) == len(found.exact) == 5
+
+    @pytest.mark.parametrize("R", [0, None])
+    def test_without_factors_the_exact_backwards_are_the_candidates(self, R: int | None) -> None:
+        names = {c.name for c in explained(R=R, gpu=H100).candidates}
+        assert {"torch 16-bit", "prepared 16-bit", "fused 16-bit", "fused float8 blocks", "prepared int8"} <= names
+        assert explained(R=R, gpu=H100).choice == explained(R=R, gpu=H100).candidates[0].name
+        assert {c.precision for c in explained(R=R, gpu=A100).candidates} == {"16-bit", "int8"}
+        odd = tk.explain(8192, 4100, 4096, R, P, device=H100)  # no multiple of 16
+        assert {c.precision for c in odd.candidates} == {"16-bit"}
+
+    def test_no_gpu_that_exists_is_needed(self) -> None:
+        unknown = replace(DEFAULT, name="NVIDIA X", capability=(12, 0), sms=48)
+        assert cost_cuda.estimate_cuda(100, 64, 72, 16, 8, Flags(), unknown).predicted_us > 0.0
+        for M in (0, 1, 7):
+            assert tk.explain(M, 64, 72, 16, 8, device=H200).candidates
+            assert tk.explain(M, 64, 72, None, 8, device=H200).candidates
+
+
+LINEARS = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]
+
+
+class TestExact:
+    def us(self, form: str, precision: str | None, gpu: str = H100) -> float:
+        device = KNOWN[gpu]
+        return sum(estimate_exact(form, precision, 8192, N, K, P, Flags(), device).predicted_us for N, K in LINEARS)
+
+    def test_float8_is_1_45_times_as_fast_as_todays_bfloat16(self) -> None:
+        """All linears of a block of LLaMA-3-8B, 8192 tokens, fast accumulation, scales by row."""
+        now = self.us("torch", None)
+        assert now / self.us("prepared", cost_exact.FAST) >= 1.45
+        assert now / self.us("torch", cost_exact.FAST) < 1.25  # which the passes around dY hold
+        assert now / self.us("prepared", "float8") == pytest.approx(1.33, abs=0.05)
+        assert now / self.us("prepared", None) > 1.05
+
+    @pytest.mark.parametrize(
+        ("N", "K", "M", "form", "precision", "estimated"),
+        [
+            (4096, 4096, 8192, "torch", None, 520),
+            (4096, 4096, 8192, "torch", "float8", 469),
+            (4096, 4096, 8192, "torch", "float8 fast", 430),
+            (4096, 4096, 8192, "prepared", "float8 fast", 342),
+            (14336, 4096, 8192, "torch", None, 1601),
+            (14336, 4096, 8192, "torch", "float8", 1401),
+            (4096, 14336, 8192, "torch", "float8 fast", 1138),
+            (1024, 4096, 8192, "torch", None, 212),
+        ],
+    )
+    def test_an_exact_backward_is_within_its_15_percent(
+        self, N: int, K: int, M: int, form: str, precision: str | None, estimated: float
+    ) -> None:
+        found = estimate_exact(form, precision, M, N, K, P, Flags(), KNOWN[H200]).predicted_us
+        assert found == pytest.approx(estimated, rel=0.15)
+
+    def test_reads_of_dy(self) -> None:
+        """Of 16 bits: three and the quantisation's two by PyTorch, two with row scales, one with block scales."""
+        M, N, K = 8192, 14336, 4096
+
+        def reads(form: str, precision: str | None, *names: str) -> float:
+            found = estimate_exact(form, precision, M, N, K, P, Flags(), DEFAULT)
+            return sum(phase.hbm_bytes for phase in found.phases if phase.name in names) / (2 * M * N)
+
+        around = ("T", "dB", "prepare", "quantise")
+        assert reads("torch", None, *around) == pytest.approx(2, abs=0.02)
+        assert reads("torch", "float8", *around) == pytest.approx(4.5, abs=0.02)  # and q, half as wide, written
+        assert reads("prepared", "float8", *around) == pytest.approx(2.5, abs=0.02)
+        assert reads("prepared", cost_exact.BLOCKS, *around) == pytest.approx(1.5, abs=0.03)
+        assert reads("prepared", None, *around) == pytest.approx(1, abs=0.02)
+
+    def test_only_the_fused_product_writes_dx_once_and_reads_no_more_for_dA(self) -> None:
+        M, N, K = 8192, 1024, 14336
+
+        def after(form: str) -> float:
+            found = estimate_exact(form, "float8", M, N, K, P, Flags(), DEFAULT)
+            names = ("product", "adapter", "dA")
+            return sum(phase.hbm_bytes for phase in found.phases if phase.name in names) / (2 * M * K)
+
+        assert after("prepared") == pytest.approx(1 + 2 + 1, abs=0.15)
+        assert after("fused") == pytest.approx(1 + 1, abs=0.15)
+
+    @pytest.mark.parametrize(
+        ("N", "K", "name", "form"),
+        [(4096, 4096, "float8", "prepared"), (1024, 4096, "float8", "fused"), (4096, 4096, None, "prepared")],
+    )
+    def test_the_choice(self, N: int, K: int, name: str | None, form: str) -> None:
+        device = KNOWN[H100]
+        assert tk.choose_exact(8192, N, K, P, torch.bfloat16, name, device, Flags()) == form
+        times = {
+            one: estimate_exact(one, name, 8192, N, K, P, Flags(), device).predicted_us for one in cost_exact.FORMS
+        }
+        assert min(times, key=lambda one: times[one]) == form
+
+    def test_what_the_kernels_cannot_take_stays_with_torch(self) -> None:
+        def choose(**changes: Any) -> str:
+            arguments = {
+                "N": 4096,
+                "K": 4096,
+                "P": P,
+                "dtype": torch.bfloat16,
+                "eight_bits": "float8",
+                "device": KNOWN[H100],
+            }
+            return tk.choose_exact(M=8192, flags=Flags(), **(arguments | changes))
+
+        assert choose() == "prepared"
+        assert choose(P=72) == choose(dtype=torch.float64) == choose(dtype=torch.float32) == "torch"
+        assert choose(N=4100) == choose(device=KNOWN[A100]) == "torch"
+        without_dx = tk.choose_exact(8192, 1024, 4096, P, torch.bfloat16, "float8", KNOWN[H100], Flags(need_dx=False))
+        assert without_dx in ("torch", "prepared")
+        fast = [choose(N=1024, fast_accumulation=fast) for fast in (False, True)]
+        assert fast == ["fused", "fused"]
+
+
+def test_an_unknown_hopper_has_its_8_bit_rates() -> None:
+    from loge_kernels.triton_kernels.devices import from_properties
+
+    ada = from_properties(SimpleNamespace(name="NVIDIA L4", major=8, minor=9, multi_processor_count=58))
+    assert (ada.float8 > 0, KNOWN[A100].float8 > 0) == (True, False)
+    assert 0.0 < ada.tflops_16_sustained <= ada.tflops_16

@@ -1,0 +1,203 @@
+"""Predicted cost of an exact backward: dX = dY W + s (dY B) A, dA = s (dY B)ᵀ x, dB = s dYᵀ xa, db.
+
+    torch      all of it as PyTorch composes it; in 8 bits also the passes that quantise dY
+    prepared   one read of dY for s dY B, dB, db and the rows' maxima (with block scales: for its 8 bits too), a second
+               one to quantise by rows; then cuBLAS's product, to which s (dY B) A is added, and cuBLAS's dA
+    fused      prepared, and one product that adds s (dY B) A and takes dA from one read of x as it writes dX
+
+each in the operands' own dtype, in int8, in float8 with scales by row ("float8 fast" with use_fast_accum) or by block.
+"""
+
+from __future__ import annotations
+
+from .cost_model import triton_flops
+from .library import dense_product, narrow_product
+from .phases import Estimate, Flags, Phase, Step, cdiv, l2_traffic, passes, product_cycles, walk
+from .rates import CAST, KERNEL_US, PASS, REDUCTION, SHARED_BYTES, TRITON_DRAIN_K, TRITON_DRAIN_N, DeviceSpec
+
+FORMS = ("torch", "prepared", "fused")
+BLOCKS = "float8 blocks"
+FAST = "float8 fast"
+_ROWS, _COLUMNS = 128, 256  # of dY, of a step of a block of `exact_prepare`
+_TILE_M, _TILE_K = 128, 256  # of dX, of a block of `exact_product`
+_SCALE_COLUMNS = 128  # of a block scale
+EIGHT_BIT_STEP = 16  # N and K of 8-bit products are multiples of this
+
+
+def rate_of(device: DeviceSpec, precision: str) -> float:
+    """The matrix rate of an 8-bit precision over that of 16 bits; 0 where the device has none."""
+    rates = {
+        "int8": device.int8,
+        "float8": device.float8,
+        FAST: device.float8_fast,
+        BLOCKS: device.float8_blocks if device.float8 else 0.0,
+    }
+    return rates[precision]
+
+
+def precisions(N: int, K: int, device: DeviceSpec) -> tuple[str, ...]:
+    """The 8-bit precisions that a weight [N, K] can be multiplied in on this device."""
+    step = {BLOCKS: _SCALE_COLUMNS}
+    return tuple(
+        name
+        for name in ("int8", "float8", FAST, BLOCKS)
+        if rate_of(device, name) and not (N % step.get(name, EIGHT_BIT_STEP) or K % step.get(name, EIGHT_BIT_STEP))
+    )
+
+
+def own_precision(itemsize: int) -> str:
+    return f"{8 * itemsize}-bit"
+
+
+def quantisation(
+    M: int, N: int, K: int, name: str, size: int = 2, bfloat16: bool = True
+) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """Bytes, and the share of the copy rate that they move at, of PyTorch's passes before and after an 8-bit product
+    for dX [M, K], with dY [M, N] of `size` bytes: row maxima and division; int8 also rounds and converts, and scales
+    int32 sums by row and by column afterwards, as float8 does with its float32 sums where dY is not bfloat16."""
+    before = [(size * M * N, REDUCTION)]
+    after = [((4 + 4) * M * K, CAST), ((4 + size) * M * K, CAST)]
+    if name != "int8":
+        return [*before, ((size + 1) * M * N, CAST)], [] if bfloat16 else after
+    return [*before, ((size + 4) * M * N, CAST), ((4 + 4) * M * N, PASS), ((4 + 1) * M * N, PASS)], after
+
+
+def estimate_exact(
+    form: str,
+    precision: str | None,
+    M: int,
+    N: int,
+    K: int,
+    P: int,
+    flags: Flags,
+    device: DeviceSpec,
+    itemsize: int = 2,
+    bfloat16: bool = True,
+) -> Estimate:
+    """One of `FORMS` in one of `precisions` (None: the operands' own). `bfloat16`: what dY is, where it has 16 bits."""
+    sizes, eight = (M, N, K, P), precision
+    need_t = P > 0 and (flags.need_dx or flags.need_dA)
+    phases: list[Phase] = []
+    if form == "torch":
+        if need_t:
+            phases.append(narrow_product("T", device, M, N, P, itemsize))
+        if eight and flags.need_dx:
+            before, _ = quantisation(M, N, K, eight, itemsize, bfloat16)
+            phases += [passes("quantise", device, nbytes, share=share) for nbytes, share in before]
+            phases.append(passes("quantise", device, 0, kernels=2))  # the scales
+        if flags.need_dB:
+            phases.append(narrow_product("dB", device, N, M, P, itemsize))
+        if flags.need_dbias:
+            phases.append(passes("db", device, M * N * itemsize))
+        phases.append(passes("small", device, 4 * N * P * itemsize, need_t + flags.need_dB))  # s B, s dB
+    else:
+        phases += _prepared(*sizes, eight if flags.need_dx else None, flags, device, itemsize)
+        gradients = (P * K * flags.need_dA + N * P * flags.need_dB) * (4 + itemsize)
+        casts = (flags.need_dA + flags.need_dB) * (itemsize == 2)
+        phases.append(passes("small", device, 4 * M * (P + 1) + gradients, 1 + casts))  # one fill clears them all
+    if form == "fused":
+        phases.append(_fused(*sizes, eight, flags, device, itemsize))
+    else:
+        phases += _library(*sizes, eight, flags, device, itemsize, bfloat16, first=form == "prepared")
+    return Estimate(form, tuple(phases), precision=eight or own_precision(itemsize))
+
+
+def _prepared(
+    M: int, N: int, K: int, P: int, eight: str | None, flags: Flags, device: DeviceSpec, itemsize: int
+) -> list[Phase]:
+    """`exact_prepare`, whose blocks own columns of dY and walk a chunk of its rows, and, for row scales,
+    `exact_quantize`."""
+    columns, rows = cdiv(N, _COLUMNS), cdiv(M, _ROWS)
+    chunks = max(1, min(rows, device.sms // columns))
+    need_t = P > 0 and (flags.need_dx or flags.need_dA)
+    loaded = M * N * itemsize + columns * M * P * itemsize * flags.need_dB + chunks * N * P * itemsize * need_t
+    row_maxima = eight is not None and eight != BLOCKS
+    added = columns * M * 4 * (P * need_t + row_maxima) + chunks * N * 4 * (P * flags.need_dB + flags.need_dbias)
+    written = M * N + M * cdiv(N, _SCALE_COLUMNS) * 4 if eight == BLOCKS else 0
+    tensor = product_cycles(device, itemsize, _ROWS, P * need_t, _COLUMNS)
+    tensor += product_cycles(device, itemsize, _COLUMNS, P * flags.need_dB, _ROWS)
+    fill = (_ROWS * _COLUMNS + _ROWS * P) * itemsize
+    shared = fill * (1 + need_t + flags.need_dB)
+    first = walk(
+        "prepare",
+        device,
+        Step(tensor, shared, tensor + fill / SHARED_BYTES + TRITON_DRAIN_N),
+        cdiv(rows, chunks),
+        columns * chunks,
+        hbm=(M * N + M * P + N * P) * itemsize + M * P * 4 + written,
+        l2=l2_traffic(loaded, written + added * flags.deterministic, added * (not flags.deterministic)),
+        l2_bytes=loaded + added + written,
+        flops=2 * M * N * P * (need_t + flags.need_dB),
+    )
+    if not row_maxima:
+        return [first]
+    return [first, passes("quantise", device, (itemsize + 1) * M * N + 4 * M)]
+
+
+def _library(
+    M: int,
+    N: int,
+    K: int,
+    P: int,
+    eight: str | None,
+    flags: Flags,
+    device: DeviceSpec,
+    itemsize: int,
+    bfloat16: bool,
+    first: bool,
+) -> list[Phase]:
+    """cuBLAS's product, the adapter's part of dX and dA. `first`: in the operands' own dtype the adapter's part is
+    written first, and the product reads what it adds to while it multiplies."""
+    phases: list[Phase] = []
+    adapter = P > 0 and flags.need_dx
+    if flags.need_dx and eight:
+        _, after = quantisation(M, N, K, eight, itemsize, bfloat16)
+        out_size = 4 if after else itemsize
+        phases.append(dense_product("product", device, M, N, K, 1, times=rate_of(device, eight), out_size=out_size))
+        phases += [passes("product", device, nbytes, share=share) for nbytes, share in after]
+    if adapter and flags.dropout:
+        phases.append(narrow_product("adapter", device, M, P, K, itemsize))
+        phases.append(passes("adapter", device, 3 * M * K * itemsize))
+    elif adapter:
+        before = first and not eight
+        phases.append(narrow_product("adapter", device, M, P, K, itemsize, accumulates=not before))
+    if flags.need_dx and not eight:
+        accumulates = first and adapter and not flags.dropout
+        phases.append(dense_product("product", device, M, N, K, itemsize, accumulates=accumulates))
+    if flags.need_dA:
+        if flags.dropout:
+            phases.append(passes("mask", device, 3 * M * K * itemsize))
+        phases.append(narrow_product("dA", device, P, M, K, itemsize))
+    return phases
+
+
+def _fused(M: int, N: int, K: int, P: int, eight: str | None, flags: Flags, device: DeviceSpec, itemsize: int) -> Phase:
+    """`exact_product`: tiles [128, 256] of dX; at a tile's end the adapter's part, dA, x and dX pass once."""
+    size = 1 if eight else itemsize
+    depth = 128 // size
+    rows, columns = cdiv(M, _TILE_M), cdiv(K, _TILE_K)
+    steps = cdiv(N, depth)
+    tile = 2 * _TILE_M * _TILE_K * depth / triton_flops(device, itemsize, rate_of(device, eight) if eight else 1.0)
+    end = product_cycles(device, itemsize, _TILE_M, _TILE_K, P) if P and flags.need_dx else 0.0
+    end += product_cycles(device, itemsize, _TILE_K, P * flags.need_dA, _TILE_M)
+    moved = _TILE_M * _TILE_K * itemsize * (2 * flags.need_dx + flags.need_dA)
+    wait = (moved / SHARED_BYTES + TRITON_DRAIN_K) / steps
+    fill = depth * (_TILE_M + _TILE_K) * size
+    operands = (_TILE_M + _TILE_M // 64 * _TILE_K) * depth * size
+    t_p = M * P * 4 * flags.need_dx
+    loaded = (columns * M * N + rows * N * K) * size + columns * t_p + M * K * itemsize * flags.need_dA
+    added, dX = rows * P * K * 4 * flags.need_dA, M * K * itemsize * flags.need_dx
+    return walk(
+        "product",
+        device,
+        Step(tile + end / steps + wait, fill + operands + moved / steps),
+        steps,
+        rows * columns,
+        hbm=(M * N + N * K) * size + t_p + dX + M * K * itemsize * flags.need_dA + 4 * P * K,
+        l2=l2_traffic(loaded, dX + added * flags.deterministic, added * (not flags.deterministic)),
+        l2_bytes=loaded + dX + added,
+        flops=2 * rows * _TILE_M * columns * _TILE_K * (N + P * (flags.need_dx + flags.need_dA)),
+        resident=cdiv(rows * columns, device.sms),
+        share=PASS,
+        start_us=KERNEL_US,
+    )

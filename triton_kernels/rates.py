@@ -1,0 +1,168 @@
+"""Every rate and share that a prediction rests on, once, each with its source. Nothing here was measured by us.
+
+Sources: [sheet] the device's data sheet; [review] a review of the kernels on paper, from compiled code, published
+measurements and counts, good to 15 % (kernels) and 20 % (cuBLAS's skinny products, PyTorch's passes); [compiled] read
+from the machine code. `bench linear --tune` measures the fields of `MEASURED` on a GPU and keeps them in the user's
+table, from where `devices.device_spec` puts them in the place of these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+# Width of a product's narrow side, a rank, and the share of the matrix rate that cuBLAS reaches there: it wastes tiles
+# and fills its pipeline for few columns. [review]
+_NARROW = ((80, 0.32), (144, 0.45), (272, 0.56), (528, 0.72), (4096, 1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """Attainable rates, not peak ones: bandwidths in GB/s, matrix rates in TFLOP/s, sizes in bytes."""
+
+    name: str
+    capability: tuple[int, int]
+    sms: int
+    hbm_gbs: float  # of a large copy
+    l2_gbs: float  # from L2 into all multiprocessors together
+    l2_bytes: int
+    shared_bytes: int  # per block, opt-in
+    tflops_16: float  # of a large cuBLAS product in a short run
+    tflops_16_sustained: float  # of the same in a training step of a second, under the power limit
+    tflops_32: float
+    clock_ghz: float  # of a multiprocessor under load
+    skinny: float  # share of hbm_gbs of cuBLAS products that read a wide operand against some 16 columns
+    int8: float = 1.5  # matrix rates over that of 16 bits; 0: none
+    float8: float = 0.0  # torch._scaled_mm, scales by row and column
+    float8_fast: float = 0.0  # the same with use_fast_accum
+    float8_blocks: float = 0.0  # scales by 1 x 128 and 128 x 128
+    narrow: tuple[tuple[int, float], ...] = _NARROW
+    gap_us: float = 1.25  # from one kernel's end to the next one's start on a busy stream: 1 to 1.5 [review]
+
+
+# What `bench linear --tune` measures, and between what values it can be believed; the user's table may hold these and
+# no others. Of `narrow`, the shares.
+MEASURED = {
+    "hbm_gbs": (10.0, 1e5),
+    "tflops_16": (0.1, 1e5),
+    "skinny": (0.01, 1.5),
+    "narrow": (0.001, 1.5),
+    "gap_us": (0.01, 100.0),
+}
+
+# Copy and matrix rates: H200 4.3 TB/s and 790 TFLOP/s [published], H100 SXM 3.0 and 740, the others 0.90 and 0.80 of
+# the sheet. Sustained: 660 (H100) and 720 (H200) at 700 W [review]; Ampere holds its rate. L2: 6.0 to 6.2 TB/s on
+# Hopper [review], scaled by multiprocessors and clock elsewhere. Narrow on A100: from a composition of 255 us at R =
+# 128 and of 320 at R = 256 [review]. Skinny [review]: 0.62 on H200, 0.72 on A100; on H100 two estimates, 0.62 and
+# 0.72, of which this is the middle. 8 bits: 980 and 1150 of 660 (H100), 1080 and 1280 of 720 (H200) with cuBLAS 12.9;
+# with block scales 580 of 433 (H100 PCIe) [published]; int8 on Hopper as slow float8, whose peak it shares, on A100
+# 0.72 of its own.
+_H200 = DeviceSpec(
+    name="NVIDIA H200",
+    capability=(9, 0),
+    sms=132,
+    hbm_gbs=4300.0,
+    l2_gbs=6200.0,
+    l2_bytes=50 << 20,
+    shared_bytes=232448,
+    tflops_16=790.0,
+    tflops_16_sustained=720.0,
+    tflops_32=50.0,
+    clock_ghz=1.70,
+    skinny=0.62,
+    int8=1.5,
+    float8=1.5,
+    float8_fast=1280 / 720,
+    float8_blocks=1.34,
+)
+_H100 = replace(
+    _H200,
+    name="NVIDIA H100 80GB HBM3",
+    hbm_gbs=3000.0,
+    l2_gbs=6000.0,
+    tflops_16=740.0,
+    tflops_16_sustained=660.0,
+    skinny=0.67,
+    int8=980 / 660,
+    float8=980 / 660,
+    float8_fast=1150 / 660,
+)
+_H100_PCIE = replace(
+    _H100,
+    name="NVIDIA H100 PCIe",
+    sms=114,
+    hbm_gbs=1800.0,
+    l2_gbs=4600.0,
+    tflops_16=600.0,
+    tflops_16_sustained=433.0,
+    tflops_32=40.0,
+    clock_ghz=1.50,
+)
+_A100 = DeviceSpec(
+    name="NVIDIA A100-SXM4-80GB",
+    capability=(8, 0),
+    sms=108,
+    hbm_gbs=1800.0,
+    l2_gbs=4000.0,
+    l2_bytes=40 << 20,
+    shared_bytes=166912,
+    tflops_16=250.0,
+    tflops_16_sustained=250.0,
+    tflops_32=16.0,
+    clock_ghz=1.41,
+    skinny=0.72,
+    int8=1.8,
+    narrow=((80, 0.40), (144, 0.58), (272, 0.74), (528, 0.85), (4096, 1.0)),
+)
+KNOWN = {
+    spec.name: spec
+    for spec in (_H200, _H100, _H100_PCIE, _A100, replace(_A100, name="NVIDIA A100-SXM4-40GB", hbm_gbs=1400.0))
+}
+# What explain() describes where there is no GPU, and what a device without readable properties is taken for.
+DEFAULT = _H200
+
+# ---- shares of the copy rate [review] ----
+COLUMN_WALK = 0.92  # our kernels' walks, which read rows in pieces of 128 bytes
+PASS = 0.85  # elementwise kernels, dense products, products that write their wide side
+REDUCTION = 0.72  # row maxima
+CAST = 0.50  # PyTorch kernels that broadcast and change the dtype
+
+# ---- between L2 and a multiprocessor [review] ----
+L2_WRITE = 0.5  # weight of a stored byte over a loaded one; an atomic costs twice a store
+SM_DRAW = 1.45  # times its share of L2's rate that a multiprocessor draws where others idle: 40 of 27.6 B a cycle
+SM_DRAW_HBM = 2.0  # the same of HBM
+
+# Bounds of one phase overlap, but not entirely: two equal ones take 2 ** (1 / OVERLAP), 1.09 times, as long. [review]
+OVERLAP = 8
+
+# ---- within a multiprocessor, cycles and bytes ----
+SHARED_BYTES = 128  # of shared memory a cycle: fills, operands and staging alike [sheet]
+CLUSTER_BYTES = 16  # of another block's shared memory a cycle [review]
+WGMMA_LEAST = 20  # cycles of one [64, 16] x [16, n]: n / 2, but the 2 KB of its first operand take as long [review]
+# A step of a Triton walk issues its loads, its products and its atomics one after the other and waits for the products
+# once (over N) or three times (over K), with a change of layout through shared memory: cycles beyond those of the
+# loads and the products. [compiled]
+TRITON_DRAIN_N = 450
+TRITON_DRAIN_K = 600
+TRITON_MATRIX_SHARE = 0.7  # what a Triton product without such waits reaches of cuBLAS's rate; an assumption
+
+# ---- microseconds [review] ----
+KERNEL_US = 1.25  # start and end of a library kernel, beside the gap before it
+WALK_US = 2.75  # the same of a kernel that walks: descriptors, the first stage from HBM, the last stores
+EXCHANGE_US = 1.2  # two barriers of a cluster
+# The host's own time, which a busy stream hides and an idle one does not: a call of the op (checks, the autograd node,
+# allocations), and each kernel that it issues. 60 to 120 us in all for the CUDA kernels in eager mode.
+HOST_CALL_US = 40.0
+HOST_KERNEL_US = 6.0
+
+TILE = 128  # rows and columns of a dense product's result that one multiprocessor computes at a time
+
+
+def narrow_share(device: DeviceSpec, width: int) -> float:
+    """The share of the matrix rate that cuBLAS reaches where the narrow side has `width` columns: between the classes
+    in proportion, and below the first in proportion to it."""
+    below, share = 0, 0.0
+    for upper, reached in device.narrow:
+        if width <= upper:
+            return share + (reached - share) * (width - below) / (upper - below)
+        below, share = upper, reached
+    return share
