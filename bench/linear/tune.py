@@ -1,4 +1,5 @@
-"""`bench --tune`: measure the tile configurations of each class of problems, and keep the fastest in the user's table.
+"""`bench --tune`: measure the tile configurations of each class of problems, and keep the fastest in the user's table;
+on a GPU, measure the rates of the cost model first, and keep them beside.
 
 A class is an entry of the shipped tables: a kernel, the size of an element, the ranks and adapter ranks it serves,
 aligned rows or not. Its candidates are run interleaved on every given problem that falls into it. One that fails or
@@ -45,6 +46,7 @@ from loge_kernels.triton_kernels.exact_choice import choose_exact
 from ..measure import output
 from ..measure.environment import describe
 from ..measure.timing import Clock, TimingOptions, clock_for, interleave
+from .device_rates import measure_rates
 from .gate import Gate
 from .operands import Operands, make_operands
 from .run import MicroOptions, plan
@@ -130,6 +132,9 @@ def run(
         "classes": [],
         "passed": True,
     }
+    if device.type == "cuda":
+        report["rates"] = measure_rates(device)
+        tuning.write_rates(slug, report["rates"], source)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=console, transient=True) as progress:
@@ -396,6 +401,9 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
                 lines.append(f"  {row['title']}: {values} dropped: {one['dropped']}")
     output.print_wide(console, table)
     console.print(f"[dim]{'; '.join(orders)}[/dim]", highlight=False, soft_wrap=True)
+    if "rates" in report:
+        measured = ", ".join(f"{name} {value}" for name, value in report["rates"].items())
+        console.print(escape(f"rates of the cost model: {measured}"), highlight=False, soft_wrap=True)
     for line in lines:
         console.print(escape(line), style="red", highlight=False, soft_wrap=True)
     if any(row["best"] for row in report["classes"]):
