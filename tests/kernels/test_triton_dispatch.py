@@ -167,7 +167,7 @@ class TestTables:
             ('"block_m": 64', '"block_q": 64'),
             ('"num_stages": 3', '"num_stages": 1000'),
             ('"kernel": "one_launch"', '"kernel": "other"'),
-            ('"bits": 16', '"bits": 8'),
+            ('"bits": 16', '"bits": 12'),
             ('"aligned": true', '"aligned": 1'),
             ('"entries": [', '"entries": [7, '),
             *(('"entries"', f'"rates": {rates}, "entries"') for rates in BAD_RATES),
