@@ -208,6 +208,7 @@ def _source(job: Job, device: DeviceSpec) -> tuple[Any, dict[str, str], dict[str
         return one_launch_backward, dtypes, constants
     if isinstance(config, ForwardConfig):
         return fused_forward, dtypes, forward_constants(P, dtype, True, flags.dropout, entry.aligned, config)
+    assert isinstance(config, TwoLaunchConfig)
     if job.kernel == "project":
         return project, dtypes, project_constants(job.rank, P, dtype, flags, entry.aligned, config, device)
     expand = expand_slab if keeps_t(job.rank, config) else expand_tiles

@@ -40,10 +40,7 @@ def exact_sum(
     mask_m = offs_m < M
     mask_k = offs_k < K
     p_dy_row = dy_ptr + offs_m.to(tl.int64)[:, None] * stride_dy_m  # [BM, 1]
-    if weight_ptr.dtype.element_ty == tl.int8:
-        SUM: tl.constexpr = tl.int32
-    else:
-        SUM: tl.constexpr = tl.float32
+    SUM: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
     if SCALES == "block":
         accumulator = tl.zeros((BM, BK), dtype=tl.float32)
         blocks_of_k = tl.cdiv(K, SCALE_COLUMNS)
