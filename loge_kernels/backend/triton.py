@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_kernels as kernels
+from ..numerics.eight_bit import FAST_ACCUMULATION
 from . import reference
 from .problem import BackwardProblem, Gradients, Operands, Prepared
 from .reference import add_weight_gradient
@@ -127,6 +128,7 @@ def exact_backward(p: BackwardProblem, form: kernels.ExactForm) -> Gradients:
         dropout=p.dropout,
         seed=p.seed,
         zeros=prepared.zeros,
+        fast_accumulation=FAST_ACCUMULATION,
         deterministic=p.deterministic,
     )
     gradients = Gradients(dx=dx, dbias=prepared.dbias, dA=dA, dB=prepared.dB)
@@ -143,7 +145,7 @@ def exact_form(p: BackwardProblem) -> kernels.ExactForm:
     P = 0 if p.lora_B is None else p.lora_B.shape[1]
     flags = kernels.Flags(p.need_dx, p.need_dA, p.need_dB, p.need_dbias, p.dropout > 0.0, p.deterministic)
     eight_bits = None if p.dense is None else p.dense.dtype
-    return kernels.choose_exact(M, N, weight.shape[1], P, p.dy.dtype, eight_bits, p.dy.device, flags)
+    return kernels.choose_exact(M, N, weight.shape[1], P, p.dy.dtype, eight_bits, p.dy.device, flags, FAST_ACCUMULATION)
 
 
 def why_not_forward(operands: Operands) -> str | None:
