@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -219,25 +220,36 @@ def _run(beside: list[Step], summary: Summary, marks: dict[str, str]) -> None:
                 note = f"{step.command[0]} is not installed"
                 summary.add(Outcome(step.name, "not run", 0.0, note, marks[step.name]))
                 continue
-            log = (summary.running / step.name).open("wb")
+            log: IO[bytes] = (summary.running / step.name).open("wb")
             # A process group of its own: what a step has started ends with it.
             process = subprocess.Popen(step.command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp)
             running[step.name] = (step, process, log)
         while running:
             time.sleep(0.05)
             seconds = time.perf_counter() - started
-            for name, (step, process, log) in list(running.items()):
+            for name, (step, process, printed) in list(running.items()):
                 code = process.poll()
                 if code is None and seconds < step.limit:
                     continue
-                _end(process, log)
+                _end(process, printed)
                 del running[name]
-                status = "timed out" if code is None else "failed" if code else "passed"
-                note = f"limit {step.limit} s" if code is None else f"exit status {code}" if code else ""
+                status, note = _judge(code, step.limit, summary.running / name)
                 summary.add(Outcome(name, status, seconds, note, marks[name]))
     finally:
-        for _, process, log in running.values():
-            _end(process, log)
+        for _, process, printed in running.values():
+            _end(process, printed)
+
+
+def _judge(code: int | None, limit: int, printed: Path) -> tuple[str, str]:
+    """Status and note of a step that ended with `code`; None: it did not. pytest ends with 0 where it skipped all."""
+    if code is None:
+        return "timed out", f"limit {limit} s"
+    if code != 0:
+        return "failed", f"exit status {code}"
+    lines = [line for line in printed.read_text(errors="replace").splitlines() if line.strip()]
+    if lines and re.match(r"\d+ skipped", lines[-1].strip("= ")):
+        return "not run", next((line for line in lines if line.startswith("SKIPPED")), lines[-1])
+    return "passed", ""
 
 
 def _end(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:

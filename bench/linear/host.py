@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 from unittest.mock import patch
 
@@ -61,7 +62,7 @@ class _Empty(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         _, x, _, _, A, B = ctx.saved_tensors
         return torch.empty_like(x), None, None, torch.empty_like(A), torch.empty_like(B), None
 
@@ -120,9 +121,9 @@ def measure(o: Operands, rounds: int) -> list[dict[str, Any]]:
     names = [row.name for row in loge.backends() if row.available and row.name != "reference"]
     with patch.dict("loge_kernels.backend.choice._REGISTRY"):
         loge.register_backend("the op alone", _backward, about="allocates and returns")
-        rows = [_row(o, name, True, lambda name=name: call(name), empty, rounds) for name in ("the op alone", *names)]
+        rows = [_row(o, name, True, partial(call, name), empty, rounds) for name in ("the op alone", *names)]
         if o.dy.is_cuda:
-            rows += [_row(o, name, False, lambda name=name: call(name), empty, rounds) for name in names]
+            rows += [_row(o, name, False, partial(call, name), empty, rounds) for name in names]
     return rows
 
 

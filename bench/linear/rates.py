@@ -7,6 +7,7 @@ are cold in cache, as between the layers of a model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,16 +26,16 @@ def products(o: Operands) -> dict[tuple[str, int | None], tuple[Product, Callabl
     x, A, B = o.x.detach(), o.lora_A.detach().to(o.dtype), o.scaled_B
     xa = x @ A.t()
     found: dict[tuple[str, int | None], tuple[Product, Callable[[], Tensor]]] = {
-        ("dX = dY W", None): ((M, N, K), lambda: o.dy @ o.weight),
-        ("dB = dY' xa", None): ((N, M, P), lambda: o.dy.t() @ xa),
+        ("dX = dY W", None): ((M, N, K), partial(torch.matmul, o.dy, o.weight)),
+        ("dB = dY' xa", None): ((N, M, P), partial(torch.matmul, o.dy.t(), xa)),
     }
     for R, factors in o.factors.items():
         first, second = torch.cat([factors.left, B], 1), torch.cat([factors.right, A])  # [N, R + P], [R + P, K]
         T = o.dy @ first
         T_P = T[:, R:]
-        found["T = dY [left | s B]", R] = ((M, N, R + P), lambda first=first: o.dy @ first)
-        found["dX = T [right ; A]", R] = ((M, R + P, K), lambda T=T, second=second: T @ second)
-        found["dA = T_P' x", R] = ((P, M, K), lambda T_P=T_P: T_P.t() @ x)
+        found["T = dY [left | s B]", R] = ((M, N, R + P), partial(torch.matmul, o.dy, first))
+        found["dX = T [right ; A]", R] = ((M, R + P, K), partial(torch.matmul, T, second))
+        found["dA = T_P' x", R] = ((P, M, K), partial(torch.matmul, T_P.t(), x))
     return found
 
 

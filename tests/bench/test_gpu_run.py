@@ -82,6 +82,16 @@ def test_outcomes_log_and_summary(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert gpu.run(tmp_path, "cpu", chosen=[fine, missing]) is True
 
 
+def test_tests_that_were_all_skipped_have_not_run(tmp_path: Path) -> None:
+    printed = "print('SKIPPED [2] test_gpu.py:138: no sm90 kernel in this build'); print('{} in 1.2s')"
+    skipped = Step("skipped", python(printed.format("2 skipped")), 60)
+    some = Step("some", python(printed.format("1 passed, 2 skipped")), 60)
+    assert gpu.run(tmp_path, "cpu", chosen=[[skipped, some]]) is True
+    rows = {row["name"]: row for row in json.loads((tmp_path / "summary.json").read_text())["steps"]}
+    assert (rows["skipped"]["status"], rows["some"]["status"]) == ("not run", "passed")
+    assert "no sm90 kernel" in rows["skipped"]["note"]
+
+
 def test_what_has_passed_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "identity", lambda device: {"sources": "as they were"})
     results, seen = tmp_path / "results", tmp_path / "seen"
