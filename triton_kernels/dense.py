@@ -2,14 +2,14 @@
 
 Counted as `numerics.eight_bit` takes it on a GPU: the row maxima of dY, its division by their scales, the product, and
 where cuBLAS does not scale rows and columns itself, passes over its 32-bit result. The whole exact backward, and our
-kernels for it, are in `cost_exact`.
+kernels for it, are in `cost_exact`. Sums of float8 for 16-bit dY are accumulated fast there.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .cost_exact import quantisation, rate_of
+from .cost_exact import FAST, quantisation, rate_of
 from .devices import device_spec
 from .library import dense_product
 from .phases import passes
@@ -24,7 +24,8 @@ def dense_us(M: int, N: int, K: int, dtype: torch.dtype, device: DeviceSpec, nam
         return dense_product("product", device, M, N, K, dtype.itemsize).us
     before, after = quantisation(M, N, K, name, dtype.itemsize, dtype == torch.bfloat16)
     out_size = 4 if after else dtype.itemsize
-    product = dense_product("product", device, M, N, K, 1, times=rate_of(device, name), out_size=out_size)
+    precision = FAST if name == "float8" and dtype.itemsize == 2 else name
+    product = dense_product("product", device, M, N, K, 1, times=rate_of(device, precision), out_size=out_size)
     scales = passes("quantise", device, 0, kernels=2).us
     return product.us + scales + sum(passes("pass", device, nbytes, 1, share).us for nbytes, share in before + after)
 

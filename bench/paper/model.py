@@ -147,7 +147,7 @@ def passes(gpu: Gpu, nbytes: float, kernels: int = 1, share: float = PASS) -> Co
     return Cost.of(phases.passes("", gpu.spec, int(nbytes), kernels, share))
 
 
-def dense(gpu: Gpu, I: int, J: int, L: int, dtype: EightBits | None = None, fast_accumulation: bool = False) -> Cost:
+def dense(gpu: Gpu, I: int, J: int, L: int, dtype: EightBits | None = None, fast_accumulation: bool = True) -> Cost:
     """[I, J] @ [J, L] with no narrow side, operands in `dtype` or 16 bits; int8 writes int32, all else 16 bits. Raises
     ValueError where the GPU has no such product."""
     if dtype is None:
@@ -198,7 +198,7 @@ def quantisation(gpu: Gpu, M: int, N: int, K: int, dtype: EightBits) -> Cost:
 
 
 def exact_kernels(
-    gpu: Gpu, M: int, N: int, K: int, P: int, dtype: EightBits | None, fast_accumulation: bool = False
+    gpu: Gpu, M: int, N: int, K: int, P: int, dtype: EightBits | None, fast_accumulation: bool = True
 ) -> dict[str, Cost]:
     """One linear layer's exact backward by this package's kernels around and in the product, in the form that takes
     least time: its product, what quantises dY, and all else."""
@@ -215,7 +215,7 @@ def exact_kernels(
     return parts
 
 
-def fastest_dtype(gpu: Gpu, M: int, N: int, K: int, fast_accumulation: bool = False) -> EightBits | None:
+def fastest_dtype(gpu: Gpu, M: int, N: int, K: int, fast_accumulation: bool = True) -> EightBits | None:
     """What the dense product dX = dY W takes least time in, its quantisation counted; None for 16 bits."""
     seconds: dict[EightBits | None, float] = {None: dense(gpu, M, N, K).seconds}
     eight_bits: tuple[EightBits, ...] = ("int8", "float8") if gpu.float8 else ("int8",)

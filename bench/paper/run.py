@@ -38,7 +38,7 @@ class PaperPolicy:
 
     name: of its line in the table.   peft: PEFT's own exact LoRA in 16 bits; it takes no other field.
     exact_dtype: of exact dX: None for 16 bits, "int8", "float8", or "auto", the fastest by shape.
-    fast_accumulation: float8 products with use_fast_accum, which is not the default.
+    full_accumulation: float8 products without use_fast_accum, which is not the default.
     rank: R of a low-rank dX, an int or a share in (0, 1] of min(N, K); None for exact everywhere. A layer whose dense
         product has no more flops stays exact.
     exact_layers: share in [0, 1] of the frozen weights, from the output downwards, that is exact.
@@ -50,7 +50,7 @@ class PaperPolicy:
     name: str
     peft: bool = False
     exact_dtype: EightBits | Literal["auto"] | None = None
-    fast_accumulation: bool = False
+    full_accumulation: bool = False
     rank: int | float | None = None
     exact_layers: float = 0.0
     exact_every: float | None = None
@@ -70,11 +70,11 @@ class PaperPolicy:
                 f"exact_layers={self.exact_layers!r}, exact_every={self.exact_every!r}: without a rank every layer is "
                 "exact in every step; give rank= as well"
             )
-        if self.fast_accumulation and self.exact_dtype not in ("float8", "auto"):
+        if self.full_accumulation and self.exact_dtype not in ("float8", "auto"):
             raise ValueError(
-                f"fast_accumulation=True, exact_dtype={self.exact_dtype!r}: only float8 has it; give 'float8' or 'auto'"
+                f"full_accumulation=True, exact_dtype={self.exact_dtype!r}: only float8 has it; give 'float8' or 'auto'"
             )
-        if self.peft and (self.exact_dtype or self.fast_accumulation or self.kernels or self.rank is not None):
+        if self.peft and (self.exact_dtype or self.full_accumulation or self.kernels or self.rank is not None):
             raise ValueError(f"policy {self.name!r}: peft=True is exact in 16 bits; give it no other field")
 
     @property
@@ -168,12 +168,12 @@ def _linear_backward(gpu: Gpu, sizes: Llama, policy: PaperPolicy, M: int, P: int
         exact = 1.0 if R is None else policy.exact_share
         dtype = _dtype(gpu, policy, M, N, K)
         if policy.kernels:
-            parts = paper_model.exact_kernels(gpu, M, N, K, P, dtype, policy.fast_accumulation)
+            parts = paper_model.exact_kernels(gpu, M, N, K, P, dtype, not policy.full_accumulation)
             dense += parts["product"] * exact
             quantisation += parts["quantise"] * exact
             adapters += parts["LoRA"] * exact
         else:
-            dense += paper_model.dense(gpu, M, N, K, dtype, policy.fast_accumulation) * exact
+            dense += paper_model.dense(gpu, M, N, K, dtype, not policy.full_accumulation) * exact
             if dtype is not None:
                 quantisation += paper_model.quantisation(gpu, M, N, K, dtype) * exact
             adapters += paper_model.lora_backward(gpu, M, N, K, P, policy.peft) * exact
@@ -197,7 +197,7 @@ def _rank(rank: int | float | None, N: int, K: int) -> int | None:
 
 def _dtype(gpu: Gpu, policy: PaperPolicy, M: int, N: int, K: int) -> EightBits | None:
     if policy.exact_dtype == "auto":
-        return paper_model.fastest_dtype(gpu, M, N, K, policy.fast_accumulation)
+        return paper_model.fastest_dtype(gpu, M, N, K, not policy.full_accumulation)
     return policy.exact_dtype if paper_model.runs_in_eight_bits(N, K) else None
 
 
@@ -215,7 +215,7 @@ def step_seconds(
     return predict(model, gpu, policy, tokens, sequences, lora_rank, checkpointing, elementwise).seconds
 
 
-def default_exact_dtype(gpu: str, N: int, K: int, M: int, fast_accumulation: bool = False) -> EightBits | None:
+def default_exact_dtype(gpu: str, N: int, K: int, M: int, fast_accumulation: bool = True) -> EightBits | None:
     """The dtype predicted to be fastest for dX [M, K] of one linear layer [N, K], the quantisation of dY counted; None
     for 16 bits."""
     for name, value in (("N", N), ("K", K), ("M", M)):
@@ -226,17 +226,18 @@ def default_exact_dtype(gpu: str, N: int, K: int, M: int, fast_accumulation: boo
 def standard_policies(gpu: str) -> tuple[PaperPolicy, ...]:
     """PEFT, and this package's policies that run on `gpu`."""
     eight: EightBits = "int8" if not _gpu(gpu).float8 else "float8"
-    fast = PaperPolicy("exact float8, fast accumulation", exact_dtype="float8", fast_accumulation=True)
+    full = PaperPolicy("exact float8, full accumulation", exact_dtype="float8", full_accumulation=True)
     ours = "exact kernels"
     return (
         PaperPolicy("peft", peft=True),
         PaperPolicy("exact"),
         PaperPolicy(f"exact {eight}", exact_dtype=eight),
-        *((fast,) if eight == "float8" else ()),
+        *((full,) if eight == "float8" else ()),
         PaperPolicy(ours, kernels=True),
         PaperPolicy(f"{ours}, {eight}", exact_dtype=eight, kernels=True),
-        *((replace(fast, name=f"{ours}, float8, fast accumulation", kernels=True),) if eight == "float8" else ()),
+        *((replace(full, name=f"{ours}, float8, full accumulation", kernels=True),) if eight == "float8" else ()),
         PaperPolicy("exact auto", exact_dtype="auto"),
+        PaperPolicy(f"{ours}, auto", exact_dtype="auto", kernels=True),
         PaperPolicy("rank 256", rank=256),
         PaperPolicy("rank 1/4, exact_layers 0.5 auto", rank=1 / 4, exact_layers=0.5, exact_dtype="auto"),
         PaperPolicy(f"rank 1/8, exact_layers 0.7 {eight}", rank=1 / 8, exact_layers=0.7, exact_dtype=eight),
@@ -307,7 +308,7 @@ def run(
 def _print_policies(console: Console, report: dict[str, Any]) -> None:
     gpu, model = report["gpu"], report["model"]
     float8 = (
-        f", {gpu['float8']:.0f} ({gpu['float8_fast']:.0f} with fast accumulation) in float8" if gpu["float8"] else ""
+        f", {gpu['float8_fast']:.0f} ({gpu['float8']:.0f} with full accumulation) in float8" if gpu["float8"] else ""
     )
     console.print(
         f"[bold]Predicted, not measured[/bold]: {model['name']} (hidden {model['hidden']}, {model['layers']} layers) "
