@@ -227,10 +227,12 @@ def _launch_twice(
     project[(plan.rows, tiles, splits)](*inputs, t, dB, db, *n_sizes, **plan.constants)
     if plan.flags.need_dx or plan.flags.need_dA:
         assert isinstance(plan.config, TwoLaunchConfig)
-        expand = expand_slab if keeps_t(R, plan.config) else expand_tiles
+        chunks = cdiv(K, plan.k_chunk)
+        keeps = keeps_t(R, plan.config)
+        expand, grid = (expand_slab, (plan.rows, chunks)) if keeps else (expand_tiles, (chunks * plan.rows,))
         k_sizes = (M, K, plan.k_chunk, layers, *given.x.stride(), *mask)
         inputs = (t, given.x, given.right, given.lora_A)
-        expand[(cdiv(K, plan.k_chunk), plan.rows)](*inputs, dx, dA, given.seed, *k_sizes, **plan.expand)
+        expand[grid](*inputs, dx, dA, given.seed, *k_sizes, **plan.expand)
 
 
 def _make_plan(

@@ -188,19 +188,20 @@ def expand_slab(
 ):
     """`expand` for a rank that one tile holds: T of a slab stays on chip while the block walks its chunk of K.
 
-    Grid (cdiv(K, k_chunk), cdiv(M, BM)); k_chunk is a multiple of BK; outputs as in `expand_tiles`.
+    Grid (cdiv(M, BM), cdiv(K, k_chunk)), k_chunk a multiple of BK; outputs as in `expand_tiles`. K is cut only where
+    there are few rows, and all blocks run at once: their order does not matter.
     """
     dtype = right_ptr.dtype.element_ty
-    pid_m = tl.program_id(1)
+    pid_m = tl.program_id(0)
     k_chunk = k_chunk // BK * BK  # as it is: said so that the compiler sees aligned tiles
-    k_begin = tl.program_id(0) * k_chunk
+    k_begin = tl.program_id(1) * k_chunk
     k_end = tl.minimum(k_begin + k_chunk, K)
     offs_m = pid_m * BM + tl.arange(0, BM)
     offs_r = tl.arange(0, BR)
     offs_p = tl.arange(0, BP)
     row_t = tl.arange(0, BM)[:, None] * WIDTH  # [BM, 1]
     p_t = t_ptr + pid_m.to(tl.int64) * BM * WIDTH
-    layer_stride = tl.num_programs(1).to(tl.int64) * BM * WIDTH
+    layer_stride = tl.num_programs(0).to(tl.int64) * BM * WIDTH
     t_r = tl.zeros((BM, BR), dtype=tl.float32)
     t_p = tl.zeros((BM, BP), dtype=tl.float32)
     if NEED_DX:
@@ -285,13 +286,15 @@ def expand_tiles(
 ):
     """`expand` for any rank: a tile of dX sums over R in steps of BR, reading T anew for every tile of K.
 
-    Grid (cdiv(K, BK), cdiv(M, BM)), k_chunk = BK; dx [M, K] contiguous, dA [P, K] fp32 (a leading row-block
-    dimension unless ATOMIC).
+    Grid (cdiv(K, BK) · cdiv(M, BM),), k_chunk = BK: the tiles of K are next to each other, so that a slab of T, which
+    may be larger than L2 in whole, is read while it is there; one dimension, because rows may be more than the 65,535
+    blocks of a second one. dx [M, K] contiguous, dA [P, K] fp32 (a leading row-block dimension unless ATOMIC).
     """
     dtype = dx_ptr.dtype.element_ty
-    pid_m = tl.program_id(1)
+    chunks = tl.cdiv(K, BK)
+    pid_m = tl.program_id(0) // chunks
     offs_m = pid_m * BM + tl.arange(0, BM)
-    offs_k = tl.program_id(0) * BK + tl.arange(0, BK)
+    offs_k = tl.program_id(0) % chunks * BK + tl.arange(0, BK)
     offs_p = tl.arange(0, BP)
     if ALIGNED_K:
         K = K // 8 * 8
@@ -303,7 +306,7 @@ def expand_tiles(
     row_m = offs_m.to(tl.int64)[:, None]  # [BM, 1]
     row_t = tl.arange(0, BM)[:, None] * WIDTH  # [BM, 1]
     p_t = t_ptr + pid_m.to(tl.int64) * BM * WIDTH
-    layer_stride = tl.num_programs(1).to(tl.int64) * BM * WIDTH
+    layer_stride = (tl.num_programs(0) // chunks).to(tl.int64) * BM * WIDTH
     if DROPOUT:
         keep = dropout_keep(dropout_key(seed_ptr), offs_m, offs_k, threshold)  # [BM, BK]
     if P > 0:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -339,3 +342,30 @@ def test_the_tightest_entry_of_all_tables_serves_and_the_users_wins_a_tie() -> N
     assert best_entry(tables, "one_launch", 16, 64, 16, True) == entry(64, 64)
     assert best_entry(tables, "one_launch", 16, 256, 16, True) == entry(256, 32)
     assert best_entry(tables, "one_launch", 16, 512, 16, True) is None
+
+
+@pytest.mark.parametrize("R", [64, 128])  # a slab that keeps T, and tiles of T
+def test_rows_are_counted_along_the_first_dimension_of_a_grid(R: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others hold 65,535 blocks."""
+    pytest.importorskip("triton")
+    launch = import_module("loge_kernels.triton_kernels.launch")
+    grids: list[tuple[int, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *arguments, **constants: None
+
+    for name in ("project", "expand_slab", "expand_tiles"):
+        monkeypatch.setattr(launch, name, Kernel())
+    config = TwoLaunchConfig(
+        block_m=16, block_n=32, project_r=64, block_k=32, tile_k=64, tile_r=32, num_warps=4, num_stages=2
+    )
+    rows, N, K, P = 70_000, 40, 200, 8
+    make = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    operands = (make(16 * rows, N), make(16 * rows, K), make(16 * rows, P), make(N, R), make(R, K), make(P, K))
+    launch.backward(*operands, make(N, P), 1.0, config=config)
+    project, expand = grids
+    assert project[0] == rows
+    assert math.prod(expand) % rows == 0
+    assert max(*project[1:], *expand[1:], 0) <= 65_535
