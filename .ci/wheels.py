@@ -37,7 +37,7 @@ spec.loader.exec_module(extension)
 assert importlib.util.find_spec("torch") is None, "torch is installed: this shows nothing"
 assert extension.toolkit == sys.argv[1], (extension.toolkit, sys.argv[1])
 for kernel in extension.kernels:
-    assert extension.plan(kernel, M=4096, N=4096, K=4096, R=256, P=16)["shared_bytes"] > 0
+    assert extension.plan(kernel, M=4096, N=4096, K=4096, R=256, P=16).shared_bytes > 0
 print("  without torch: CUDA", extension.toolkit, "for", extension.archs, *extension.kernels)
 """
 # Run with "extension" or "pure" beside a torch.

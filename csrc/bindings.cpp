@@ -8,7 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "cuda_check.h"
 #include "cuda_error.h"
+#include "device_guard.h"
 #include "params.h"
 #include "sm80_backward.h"
 #ifdef LOGE_SM90
@@ -24,17 +26,23 @@ using loge::Plan;
 
 struct Kernel {
     const char* name;
+    int max_cluster;
     std::string (*why_not)(const BackwardParams&);
-    Plan (*plan)(const BackwardParams&, int sm_count);
+    Plan (*expect)(const BackwardParams&, int sm_count);  // for a device that cannot be asked
+    Plan (*prepare)(const BackwardParams&, int device);   // on the current device
     void (*backward)(const BackwardParams&, const Plan&, int device, void* stream);
 };
 
 const std::vector<Kernel>& kernels() {
     static const std::vector<Kernel> all = {
-        {"sm80", loge::sm80_why_not, [](const BackwardParams& p, int) { return loge::sm80_plan(p); },
-         loge::sm80_backward},
+        {"sm80", 1, loge::sm80_why_not, [](const BackwardParams& p, int) { return loge::sm80_plan(p); },
+         loge::sm80_prepare, loge::sm80_backward},
 #ifdef LOGE_SM90
-        {"sm90", loge::sm90_why_not, loge::sm90_plan, loge::sm90_backward},
+        {"sm90", loge::kMaxCluster, loge::sm90_why_not,
+         [](const BackwardParams& p, int sm_count) {
+             return loge::sm90_plan(p, loge::sm90::expected_residency(sm_count));
+         },
+         loge::sm90_prepare, loge::sm90_backward},
 #endif
     };
     return all;
@@ -49,40 +57,65 @@ const Kernel& find(const std::string& name) {
     throw std::invalid_argument("kernel = '" + name + "' is not in this build, which has " + known);
 }
 
-void check(const Kernel& kernel, const BackwardParams& p, int sm_count) {
-    const std::string reason = kernel.why_not(p);
-    if (!reason.empty()) throw std::invalid_argument(std::string(kernel.name) + ": " + reason);
-    if (sm_count < 1) throw std::invalid_argument("sm_count = " + std::to_string(sm_count) + " is not positive");
+// The calls of one shape: what is decided once for all of them. Its problem's pointers say what is wanted, no more.
+struct Call : Plan {
+    const Kernel* kernel;
+    BackwardParams problem;
+    loge::Workspace workspace;
+    int device;  // -1: nowhere
+};
+
+void refuse(const Call& call, const std::string& reason) {
+    throw std::invalid_argument(std::string(call.kernel->name) + ": " + reason);
 }
 
-py::dict as_dict(const Plan& plan) {
-    py::dict d;
-    d["block_m"] = plan.block_m;
-    d["block_n"] = plan.block_n;
-    d["block_k"] = plan.block_k;
-    d["cluster"] = plan.cluster;
-    d["stages"] = plan.stages;
-    d["shared_bytes"] = plan.shared_bytes;
-    d["threads"] = plan.threads;
-    d["slabs"] = plan.slabs;
-    d["grid"] = plan.grid;
-    return d;
+void set_cluster(Call& call, int cluster) {
+    if (cluster < 1 || cluster > call.kernel->max_cluster || (cluster & (cluster - 1)) != 0)
+        refuse(call, "cluster = " + std::to_string(cluster) + " is no power of two up to " +
+                         std::to_string(call.kernel->max_cluster));
+    call.cluster = cluster;
+    call.grid = call.slabs * cluster;
 }
 
-py::dict plan(const std::string& name, std::int64_t M, std::int64_t N, std::int64_t K, std::int32_t R, std::int32_t P,
-              bool need_dx, bool need_dA, bool need_dB, int sm_count) {
-    const Kernel& kernel = find(name);
-    // Stands for pointers that only their presence matters of.
+Call plan(const std::string& name, std::int64_t M, std::int64_t N, std::int64_t K, std::int32_t R, std::int32_t P,
+          bool need_dx, bool need_dA, bool need_dB, std::int32_t dtype, bool deterministic, int device, int sm_count,
+          int cluster) {
+    // Stands for pointers of which only their presence matters.
     alignas(loge::kAlignmentBytes) static float present[4];
-    BackwardParams p{};
+    Call call{};
+    call.kernel = &find(name);
+    call.device = device;
+    BackwardParams& p = call.problem;
     p.dy = p.x = p.xa = p.left = p.right = p.lora_A = p.lora_B = present;
     p.dx = need_dx ? present : nullptr;
     p.dA = need_dA ? present : nullptr;
     p.dB = need_dB ? present : nullptr;
     p.M = M, p.N = N, p.K = K, p.R = R, p.P = P;
     p.dy_stride = N, p.x_stride = K;
-    check(kernel, p, sm_count);
-    return as_dict(kernel.plan(p, sm_count));
+    p.dtype = static_cast<loge::DType>(dtype);
+    p.deterministic = deterministic;
+    const std::string reason = call.kernel->why_not(p);
+    if (!reason.empty()) refuse(call, reason);
+    if (sm_count < 1) refuse(call, "sm_count = " + std::to_string(sm_count) + " is not positive");
+    static_cast<Plan&>(call) = call.kernel->expect(p, sm_count);
+    call.workspace = loge::workspace_of(p, call);
+    if (deterministic) p.slab_stride = call.workspace.set;
+    const std::int64_t bytes = 4 * call.workspace.size;
+    if (deterministic && bytes > loge::kMaxWorkspaceBytes)
+        refuse(call, "without atomics each slab has dA and dB of its own: " + std::to_string(bytes >> 20) +
+                         " MiB, where " + std::to_string(loge::kMaxWorkspaceBytes >> 20) + " are allowed");
+    if (device >= 0) {
+        const loge::DeviceGuard guard(device);
+        int limit = 0;
+        loge::check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                         "cudaDeviceGetAttribute(MaxSharedMemoryPerBlockOptin)");
+        if (call.shared_bytes > limit)
+            refuse(call, "a block needs " + std::to_string(call.shared_bytes) +
+                             " bytes of shared memory, this GPU has " + std::to_string(limit));
+        static_cast<Plan&>(call) = call.kernel->prepare(p, device);
+    }
+    if (cluster != 0) set_cluster(call, cluster);
+    return call;
 }
 
 template <class T = void>
@@ -90,23 +123,33 @@ T* pointer(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-void backward(const std::string& name, std::uintptr_t dy, std::uintptr_t x, std::uintptr_t xa, std::uintptr_t left,
-              std::uintptr_t right, std::uintptr_t lora_A, std::uintptr_t lora_B, std::uintptr_t dx, std::uintptr_t dA,
-              std::uintptr_t dB, std::int64_t M, std::int64_t N, std::int64_t K, std::int32_t R, std::int32_t P,
-              std::int64_t dy_stride, std::int64_t x_stride, float scaling, std::int32_t dtype, bool deterministic,
-              int sm_count, int device, std::uintptr_t stream) {
-    const Kernel& kernel = find(name);
-    BackwardParams p{};
+void launch(const Call& call, std::uintptr_t dy, std::uintptr_t x, std::uintptr_t xa, std::uintptr_t left,
+            std::uintptr_t right, std::uintptr_t lora_A, std::uintptr_t lora_B, std::uintptr_t dx, std::uintptr_t dA,
+            std::uintptr_t dB, std::uintptr_t workspace, std::int64_t dy_stride, std::int64_t x_stride, float scaling,
+            std::uintptr_t stream) {
+    BackwardParams p = call.problem;
     p.dy = pointer(dy), p.x = pointer(x), p.xa = pointer(xa), p.left = pointer(left), p.right = pointer(right);
-    p.lora_A = pointer(lora_A), p.lora_B = pointer(lora_B), p.dx = pointer(dx);
-    p.dA = pointer<float>(dA), p.dB = pointer<float>(dB);
-    p.M = M, p.N = N, p.K = K, p.R = R, p.P = P;
+    p.lora_A = pointer(lora_A), p.lora_B = pointer(lora_B);
+    if (p.M > 0 && p.dx != nullptr && dx == 0) refuse(call, "dx is missing");
+    if (p.M > 0 && call.workspace.size > 0 && workspace == 0) refuse(call, "the workspace is missing");
+    if (p.dx != nullptr) p.dx = pointer(dx);
+    float* const sums = pointer<float>(workspace);
+    if (p.dA != nullptr) p.dA = sums, p.dA_rounded = pointer(dA);
+    if (p.dB != nullptr) p.dB = sums + call.workspace.dB, p.dB_rounded = pointer(dB);
+    const bool rounds = p.dA_rounded != nullptr || p.dB_rounded != nullptr;
+    if (rounds && p.deterministic) refuse(call, "deterministic sums are the caller's to add up and to round");
+    if (rounds) p.finished = pointer<unsigned>(workspace) + call.workspace.set;
     p.dy_stride = dy_stride, p.x_stride = x_stride;
     p.scaling = scaling;
-    p.dtype = static_cast<loge::DType>(dtype);
-    p.deterministic = deterministic;
-    check(kernel, p, sm_count);
-    kernel.backward(p, kernel.plan(p, sm_count), device, pointer(stream));
+    const std::string reason = call.kernel->why_not(p);
+    if (!reason.empty()) refuse(call, reason);
+    if (p.M == 0) return;
+    if (call.device < 0) refuse(call, "this plan was made for no device");
+    const loge::DeviceGuard guard(call.device);
+    if (!p.deterministic && call.workspace.size > 0)
+        loge::check_cuda(cudaMemsetAsync(sums, 0, 4 * call.workspace.size, pointer<CUstream_st>(stream)),
+                         "cudaMemsetAsync(workspace)");
+    call.kernel->backward(p, call, call.device, pointer(stream));
 }
 
 }  // namespace
@@ -123,19 +166,31 @@ PYBIND11_MODULE(_C, module) {
     module.attr("FLOAT16") = static_cast<int>(loge::DType::kFloat16);
     module.attr("BFLOAT16") = static_cast<int>(loge::DType::kBFloat16);
 
-    module.def("plan", &plan,
-               "How `kernel` cuts a problem: block_m, block_n, block_k, cluster, stages, shared_bytes, threads, slabs, "
-               "grid. Host arithmetic: no GPU. ValueError names what the kernel cannot take.",
-               py::arg("kernel"), py::kw_only(), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R"), py::arg("P"),
-               py::arg("need_dx") = true, py::arg("need_dA") = true, py::arg("need_dB") = true,
-               py::arg("sm_count") = 108);
-    module.def("backward", &backward,
-               "dX [M, K], and dA [P, K] and dB [N, P] in float32, at the addresses given, 0 where not wanted: one "
-               "launch on `stream` of `device`. dA and dB are added to, or when deterministic stored as [slabs, ...]. "
-               "ValueError names the argument at fault and its value; CudaError the call that CUDA refused.",
-               py::arg("kernel"), py::kw_only(), py::arg("dy"), py::arg("x"), py::arg("xa"), py::arg("left"),
-               py::arg("right"), py::arg("lora_A"), py::arg("lora_B"), py::arg("dx"), py::arg("dA"), py::arg("dB"),
-               py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R"), py::arg("P"), py::arg("dy_stride"),
-               py::arg("x_stride"), py::arg("scaling"), py::arg("dtype"), py::arg("deterministic"), py::arg("sm_count"),
-               py::arg("device"), py::arg("stream"));
+    py::class_<Call>(module, "Plan", "How a kernel cuts the problems of one shape, and their launch.")
+        .def_readonly("block_m", &Call::block_m)
+        .def_readonly("block_n", &Call::block_n)
+        .def_readonly("block_k", &Call::block_k)
+        .def_readonly("cluster", &Call::cluster)
+        .def_readonly("stages", &Call::stages)
+        .def_readonly("shared_bytes", &Call::shared_bytes)
+        .def_readonly("threads", &Call::threads)
+        .def_readonly("slabs", &Call::slabs)
+        .def_readonly("grid", &Call::grid)
+        .def_property_readonly("workspace", [](const Call& call) { return call.workspace.size; })
+        .def(
+            "launch", &launch,
+            "launch(dy, x, xa, left, right, lora_A, lora_B, dx, dA, dB, workspace, dy_stride, x_stride, scaling, "
+            "stream): one memset and one kernel. All but the last four are addresses, 0 for what is not wanted or not "
+            "read. `workspace` has Plan.workspace elements of float32: the sums dA [P, K] and dB [N, P], one after the "
+            "other, those that are wanted. They are the result, or are rounded to dA and dB where these are given. A "
+            "deterministic plan leaves [slabs, dA and dB] there, to be added up. "
+            "ValueError names the argument at fault and its value; CudaError the call that CUDA refused.");
+    module.def(
+        "plan", &plan,
+        "The Plan of `kernel`. ValueError names what the kernel cannot take. On `device` it asks CUDA what fits "
+        "there, and loads the kernel: call it once before a graph is captured. Without one (-1) it is arithmetic, "
+        "for a GPU of `sm_count` multiprocessors, and cannot be launched. `cluster` overrides what is chosen.",
+        py::arg("kernel"), py::kw_only(), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R"), py::arg("P"),
+        py::arg("need_dx") = true, py::arg("need_dA") = true, py::arg("need_dB") = true, py::arg("dtype") = 1,
+        py::arg("deterministic") = false, py::arg("device") = -1, py::arg("sm_count") = 108, py::arg("cluster") = 0);
 }

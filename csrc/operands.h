@@ -53,8 +53,10 @@ inline std::string problem_why_not(const BackwardParams& p) {
         {"lora_A", p.lora_A, need_dx && adapter},
         {"lora_B", p.lora_B, (need_dx || need_dA) && adapter},
         {"dx", p.dx, need_dx},
-        {"dA", p.dA, need_dA},
-        {"dB", p.dB, need_dB},
+        {"workspace", p.dA, need_dA},
+        {"workspace", p.dB, need_dB},
+        {"dA", p.dA_rounded, p.dA_rounded != nullptr},
+        {"dB", p.dB_rounded, p.dB_rounded != nullptr},
     };
     for (const auto& operand : operands) {
         if (!operand.needed || p.M == 0) continue;

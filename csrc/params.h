@@ -1,6 +1,7 @@
 // What travels between the binding and a kernel: plain structs, no torch, no Python, no CUDA header.
 //
-// Names are those of loge_kernels/reference.py: M tokens, N out features, K in features, R factor rank, P adapter rank.
+// Names are those of loge_kernels/backend/reference.py: M tokens, N out features, K in features, R factor rank, P
+// adapter rank.
 //
 //     T  = dY [left | s B]        [M, R + P]
 //     dX = T [right ; A]          [M, K]
@@ -30,10 +31,15 @@ struct BackwardParams {
     const void* lora_A;  // [P, K], contiguous; for dX, null without an adapter
     const void* lora_B;  // [N, P], contiguous; for dX and dA, null without an adapter
     void* dx;            // [M, K], contiguous, or null
-    // fp32. Summed by atomics onto what is there, or with `deterministic` stored once per slab, [slabs, ...], for the
-    // caller to add up in a fixed order.
-    float* dA;  // [P, K] or [slabs, P, K], contiguous, or null
-    float* dB;  // [N, P] or [slabs, N, P], contiguous, or null
+    // fp32 sums, contiguous. The slabs add to zeros by atomics; with `deterministic` each slab stores a part of its
+    // own, slab_stride elements behind the one before, for the caller to add up in a fixed order.
+    float* dA;  // [P, K], or null
+    float* dB;  // [N, P], or null
+    // The sums rounded to `dtype`, by the last block that adds to them; null: the sums are the result.
+    void* dA_rounded;    // [P, K]
+    void* dB_rounded;    // [N, P]
+    unsigned* finished;  // zeros, one for each block of a cluster: slabs that have added; null: nothing is rounded
+    std::int64_t slab_stride;  // 0 unless deterministic
     std::int64_t M, N, K;
     std::int64_t dy_stride, x_stride;
     std::int32_t R, P;  // multiples of 8; P = 0 without an adapter
@@ -41,6 +47,10 @@ struct BackwardParams {
     DType dtype;
     bool deterministic;
 };
+
+// Of a workspace when deterministic: it grows with the rows, and nobody expects gradients of a few MB to need GBs.
+inline constexpr std::int64_t kMaxWorkspaceBytes = std::int64_t{256} << 20;
+inline constexpr int kMaxCluster = 8;  // the largest size that every Hopper part supports
 
 // How a problem is cut: decided on the host by arithmetic alone, so that it can be shown and tested without a GPU.
 struct Plan {
@@ -51,8 +61,20 @@ struct Plan {
     std::int32_t stages;        // depth of the load pipeline
     std::int32_t shared_bytes;  // dynamic shared memory of a block
     std::int32_t threads;       // of a block
-    std::int64_t slabs;         // ceil(M / block_m), the leading dimension of dA, dB when deterministic
+    std::int64_t slabs;         // ceil(M / block_m)
     std::int64_t grid;          // blocks
 };
+
+// The one workspace of a call, in elements of 4 bytes: a set of sums, dA [P, K] and dB [N, P], those that are wanted,
+// and then the counters; or a set for each slab, when deterministic.
+struct Workspace {
+    std::int64_t dB;    // where dB starts in a set
+    std::int64_t set;   // elements of a set
+    std::int64_t size;  // 0 where neither is wanted
+};
+inline Workspace workspace_of(const BackwardParams& p, const Plan& plan) {
+    const std::int64_t dB = p.dA != nullptr ? p.P * p.K : 0, set = dB + (p.dB != nullptr ? p.N * p.P : 0);
+    return {dB, set, p.deterministic ? plan.slabs * set : set == 0 ? 0 : set + kMaxCluster};
+}
 
 }  // namespace loge

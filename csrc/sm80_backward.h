@@ -7,11 +7,10 @@
 
 namespace loge {
 
-// Computes the gradients whose pointers are not null, in one launch on `stream` (a cudaStream_t) of `device`. `plan` is
-// sm80_plan's for `problem`. dA and dB are added to, or with `deterministic` stored for each slab. Neither waits for
-// the device nor allocates: it may be captured in a CUDA graph. M = 0 launches nothing. Throws std::invalid_argument
-// with sm80_why_not's reason, and CudaError where CUDA refuses. What goes wrong later, on the device, is left to the
-// next call that asks for it.
+// sm80_plan on the current device, number `device`; loads the kernel. Throws CudaError.
+Plan sm80_prepare(const BackwardParams& problem, int device);
+
+// As sm90_backward, with sm80_prepare's plan.
 void sm80_backward(const BackwardParams& problem, const Plan& plan, int device, void* stream);
 
 }  // namespace loge

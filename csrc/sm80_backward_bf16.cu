@@ -3,7 +3,8 @@
 
 namespace loge::sm80 {
 
-#define LOGE_SM80_INSTANCE(kRank, kAdapter) \
+#define LOGE_SM80_INSTANCE(kRank, kAdapter)                                \
+    template void prepare<DType::kBFloat16, kRank, kAdapter>(const Plan&); \
     template void launch<DType::kBFloat16, kRank, kAdapter>(const BackwardParams&, const Plan&, void*);
 LOGE_SM80_KERNELS(LOGE_SM80_INSTANCE)
 

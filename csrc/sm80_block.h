@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "params.h"
+#include "rounding.h"
 #include "sm80_tiles.h"
 
 #ifdef __CUDACC__
@@ -67,13 +68,23 @@ class Block {
     LOGE_SM80_DEVICE void run() {
         walk_N();
         if (kRank > 0 || need_dA_) walk_K();
+        if constexpr (kAdapter > 0)
+            if (p.finished != nullptr) finish();
     }
 
  private:
-    LOGE_SM80_DEVICE void load_first(std::int64_t step) {
-        const std::int64_t n = step * kStepN;
-        if (n >= p.N) return;
-        const int stage = Map::kFirstStages + static_cast<int>(step % Map::kFirstCount) * Map::kFirstBytes;
+    // A walk of `steps` starts at a step of the slab's own and goes round: otherwise all slabs would add to the same
+    // rows of dB, and read the same tile of a factor, at the same time.
+    LOGE_SM80_DEVICE void start_walk(std::int64_t size, int step) {
+        steps_ = static_cast<int>((size + step - 1) / step);
+        shift_ = static_cast<int>(slab_ * steps_ / ((p.M + kBlockM - 1) / kBlockM));
+    }
+    LOGE_SM80_DEVICE int place(int i) const { return i + shift_ < steps_ ? i + shift_ : i + shift_ - steps_; }
+
+    LOGE_SM80_DEVICE void load_first(int step) {
+        if (step >= steps_) return;
+        const std::int64_t n = std::int64_t{place(step)} * kStepN;
+        const int stage = Map::kFirstStages + step % Map::kFirstCount * Map::kFirstBytes;
         load_tile<kBlockM, kStepN>(m, stage + Map::kDy, p.dy, p.dy_stride, p.M, p.N, row_, n);
         if constexpr (kRank > 0) load_tile<kStepN, kRank>(m, stage + Map::kLeft, p.left, p.R, p.N, p.R, n, 0);
         if constexpr (kAdapter > 0)
@@ -86,21 +97,21 @@ class Block {
         float t_b[kAdapterTiles > 0 ? kAdapterTiles : 1][4] = {};
         if constexpr (kAdapter > 0)
             if (need_dB_) load_tile<kBlockM, kAdapter>(m, Map::kXa, p.xa, p.P, p.M, p.P, row_, 0);
+        start_walk(p.N, kStepN);
         LOGE_SM80_UNROLL
         for (int step = 0; step < Map::kFirstCount - 1; ++step) {
             load_first(step);
             m.commit();
         }
-        const std::int64_t steps = (p.N + kStepN - 1) / kStepN;
-        for (std::int64_t step = 0; step < steps; ++step) {
+        for (int step = 0; step < steps_; ++step) {
             m.template wait<Map::kFirstCount - 2>();
             m.sync();
             load_first(step + Map::kFirstCount - 1);
             m.commit();
-            const int stage = Map::kFirstStages + static_cast<int>(step % Map::kFirstCount) * Map::kFirstBytes;
+            const int stage = Map::kFirstStages + step % Map::kFirstCount * Map::kFirstBytes;
             project(stage, t, t_b);
             if constexpr (kAdapter > 0)
-                if (need_dB_) gradient_B(stage + Map::kDy, step * kStepN);
+                if (need_dB_) gradient_B(stage + Map::kDy, std::int64_t{place(step)} * kStepN);
         }
         m.template wait<0>();
         m.sync();
@@ -191,9 +202,9 @@ class Block {
 
     LOGE_SM80_DEVICE void load_second(std::int64_t step) {
         if constexpr (kRank > 0) {
-            const std::int64_t k = step / Map::kSteps * kStepK;
-            const int part = static_cast<int>(step % Map::kSteps);
-            if (k >= p.K) return;
+            const int tile = static_cast<int>(step / Map::kSteps), part = static_cast<int>(step % Map::kSteps);
+            if (tile >= steps_) return;
+            const std::int64_t k = std::int64_t{place(tile)} * kStepK;
             const int stage = Map::kSecondStages + static_cast<int>(step % Map::kSecondCount) * Map::kSecondBytes;
             if (part < Map::kFrozenSteps)
                 load_tile<kDepth, kStepK>(m, stage, p.right, p.K, p.R, p.K, part * kDepth, k);
@@ -202,15 +213,17 @@ class Block {
         }
     }
 
-    LOGE_SM80_DEVICE void load_x(std::int64_t tile) {
-        const std::int64_t k = tile * kStepK;
-        if (need_dA_ && k < p.K) load_tile<kBlockM, kStepK>(m, x_tile(tile), p.x, p.x_stride, p.M, p.K, row_, k);
+    LOGE_SM80_DEVICE void load_x(int tile) {
+        if (need_dA_ && tile < steps_)
+            load_tile<kBlockM, kStepK>(m, x_tile(tile), p.x, p.x_stride, p.M, p.K, row_,
+                                       std::int64_t{place(tile)} * kStepK);
     }
 
-    LOGE_SM80_DEVICE int x_tile(std::int64_t tile) const { return Map::kX + static_cast<int>(tile & 1) * Map::kXBytes; }
+    LOGE_SM80_DEVICE int x_tile(int tile) const { return Map::kX + (tile & 1) * Map::kXBytes; }
 
     // dX and dA.
     LOGE_SM80_DEVICE void walk_K() {
+        start_walk(p.K, kStepK);
         load_x(0);
         LOGE_SM80_UNROLL
         for (int step = 0; step < Map::kSecondCount - 1; ++step) {
@@ -218,7 +231,8 @@ class Block {
             m.commit();
         }
         std::int64_t step = 0;
-        for (std::int64_t tile = 0; tile * kStepK < p.K; ++tile) {
+        for (int tile = 0; tile < steps_; ++tile) {
+            const std::int64_t k = std::int64_t{place(tile)} * kStepK;
             float out[2][kOutTiles][4] = {};
             for (int part = 0; part < Map::kSteps; ++part, ++step) {
                 m.template wait<Map::kSecondCount - 2>();
@@ -235,8 +249,8 @@ class Block {
                 }
             }
             if constexpr (kAdapter > 0)
-                if (need_dA_) gradient_A(x_tile(tile), tile * kStepK);
-            if constexpr (kRank > 0) write_dx(x_tile(tile), tile * kStepK, out);
+                if (need_dA_) gradient_A(x_tile(tile), k);
+            if constexpr (kRank > 0) write_dx(x_tile(tile), k, out);
         }
     }
 
@@ -336,6 +350,28 @@ class Block {
                 m.template pack<kType>(scale * c[2 * half], scale * c[2 * half + 1]));
     }
 
+    // The block that comes here last rounds the sums; see rounding.h.
+    LOGE_SM80_DEVICE void finish() {
+        m.sync();
+        const int thread = m.thread_anew();
+        const auto slabs = static_cast<unsigned>((p.M + kBlockM - 1) / kBlockM);
+        const bool last = thread == 0 && m.count(p.finished) == slabs - 1;
+        if (!m.any(last)) return;
+        round(p.dA, p.dA_rounded, p.P * p.K, thread);
+        round(p.dB, p.dB_rounded, p.N * p.P, thread);
+    }
+
+    LOGE_SM80_DEVICE void round(const float* sums, void* rounded, std::int64_t count, int thread) {
+        if (rounded == nullptr) return;
+        // N, K and P are multiples of 8: eight rows of an eighth each.
+        for_each_quad<kThreads, 4>(
+            thread, 8, count / 8, count / 8, [&](std::int64_t at, float (&v)[4]) { m.read_sums(v, sums + at); },
+            [&](std::int64_t at, const float (&v)[4]) {
+                m.write_words(static_cast<char*>(rounded) + at * kElementBytes, m.template pack<kType>(v[0], v[1]),
+                              m.template pack<kType>(v[2], v[3]));
+            });
+    }
+
     // Accumulators C [16, 8], scaled, to `row` and `column` of a gradient [rows, columns]: onto what is there, or as
     // this slab's own part.
     LOGE_SM80_DEVICE void add(float* gradient, std::int64_t rows, std::int64_t columns, std::int64_t row,
@@ -345,7 +381,8 @@ class Block {
             const std::int64_t i = row + 8 * half + c_row(lane_), j = column + c_column(lane_);
             if (i >= rows || j >= columns) continue;
             if (p.deterministic)
-                m.write_pair(gradient + (slab_ * rows + i) * columns + j, scale * c[2 * half], scale * c[2 * half + 1]);
+                m.write_pair(gradient + slab_ * p.slab_stride + i * columns + j, scale * c[2 * half],
+                             scale * c[2 * half + 1]);
             else
                 m.add_pair(gradient + i * columns + j, scale * c[2 * half], scale * c[2 * half + 1]);
         }
@@ -354,6 +391,7 @@ class Block {
     const BackwardParams& p;
     Machine& m;
     const std::int64_t slab_, row_;
+    int steps_ = 0, shift_ = 0;  // of the walk
     const int lane_, warp_;
     const WarpPlace place_;
     const bool need_dA_, need_dB_, need_TB_;

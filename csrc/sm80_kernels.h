@@ -8,7 +8,10 @@
 
 namespace loge::sm80 {
 
-// Tiles of R (0: without dX) by tiles of P (0: without an adapter).
+// Tiles of R (0: without dX) by tiles of P (0: without an adapter). Both on the current device: `prepare` loads the
+// kernel and gives it its shared memory, once before the first `launch`. They throw CudaError.
+template <DType kType, int kRank, int kAdapter>
+void prepare(const Plan& plan);
 template <DType kType, int kRank, int kAdapter>
 void launch(const BackwardParams& problem, const Plan& plan, void* stream);
 

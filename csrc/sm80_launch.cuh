@@ -19,15 +19,25 @@ __global__ void __launch_bounds__(kThreads, Shared<kRank, kAdapter>::kBlocksPerM
 }
 
 template <DType kType, int kRank, int kAdapter>
+void prepare(const Plan& plan) {
+    const auto kernel = backward_kernel<kType, kRank, kAdapter>;
+    // Loads the kernel, which CUDA would otherwise do at the first launch: that may be inside a graph's capture.
+    cudaFuncAttributes loaded{};
+    check_cuda(cudaFuncGetAttributes(&loaded, kernel), "cudaFuncGetAttributes(sm80_backward)");
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
+               "cudaFuncSetAttribute(MaxDynamicSharedMemorySize, " + std::to_string(plan.shared_bytes) + ")");
+}
+
+template <DType kType, int kRank, int kAdapter>
 void launch(const BackwardParams& problem, const Plan& plan, void* stream) {
     BackwardParams argument = problem;
     void* arguments[] = {&argument};
     const void* kernel = reinterpret_cast<const void*>(&backward_kernel<kType, kRank, kAdapter>);
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
-               "cudaFuncSetAttribute(shared memory = " + std::to_string(plan.shared_bytes) + ")");
-    check_cuda(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(plan.grid)), dim3(kThreads), arguments,
-                                static_cast<std::size_t>(plan.shared_bytes), static_cast<cudaStream_t>(stream)),
-               "cudaLaunchKernel(sm80_backward, grid = " + std::to_string(plan.grid) + ")");
+    const cudaError_t code =
+        cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(plan.grid)), dim3(kThreads), arguments,
+                         static_cast<std::size_t>(plan.shared_bytes), static_cast<cudaStream_t>(stream));
+    if (code != cudaSuccess)
+        check_cuda(code, "cudaLaunchKernel(sm80_backward, grid = " + std::to_string(plan.grid) + ")");
 }
 
 }  // namespace loge::sm80

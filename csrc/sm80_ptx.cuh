@@ -15,6 +15,12 @@ class PtxMachine {
         : base_(static_cast<std::uint32_t>(__cvta_generic_to_shared(shared))) {}
 
     __device__ __forceinline__ int thread() const { return static_cast<int>(threadIdx.x); }
+    // The same, read again: a value kept from the kernel's start to its end costs spills where registers are scarce.
+    __device__ __forceinline__ int thread_anew() const {
+        int thread;
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+        return thread;
+    }
     __device__ __forceinline__ void sync() const { __syncthreads(); }
 
     // 16 bytes of global memory to shared memory, or zeros.
@@ -85,6 +91,27 @@ class PtxMachine {
     __device__ __forceinline__ void write_pair(float* target, float first, float second) const {
         *reinterpret_cast<float2*>(target) = make_float2(first, second);
     }
+    // Four sums that other blocks have added to: from L2, where they lie.
+    __device__ __forceinline__ void read_sums(float (&v)[4], const float* source) const {
+        const float4 four = __ldcg(reinterpret_cast<const float4*>(source));
+        v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+    }
+    __device__ __forceinline__ void write_words(void* target, std::uint32_t first, std::uint32_t second) const {
+        *static_cast<uint2*>(target) = make_uint2(first, second);
+    }
+    // One more at `counter`, which was the value returned; releases and acquires, see rounding.h.
+    __device__ __forceinline__ unsigned count(unsigned* counter) const {
+        unsigned before;
+        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;\n"
+                     : "=r"(before)
+                     : "l"(__cvta_generic_to_global(counter))
+                     : "memory");
+        return before;
+    }
+    // Whether any thread of the block says so; a barrier.
+    __device__ __forceinline__ bool any(bool here) const { return __syncthreads_or(here) != 0; }
+    // Before compute capability 9.0 there is no vector form, and a pair costs two scalar atomics. Whether they bind
+    // an A100 needs one to measure; keeping dB of several slabs in one block would halve their number.
     __device__ __forceinline__ void add_pair(float* target, float first, float second) const {
 #if __CUDA_ARCH__ >= 900
         asm volatile("red.global.add.v2.f32 [%0], {%1, %2};\n" ::"l"(__cvta_generic_to_global(target)), "f"(first),

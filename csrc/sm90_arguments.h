@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "params.h"
+#include "sm90_plan.h"
 
 namespace loge::sm90 {
 
@@ -19,17 +20,30 @@ struct Arguments {
     CUtensorMap right;   // boxes [R tile, 64]
     CUtensorMap lora_A;  // boxes [P tile, 64]
     CUtensorMap dx;      // boxes [64, 64]
-    float* dA;
+    float* dA;           // and what follows: as in BackwardParams
     float* dB;
+    void* dA_rounded;
+    void* dB_rounded;
+    unsigned* finished;
+    std::int64_t slab_stride;
     std::int32_t N, K, P;
+    std::int32_t slabs;
     std::int32_t cluster;
     float scaling;
     bool need_dA, need_dB, deterministic;
 };
 
-// Launches the kernel compiled for `kType` and the tiles of R (0: without dX) and P (0: without an adapter). `stream`
-// is a cudaStream_t. Throws CudaError.
+// One compiled kernel.
+struct Compiled {
+    // Loads it on the current device, gives it its shared memory, and asks how many clusters of each size can run at
+    // once. Throws CudaError.
+    Residency (*prepare)();
+    // On the current device, on which it has been prepared. `stream` is a cudaStream_t. Throws CudaError.
+    void (*launch)(const Arguments& arguments, const Plan& plan, void* stream);
+};
+
+// The kernel for `kType` and the tiles of R (0: without dX) and P (0: without an adapter).
 template <DType kType, int kRank, int kAdapter>
-void launch(const Arguments& arguments, const Plan& plan, int device, void* stream);
+Compiled compiled();
 
 }  // namespace loge::sm90

@@ -1,9 +1,11 @@
 #include "sm90_backward.h"
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
-#include "device_guard.h"
 #include "sm90_arguments.h"
 #include "tensor_map.h"
 
@@ -11,12 +13,13 @@ namespace loge {
 
 namespace {
 
-sm90::Arguments arguments_of(const BackwardParams& p, const Plan& plan, int rank_tile, int adapter_tile) {
+sm90::Arguments arguments_of(const BackwardParams& p, const Plan& plan, int device) {
     using sm90::kBlockM, sm90::kStep, sm90::kWarpgroupRows;
-    const auto map = [&p](const void* base, std::int64_t rows, std::int64_t columns, std::int64_t stride, int box_rows,
-                          int box_columns) {
+    const int rank_tile = sm90::rank_tile(p.dx != nullptr ? p.R : 0), adapter_tile = sm90::adapter_tile(p.P);
+    const auto map = [&p, device](const void* base, std::int64_t rows, std::int64_t columns, std::int64_t stride,
+                                  int box_rows, int box_columns) {
         // One row has no stride of its own, and TMA wants one.
-        return encode_tensor_map(p.dtype, base, rows, columns, rows == 1 ? columns : stride, box_rows, box_columns);
+        return tensor_map({base, rows, columns, rows == 1 ? columns : stride, box_rows, box_columns, p.dtype, device});
     };
     const bool need_dx = p.dx != nullptr, need_dA = p.dA != nullptr, need_dB = p.dB != nullptr;
     sm90::Arguments a{};
@@ -34,6 +37,11 @@ sm90::Arguments arguments_of(const BackwardParams& p, const Plan& plan, int rank
     }
     a.dA = p.dA;
     a.dB = p.dB;
+    a.dA_rounded = p.dA_rounded;
+    a.dB_rounded = p.dB_rounded;
+    a.finished = p.finished;
+    a.slab_stride = p.slab_stride;
+    a.slabs = static_cast<std::int32_t>(plan.slabs);
     a.N = static_cast<std::int32_t>(p.N);
     a.K = static_cast<std::int32_t>(p.K);
     a.P = p.P;
@@ -45,17 +53,15 @@ sm90::Arguments arguments_of(const BackwardParams& p, const Plan& plan, int rank
     return a;
 }
 
-using Launch = void (*)(const sm90::Arguments&, const Plan&, int, void*);
-
 template <DType kType, int kRank>
-Launch select_adapter(int adapter_tile) {
+sm90::Compiled select_adapter(int adapter_tile) {
     if constexpr (kRank > 0)
-        if (adapter_tile == 0) return sm90::launch<kType, kRank, 0>;
-    return adapter_tile == 16 ? sm90::launch<kType, kRank, 16> : sm90::launch<kType, kRank, 64>;
+        if (adapter_tile == 0) return sm90::compiled<kType, kRank, 0>();
+    return adapter_tile == 16 ? sm90::compiled<kType, kRank, 16>() : sm90::compiled<kType, kRank, 64>();
 }
 
 template <DType kType>
-Launch select_rank(int rank_tile, int adapter_tile) {
+sm90::Compiled select_rank(int rank_tile, int adapter_tile) {
     switch (rank_tile) {
         case 0:
             return select_adapter<kType, 0>(adapter_tile);
@@ -68,18 +74,33 @@ Launch select_rank(int rank_tile, int adapter_tile) {
     }
 }
 
+sm90::Compiled kernel_of(const BackwardParams& p) {
+    const int rank_tile = sm90::rank_tile(p.dx != nullptr ? p.R : 0), adapter_tile = sm90::adapter_tile(p.P);
+    return p.dtype == DType::kFloat16 ? select_rank<DType::kFloat16>(rank_tile, adapter_tile)
+                                      : select_rank<DType::kBFloat16>(rank_tile, adapter_tile);
+}
+
+// Asked once for each kernel and device. A device that is reset under a process forgets its kernels' attributes, and
+// everything that torch has on it as well.
+sm90::Residency prepared(const BackwardParams& p, int device) {
+    static std::map<std::pair<sm90::Residency (*)(), int>, sm90::Residency> known;
+    static std::mutex mutex;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto prepare = kernel_of(p).prepare;
+    const auto found = known.find({prepare, device});
+    return found != known.end() ? found->second : known[{prepare, device}] = prepare();
+}
+
 }  // namespace
+
+Plan sm90_prepare(const BackwardParams& problem, int device) {
+    return sm90_plan(problem, prepared(problem, device));
+}
 
 void sm90_backward(const BackwardParams& problem, const Plan& plan, int device, void* stream) {
     const std::string reason = sm90_why_not(problem);
-    if (!reason.empty()) throw std::invalid_argument("sm90_backward: " + reason);
-    if (problem.M == 0) return;
-    const int rank_tile = sm90::rank_tile(problem.dx != nullptr ? problem.R : 0);
-    const int adapter_tile = sm90::adapter_tile(problem.P);
-    const Launch launch = problem.dtype == DType::kFloat16 ? select_rank<DType::kFloat16>(rank_tile, adapter_tile)
-                                                           : select_rank<DType::kBFloat16>(rank_tile, adapter_tile);
-    const DeviceGuard guard(device);  // before the driver encodes tensor maps
-    launch(arguments_of(problem, plan, rank_tile, adapter_tile), plan, device, stream);
+    if (!reason.empty()) throw std::invalid_argument("sm90: " + reason);
+    if (problem.M > 0) kernel_of(problem).launch(arguments_of(problem, plan, device), plan, stream);
 }
 
 }  // namespace loge

@@ -4,16 +4,16 @@
 namespace loge::sm90 {
 
 constexpr DType kType = DType::kFloat16;
-template void launch<kType, 0, 16>(const Arguments&, const Plan&, int, void*);
-template void launch<kType, 0, 64>(const Arguments&, const Plan&, int, void*);
-template void launch<kType, 64, 0>(const Arguments&, const Plan&, int, void*);
-template void launch<kType, 64, 16>(const Arguments&, const Plan&, int, void*);
-template void launch<kType, 64, 64>(const Arguments&, const Plan&, int, void*);
-template void launch<kType, 128, 0>(const Arguments&, const Plan&, int, void*);
-template void launch<kType, 128, 16>(const Arguments&, const Plan&, int, void*);
-template void launch<kType, 128, 64>(const Arguments&, const Plan&, int, void*);
-template void launch<kType, 256, 0>(const Arguments&, const Plan&, int, void*);
-template void launch<kType, 256, 16>(const Arguments&, const Plan&, int, void*);
-template void launch<kType, 256, 64>(const Arguments&, const Plan&, int, void*);
+template Compiled compiled<kType, 0, 16>();
+template Compiled compiled<kType, 0, 64>();
+template Compiled compiled<kType, 64, 0>();
+template Compiled compiled<kType, 64, 16>();
+template Compiled compiled<kType, 64, 64>();
+template Compiled compiled<kType, 128, 0>();
+template Compiled compiled<kType, 128, 16>();
+template Compiled compiled<kType, 128, 64>();
+template Compiled compiled<kType, 256, 0>();
+template Compiled compiled<kType, 256, 16>();
+template Compiled compiled<kType, 256, 64>();
 
 }  // namespace loge::sm90

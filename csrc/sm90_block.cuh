@@ -9,6 +9,9 @@
 
 namespace loge::sm90 {
 
+inline constexpr int kAllConsumers = 1;  // named barriers; 0 is __syncthreads
+inline constexpr int kOneWarpgroup = 2;  // and 3
+
 template <class Layouts>
 struct Block {
     static constexpr SharedMap kMap = Layouts::kMap;
@@ -18,6 +21,7 @@ struct Block {
     int slab;
     int rank;  // in the cluster
     Range steps_n, steps_k;
+    int shift_n, shift_k;
     bool need_t;    // for dX or dA
     bool exchange;  // T is the sum over the blocks of a cluster
 
@@ -30,7 +34,13 @@ struct Block {
         exchange = need_t && args.cluster > 1;
         steps_n = steps_of(args.N, rank, args.cluster);
         steps_k = need_t ? steps_of(args.K, rank, args.cluster) : Range{0, 0};
+        shift_n = shift_of(steps_n, slab, args.slabs);
+        shift_k = shift_of(steps_k, slab, args.slabs);
     }
+
+    // Where in N, and in K, step `i` of this block's walk is.
+    __device__ __forceinline__ int step_n(int i) const { return rotated(steps_n, shift_n, i); }
+    __device__ __forceinline__ int step_k(int i) const { return rotated(steps_k, shift_k, i); }
 
     __device__ __forceinline__ char* stage(int i) const { return shared + i * kMap.stage_bytes; }
     __device__ __forceinline__ char* resident() const { return shared + kMap.resident; }

@@ -2,12 +2,10 @@
 #pragma once
 
 #include "sm90_exchange.cuh"
+#include "sm90_finish.cuh"
 #include "sm90_fragments.h"
 
 namespace loge::sm90 {
-
-inline constexpr int kAllConsumers = 1;  // named barriers; 0 is __syncthreads
-inline constexpr int kOneWarpgroup = 2;  // and 3
 
 template <class Element, class Layout>
 __device__ __forceinline__ auto shared_tensor(char* shared, Layout layout) {
@@ -197,15 +195,12 @@ __device__ __forceinline__ void step_n(const Arguments& args, const Block<Layout
 template <class Element, class Layouts, class RankSums, class AdapterSums>
 __device__ __forceinline__ void walk_n(const Arguments& args, const Block<Layouts>& block, int warpgroup, int thread,
                                        RingPosition& at, RankSums& t_r, AdapterSums& t_p) {
-    float* dB = args.dB;
-    if (Layouts::kHasAdapter && args.need_dB) {
-        if (args.deterministic) dB += static_cast<std::int64_t>(block.slab) * args.N * args.P;
-        barrier_wait(block.barrier(block.kBarriers.resident), 0);
-    }
+    float* dB = args.dB + block.slab * args.slab_stride;
+    if (Layouts::kHasAdapter && args.need_dB) barrier_wait(block.barrier(block.kBarriers.resident), 0);
     int previous = -1;
     CUTE_NO_UNROLL
     for (int i = 0; i < block.steps_n.size(); ++i) {
-        const int step = block.steps_n.begin + i;
+        const int step = block.step_n(i);
         barrier_wait(block.full(at.stage), at.parity);
         if (Layouts::kHasAdapter && args.need_dB && takes_turn(warpgroup, i)) {
             step_n<Element, true>(args, block, warpgroup, thread, dB, step, at.stage, previous, t_r, t_p);
@@ -246,6 +241,8 @@ __device__ __forceinline__ void step_k(const Arguments& args, const Block<Layout
         const auto slice = expand.get_slice(0);
         wgmma_own(dx_tile);
         wgmma_fence();
+        // The fragments of T are read while this runs. They never change, and each step waits for its products: a
+        // pipeline that left some running over a step's end would have to keep the compiler off the fragments too.
         multiply<Start::kZero>(expand, t_r, slice.partition_fragment_B(right), dx_tile);
         if constexpr (Layouts::kHasAdapter)
             multiply<Start::kAdd>(expand, t_p, slice.partition_fragment_B(lora_A), dx_tile);
@@ -267,12 +264,11 @@ __device__ __forceinline__ void step_k(const Arguments& args, const Block<Layout
 template <class Element, class Layouts, class RankFragment, class AdapterFragment>
 __device__ __forceinline__ void walk_k(const Arguments& args, const Block<Layouts>& block, int warpgroup, int thread,
                                        RingPosition& at, const RankFragment& t_r, const AdapterFragment& t_p) {
-    float* dA = args.dA;
-    if (args.need_dA && args.deterministic) dA += static_cast<std::int64_t>(block.slab) * args.P * args.K;
+    float* dA = args.dA + block.slab * args.slab_stride;
     const bool stores = elect_one() && thread < 32;
     CUTE_NO_UNROLL
     for (int i = 0; i < block.steps_k.size(); ++i) {
-        const int step = block.steps_k.begin + i;
+        const int step = block.step_k(i);
         const int buffer = i % kStagingBuffers;
         barrier_wait(block.full(at.stage), at.parity);
         if (Layouts::kHasAdapter && args.need_dA && takes_turn(warpgroup, i)) {
@@ -282,21 +278,16 @@ __device__ __forceinline__ void walk_k(const Arguments& args, const Block<Layout
         }
         at.advance(Layouts::kMap.stages);
     }
+    // Shared memory must outlive its stores, which is all that the kernel's end needs. A launch that let its successor
+    // start early would have to wait until they are written.
     if (Layouts::kHasRank && stores) tma_store_wait<0>();
 }
 
-template <class Element, class Layouts>
-__device__ __forceinline__ void consume(const Arguments& args, const Block<Layouts>& block, int warpgroup) {
+// T to its 16-bit fragments, and the walk over K.
+template <class Element, class Layouts, class RankSums, class AdapterSums>
+__device__ __forceinline__ void expand(const Arguments& args, const Block<Layouts>& block, int warpgroup, int thread,
+                                       RingPosition& at, const RankSums& t_r, const AdapterSums& t_p) {
     constexpr int kRank = Layouts::Rank::value, kAdapter = Layouts::Adapter::value;
-    const int thread = threadIdx.x % kWarpgroupThreads;
-    RingPosition at;
-    auto t_r = accumulators<typename Layouts::ProjectRank, kRank>();        // (BM / 2, R)
-    auto t_p = accumulators<typename Layouts::ProjectAdapter, kAdapter>();  // (BM / 2, P)
-    cute::clear(t_r);
-    cute::clear(t_p);
-    walk_n<Element>(args, block, warpgroup, thread, at, t_r, t_p);
-    if (!block.need_t) return;
-
     auto rank_fragment = fragment<Element, kRank>();
     auto adapter_fragment = fragment<Element, kAdapter>();
     // Both warpgroups have read the last stage and xa.
@@ -314,6 +305,20 @@ __device__ __forceinline__ void consume(const Arguments& args, const Block<Layou
         named_barrier(kAllConsumers, kConsumerThreads);
     }
     walk_k<Element>(args, block, warpgroup, thread, at, rank_fragment, adapter_fragment);
+}
+
+template <class Element, class Layouts>
+__device__ __forceinline__ void consume(const Arguments& args, const Block<Layouts>& block, int warpgroup) {
+    const int thread = threadIdx.x % kWarpgroupThreads;
+    RingPosition at;
+    auto t_r = accumulators<typename Layouts::ProjectRank, Layouts::Rank::value>();        // (BM / 2, R)
+    auto t_p = accumulators<typename Layouts::ProjectAdapter, Layouts::Adapter::value>();  // (BM / 2, P)
+    cute::clear(t_r);
+    cute::clear(t_p);
+    walk_n<Element>(args, block, warpgroup, thread, at, t_r, t_p);
+    if (block.need_t) expand<Element>(args, block, warpgroup, thread, at, t_r, t_p);
+    if (Layouts::kHasAdapter && args.finished != nullptr)
+        finish<Element>(args, block, warpgroup * kWarpgroupThreads + thread);
 }
 
 }  // namespace loge::sm90

@@ -3,7 +3,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <mutex>
 #include <string>
 
 #include "cuda_check.h"
@@ -18,37 +17,61 @@ inline std::string describe(const Plan& plan) {
 }
 
 template <DType kType, int kRank, int kAdapter>
-void launch(const Arguments& arguments, const Plan& plan, int device, void* stream) {
+struct Instance {
     using Element = std::conditional_t<kType == DType::kFloat16, cute::half_t, cute::bfloat16_t>;
-    constexpr SharedMap map = Layouts<Element, kRank, kAdapter>::kMap;
-    if (plan.shared_bytes != map.bytes || plan.stages != map.stages || plan.threads != kThreads)
-        throw CudaError("sm90_backward: the plan (" + describe(plan) + ") is not one for this problem");
-    const auto kernel = sm90_backward_kernel<Element, kRank, kAdapter>;
-    const auto allow_shared = [&] {
-        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, map.bytes),
-                   "cudaFuncSetAttribute(MaxDynamicSharedMemorySize, " + std::to_string(map.bytes) + ")");
-    };
-    constexpr int kKnownDevices = 64;
-    static std::once_flag allowed[kKnownDevices];
-    if (device >= 0 && device < kKnownDevices) {
-        std::call_once(allowed[device], allow_shared);
-    } else {
-        allow_shared();
+    static constexpr SharedMap kMap = Layouts<Element, kRank, kAdapter>::kMap;
+    static constexpr auto kKernel = sm90_backward_kernel<Element, kRank, kAdapter>;
+
+    static cudaLaunchConfig_t config(int cluster, std::int64_t grid, cudaLaunchAttribute& attribute) {
+        attribute = {};
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(static_cast<unsigned>(grid));
+        config.blockDim = dim3(kThreads);
+        config.dynamicSmemBytes = kMap.bytes;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        return config;
     }
 
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(plan.grid));
-    config.blockDim = dim3(static_cast<unsigned>(plan.threads));
-    config.dynamicSmemBytes = map.bytes;
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, arguments),
-               "cudaLaunchKernelExC(sm90_backward, R tile " + std::to_string(kRank) + ", P tile " +
-                   std::to_string(kAdapter) + "; " + describe(plan) + ")");
+    static Residency prepare() {
+        // Loads the kernel, which CUDA would otherwise do at the first launch: that may be inside a graph's capture.
+        cudaFuncAttributes loaded{};
+        check_cuda(cudaFuncGetAttributes(&loaded, kKernel), "cudaFuncGetAttributes(sm90_backward)");
+        check_cuda(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMap.bytes),
+                   "cudaFuncSetAttribute(MaxDynamicSharedMemorySize, " + std::to_string(kMap.bytes) + ")");
+        // How many multiprocessors a GPC has differs from part to part, and MIG or MPS may leave less of them: a
+        // cluster that does not fit would be refused at the launch, and one too many takes a second wave.
+        Residency resident{};
+        for (int i = 0; i < static_cast<int>(resident.size()); ++i) {
+            cudaLaunchAttribute attribute;
+            const cudaLaunchConfig_t asked = config(cluster_of(i), cluster_of(i), attribute);
+            if (cudaOccupancyMaxActiveClusters(&resident[i], kKernel, &asked) != cudaSuccess) {
+                cudaGetLastError();  // what is refused does not fit
+                resident[i] = 0;
+            }
+        }
+        return resident;
+    }
+
+    static void launch(const Arguments& arguments, const Plan& plan, void* stream) {
+        if (plan.shared_bytes != kMap.bytes || plan.stages != kMap.stages || plan.threads != kThreads)
+            throw CudaError("sm90_backward: the plan (" + describe(plan) + ") is not one for this problem");
+        cudaLaunchAttribute attribute;
+        cudaLaunchConfig_t asked = config(plan.cluster, plan.grid, attribute);
+        asked.stream = static_cast<cudaStream_t>(stream);
+        const cudaError_t code = cudaLaunchKernelEx(&asked, kKernel, arguments);
+        if (code != cudaSuccess)  // the words cost more than the launch
+            check_cuda(code, "cudaLaunchKernelExC(sm90_backward, R tile " + std::to_string(kRank) + ", P tile " +
+                                 std::to_string(kAdapter) + "; " + describe(plan) + ")");
+    }
+};
+
+template <DType kType, int kRank, int kAdapter>
+Compiled compiled() {
+    using Kernel = Instance<kType, kRank, kAdapter>;
+    return {Kernel::prepare, Kernel::launch};
 }
 
 }  // namespace loge::sm90

@@ -19,7 +19,8 @@ __device__ __forceinline__ void load_walk_n(const Arguments& args, const Block<L
     }
     RingPosition at;
     CUTE_NO_UNROLL
-    for (int step = block.steps_n.begin; step < block.steps_n.end; ++step) {
+    for (int i = 0; i < block.steps_n.size(); ++i) {
+        const int step = block.step_n(i);
         barrier_wait(block.empty(at.stage), at.parity ^ 1);
         std::uint64_t* barrier = block.full(at.stage);
         char* stage = block.stage(at.stage);
@@ -28,8 +29,9 @@ __device__ __forceinline__ void load_walk_n(const Arguments& args, const Block<L
         if constexpr (Layouts::kHasRank) {
             // Boxes wholly beyond R are loaded too: they are the zeros that the padded product needs.
             CUTE_UNROLL
-            for (int i = 0; i < kRankBoxes; ++i)
-                tma_load(args.left, barrier, Reuse::kAgain, stage + map.factor + i * kLeftBox, i * kStep, step * kStep);
+            for (int box = 0; box < kRankBoxes; ++box)
+                tma_load(args.left, barrier, Reuse::kAgain, stage + map.factor + box * kLeftBox, box * kStep,
+                         step * kStep);
         }
         if (Layouts::kHasAdapter && block.need_t)
             tma_load(args.lora_B, barrier, Reuse::kAgain, stage + map.adapter, 0, step * kStep);
@@ -43,7 +45,8 @@ __device__ __forceinline__ void load_walk_k(const Arguments& args, const Block<L
     const int bytes = (args.need_dA ? map.factor : 0) + (Layouts::kHasRank ? map.stage_bytes - map.factor : 0);
     RingPosition at = ring_position(block.steps_n.size(), map.stages);
     CUTE_NO_UNROLL
-    for (int step = block.steps_k.begin; step < block.steps_k.end; ++step) {
+    for (int i = 0; i < block.steps_k.size(); ++i) {
+        const int step = block.step_k(i);
         barrier_wait(block.empty(at.stage), at.parity ^ 1);
         std::uint64_t* barrier = block.full(at.stage);
         char* stage = block.stage(at.stage);
@@ -61,10 +64,26 @@ __device__ __forceinline__ void load_walk_k(const Arguments& args, const Block<L
 // While the ring holds the exchange of T, the first tiles of x come from HBM to L2.
 template <class Layouts>
 __device__ __forceinline__ void prefetch_walk_k(const Arguments& args, const Block<Layouts>& block) {
-    const Range steps = block.steps_k;
     CUTE_NO_UNROLL
-    for (int step = steps.begin; args.need_dA && step < steps.end && step < steps.begin + Layouts::kMap.stages; ++step)
-        tma_prefetch(args.x, step * kStep, block.slab * kBlockM);
+    for (int i = 0; args.need_dA && i < block.steps_k.size() && i < Layouts::kMap.stages; ++i)
+        tma_prefetch(args.x, block.step_k(i) * kStep, block.slab * kBlockM);
+}
+
+// The first TMA of a map would wait for its 128 bytes: they are fetched while the barriers are made.
+template <class Layouts>
+__device__ __forceinline__ void prefetch_maps(const Arguments& args, const Block<Layouts>& block) {
+    map_prefetch(args.dy);
+    if constexpr (Layouts::kHasRank) {
+        map_prefetch(args.left);
+        map_prefetch(args.right);
+        map_prefetch(args.dx);
+    }
+    if constexpr (Layouts::kHasAdapter) {
+        if (block.need_t) map_prefetch(args.lora_B);
+        if constexpr (Layouts::kHasRank) map_prefetch(args.lora_A);
+        if (args.need_dB) map_prefetch(args.xa);
+        if (args.need_dA) map_prefetch(args.x);
+    }
 }
 
 template <class Layouts>
@@ -76,9 +95,10 @@ __device__ __forceinline__ void produce(const Arguments& args, const Block<Layou
         if (block.exchange) prefetch_walk_k(args, block);
     }
     if (block.exchange) {
+        // These warps have written nothing that another block reads: they release nothing.
         __syncwarp();
-        cluster_barrier();  // the blocks' partial sums of T are written
-        cluster_barrier();  // the rounded sums are back
+        cluster_barrier_silent();  // the blocks' partial sums of T are written
+        cluster_barrier_silent();  // the rounded sums are back
     }
     if (first_warp && elect_one()) {
         if (block.exchange) barrier_wait(block.barrier(block.kBarriers.ring_free), 0);

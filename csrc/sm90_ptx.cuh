@@ -22,15 +22,20 @@ __device__ __forceinline__ bool elect_one() {
     return cute::elect_one_sync() != 0;
 }
 
-// dY, x and xa are read once, by one block; the factors by every slab, and they should stay in L2.
+// dY, x and xa are read once, by one block; the factors by every slab. Those of a whole model are larger than L2:
+// EVICT_LAST would leave it full of lines that the following kernels cannot use, and must be measured to be asked for.
 enum class Reuse : std::uint64_t {
     kOnce = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST),
-    kAgain = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST),
+    kAgain = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
 };
 
 __device__ __forceinline__ void tma_load(const CUtensorMap& map, std::uint64_t* barrier, Reuse reuse, char* shared,
                                          int column, int row) {
     cute::SM90_TMA_LOAD_2D::copy(&map, barrier, static_cast<std::uint64_t>(reuse), shared, column, row);
+}
+
+__device__ __forceinline__ void map_prefetch(const CUtensorMap& map) {
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
 }
 
 __device__ __forceinline__ void tma_prefetch(const CUtensorMap& map, int column, int row) {
@@ -139,9 +144,32 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// All threads of all blocks of the cluster; what they wrote to shared memory before is visible after.
+// Whether one of these threads says so.
+__device__ __forceinline__ bool named_any(int id, int threads, bool here) {
+    int any;
+    asm volatile(
+        "{\n\t"
+        ".reg .pred here, any;\n\t"
+        "setp.ne.s32 here, %1, 0;\n\t"
+        "bar.red.or.pred any, %2, %3, here;\n\t"
+        "selp.s32 %0, 1, 0, any;\n\t"
+        "}"
+        : "=r"(any)
+        : "r"(static_cast<int>(here)), "r"(id), "r"(threads)
+        : "memory");
+    return any != 0;
+}
+
+// All threads of all blocks of the cluster; what they wrote to shared memory before is visible after. The release waits
+// for the additions to dB that are still on their way, too: only st.async and barriers of its own would spare the
+// exchange that.
 __device__ __forceinline__ void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same barrier, for threads that have written nothing.
+__device__ __forceinline__ void cluster_barrier_silent() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // The address of `pointer`'s counterpart in block `rank` of the cluster.
@@ -172,6 +200,22 @@ __device__ __forceinline__ void global_add(float* pointer, const float (&v)[4]) 
     asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(pointer)),
                  "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
                  : "memory");
+}
+
+// Four sums that other blocks have added to: from L2, where they lie.
+__device__ __forceinline__ void global_read(const float* pointer, float (&v)[4]) {
+    const float4 four = __ldcg(reinterpret_cast<const float4*>(pointer));
+    v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+}
+
+// One more at `counter`, which was the value returned; releases and acquires, see rounding.h.
+__device__ __forceinline__ unsigned count(unsigned* counter) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(__cvta_generic_to_global(counter))
+                 : "memory");
+    return before;
 }
 
 }  // namespace loge::sm90

@@ -23,13 +23,14 @@ inline constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;  // and on
 inline constexpr int kProducerRegisters = 40;
 inline constexpr int kConsumerRegisters = 232;
 
-inline constexpr int kMaxCluster = 8;  // the largest size that every Hopper part supports
-inline constexpr int kMaxStages = 6;   // more hides nothing further: five steps in flight are over 100 KiB
+inline constexpr int kMaxStages = 6;  // more hides nothing further: five steps in flight are over 100 KiB
 inline constexpr int kMaxSharedBytes = 232448;
 inline constexpr int kElementBytes = 2;
 inline constexpr int kSharedAlignment = 1024;  // of the 128-byte swizzle's pattern
 
-// R and P are padded to a compiled tile, and the loads fill the rest with zeros. 0: no dX, no adapter.
+// R and P are padded to a compiled tile, and the loads fill the rest with zeros. 0: no dX, no adapter. R = 136 costs
+// what 256 does. A zero times an infinity is NaN: where dY holds an infinity, the padded columns of T are NaN, and the
+// whole row of dX with them, where R or P fills its tile only in part.
 LOGE_HOST_DEVICE constexpr int rank_tile(int rank) {
     return rank == 0 ? 0 : rank <= 64 ? 64 : rank <= 128 ? 128 : 256;
 }
@@ -50,6 +51,8 @@ struct SharedMap {
     int bytes;  // to ask for: the map and the slack that aligns it
 };
 
+// Two buffers let a step's dX leave while the next one is staged. At R = 256 they leave 40 KB unused, and one buffer
+// would make room for a fourth stage: which of the two is faster needs a GPU to measure.
 inline constexpr int kStagingBytes = kWarpgroupRows * kStep * kElementBytes;
 inline constexpr int kStagingBuffers = 2;
 
@@ -91,6 +94,21 @@ LOGE_HOST_DEVICE constexpr int count_steps(std::int64_t size) {
 LOGE_HOST_DEVICE constexpr Range steps_of(std::int64_t size, int rank, int cluster) {
     const int steps = count_steps(size);  // below 2^25
     return {steps * rank / cluster, steps * (rank + 1) / cluster};
+}
+
+// Step `i` of a walk that starts at `shift` and goes round. The slabs start apart: otherwise all of them would add to
+// the same rows of dB, and ask for the same tile of a factor, at the same time.
+LOGE_HOST_DEVICE constexpr int rotated(Range steps, int shift, int i) {
+    return steps.begin + (i + shift < steps.size() ? i + shift : i + shift - steps.size());
+}
+LOGE_HOST_DEVICE constexpr int shift_of(Range steps, std::int64_t slab, std::int64_t slabs) {
+    return static_cast<int>(slab * steps.size() / slabs);
+}
+
+// The columns of a matrix `size` wide that steps cover.
+LOGE_HOST_DEVICE constexpr Range columns_of(Range steps, std::int32_t size) {
+    const std::int64_t begin = std::int64_t{steps.begin} * kStep, end = std::int64_t{steps.end} * kStep;
+    return {static_cast<int>(begin < size ? begin : size), static_cast<int>(end < size ? end : size)};
 }
 
 // Where in the ring of stages a step lies. Loads and products walk the same sequence from zero, over N and on over K.

@@ -31,25 +31,24 @@ Encode find_encode() {
 
 }  // namespace
 
-CUtensorMap encode_tensor_map(DType dtype, const void* base, std::int64_t rows, std::int64_t columns,
-                              std::int64_t row_stride, int box_rows, int box_columns) {
+CUtensorMap encode_tensor_map(const Matrix& m) {
     // Looked up at the first launch; where that throws, the next launch looks again.
     static const Encode encode = find_encode();
-    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-    const cuuint64_t stride_bytes[] = {static_cast<cuuint64_t>(row_stride) * 2};
-    const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
+    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(m.columns), static_cast<cuuint64_t>(m.rows)};
+    const cuuint64_t stride_bytes[] = {static_cast<cuuint64_t>(m.row_stride) * 2};
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(m.box_columns), static_cast<cuuint32_t>(m.box_rows)};
     const cuuint32_t element_strides[] = {1, 1};
     CUtensorMap map{};
     const CUresult result = encode(
-        &map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        /*tensorRank=*/2, const_cast<void*>(base), sizes, stride_bytes, box, element_strides,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B,
+        &map, m.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        /*tensorRank=*/2, const_cast<void*>(m.base), sizes, stride_bytes, box, element_strides,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, m.box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B,
         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
         std::ostringstream message;
-        message << "cuTensorMapEncodeTiled: CUresult " << result << " for a matrix [" << rows << ", " << columns
-                << "] at " << base << ", rows " << row_stride << " elements apart, boxes [" << box_rows << ", "
-                << box_columns << "]";
+        message << "cuTensorMapEncodeTiled: CUresult " << result << " for a matrix [" << m.rows << ", " << m.columns
+                << "] at " << m.base << ", rows " << m.row_stride << " elements apart, boxes [" << m.box_rows << ", "
+                << m.box_columns << "]";
         throw CudaError(message.str());
     }
     return map;

@@ -1,10 +1,16 @@
-"""The adapter between a backward problem and the CUDA C++ kernels, which know pointers, sizes and a stream."""
+"""The adapter between a backward problem and the CUDA C++ kernels, which know pointers, sizes and a stream.
+
+What depends on shapes, dtypes, wants and the device is decided once and kept. A call then looks it up, allocates, and
+asks for one memset and one kernel.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +19,23 @@ from .problem import BackwardProblem, Gradients
 from .reference import add_weight_gradient
 
 _CODES = {torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
+
+
+class _Plan(NamedTuple):
+    """What is decided once for the calls of one shape."""
+
+    launch: Callable[..., None]  # of the extension's own Plan
+    K: int
+    R: int
+    P: int
+    slabs: int
+    workspace: int  # elements
+
+
+# Enough for every layer of a model at some hundred batch sizes; then the table starts anew. A reason against is kept,
+# too.
+_MOST_PLANS = 8192
+_plans: dict[tuple[Any, ...], _Plan | str] = {}
 
 
 @functools.cache
@@ -47,105 +70,166 @@ def built_for() -> str:
 
 def why_not(p: BackwardProblem) -> str | None:
     """Why the kernels cannot run this problem, or None."""
-    extension, reason = _extension(), why_not_here()
-    if reason is not None or isinstance(extension, str):
-        return reason
-    if p.dy.device.type != "cuda":
-        return f"tensors are on {p.dy.device.type}, the kernels run on CUDA"
     if p.kind == "mixed":
         return "exact_fraction needs dense products, which PyTorch computes"
     if p.left_scale is not None:
         return "the low-rank product is in 8 bits, which PyTorch computes"
     if p.dropout > 0.0:
         return "the CUDA kernels regenerate no dropout mask"
-    if p.dy.dtype not in _CODES:
-        return f"dtype {p.dy.dtype} is not supported; float16 and bfloat16 are"
     if p.need_dx and p.left is None:
         return "without factors dX is the dense product, which PyTorch computes"
-    properties = torch.cuda.get_device_properties(p.dy.device)
-    if properties.major < 8:
-        return "compute capability 8.0 or newer is needed"
-    try:
-        plan = extension.plan(_target(extension, p.dy.device)[0], **_sizes(p), **_needs(p))
-    except ValueError as error:
-        return str(error)
-    limit = getattr(properties, "shared_memory_per_block_optin", plan["shared_bytes"])
-    if plan["shared_bytes"] > limit:
-        return f"{plan['shared_bytes']} bytes of shared memory are needed, {properties.name} has {limit} for a block"
-    return None
+    if p.dy.device.type != "cuda":
+        return why_not_here() or f"tensors are on {p.dy.device.type}, the kernels run on CUDA"
+    plan = _plan(p)
+    return plan if isinstance(plan, str) else None
 
 
 def backward(p: BackwardProblem) -> Gradients:
     """All gradients: dX, dA and dB from one launch; dW and db, where asked for, are PyTorch's."""
-    extension = _extension()
-    assert not isinstance(extension, str)
-    device, dtype = p.dy.device, p.dy.dtype
-    (kernel, sm_count), sizes, needs = _target(extension, device), _sizes(p), _needs(p)
-    M, N, K, P = sizes["M"], sizes["N"], sizes["K"], sizes["P"]
-
-    dy = _rows(p.dy)
-    x = _rows(p.x) if needs["need_dA"] and p.x is not None else None
-    operands = {"dy": dy, "x": x}
-    for name in ("xa", "left", "right", "lora_A", "lora_B"):
-        tensor = getattr(p, name)
-        operands[name] = None if tensor is None else _packed(tensor.to(dtype))
-    dx = torch.empty(M, K, dtype=dtype, device=device) if needs["need_dx"] else None
-    slabs: tuple[int, ...] = ()
-    if p.deterministic:
-        slabs = (extension.plan(kernel, **sizes, **needs, sm_count=sm_count)["slabs"],)
-    # Partials are written whole; atomics add to zeros.
-    make = torch.empty if p.deterministic else torch.zeros
-    dA = make(*slabs, P, K, dtype=torch.float32, device=device) if needs["need_dA"] else None
-    dB = make(*slabs, N, P, dtype=torch.float32, device=device) if needs["need_dB"] else None
-    extension.backward(
-        kernel,
-        **{name: _address(tensor) for name, tensor in operands.items()},
-        **{name: _address(tensor) for name, tensor in (("dx", dx), ("dA", dA), ("dB", dB))},
-        **sizes,
-        dy_stride=dy.stride(0),
-        x_stride=K if x is None else x.stride(0),
-        scaling=p.scaling,
-        dtype=getattr(extension, _CODES[dtype]),
-        deterministic=p.deterministic,
-        sm_count=sm_count,
-        device=device.index,
-        stream=torch.cuda.current_stream(device).cuda_stream,
-    )
-    if p.deterministic:
-        dA, dB = (None if partials is None else partials.sum(0) for partials in (dA, dB))
-    gradients = Gradients(dx=dx)
-    if dA is not None and p.lora_A is not None:
-        gradients.dA = dA.to(p.lora_A.dtype)
-    if dB is not None and p.lora_B is not None:
-        gradients.dB = dB.to(p.lora_B.dtype)
+    plan = _plan(p)
+    if isinstance(plan, str):
+        raise ValueError(plan)
+    M, N = p.dy.shape
+    gradients = Gradients()
+    if M == 0:
+        _nothing(p, plan.K, gradients)
+    else:
+        _launch(p, plan, M, N, gradients)
     add_weight_gradient(gradients, p)
     if p.need_dbias:
         gradients.dbias = p.dy.sum(0)
     return gradients
 
 
-def _target(extension: ModuleType, device: torch.device) -> tuple[str, int]:
-    """The kernel for a device, and its count of multiprocessors."""
-    properties = torch.cuda.get_device_properties(device)
-    hopper = (properties.major, properties.minor) == (9, 0) and "sm90" in extension.kernels
-    return "sm90" if hopper else "sm80", properties.multi_processor_count
+def _launch(p: BackwardProblem, plan: _Plan, M: int, N: int, gradients: Gradients) -> None:
+    """dX, dA and dB, those that are wanted. In fp32 dA and dB are the sums themselves, and share one storage."""
+    launch, K, R, P, slabs, size = plan
+    dtype = p.dy.dtype
+    dy, x = _rows(p.dy), _rows(_sized(p.x, M * K)) if p.need_dA else None
+    left = right = lora_A = lora_B = xa = dx = workspace = dA = dB = None
+    if p.need_dx:
+        left, right = _packed(_sized(p.left, N * R), dtype), _packed(_sized(p.right, R * K), dtype)
+        lora_A = _packed(_sized(p.lora_A, P * K), dtype) if P else None
+        gradients.dx = dx = dy.new_empty((M, K))  # 1 us less than torch.empty
+    if P and (p.need_dx or p.need_dA):
+        lora_B = _packed(_sized(p.lora_B, N * P), dtype)
+    if p.need_dB:
+        xa = _packed(_sized(p.xa, M * P), dtype)
+    if size:
+        workspace = dy.new_empty(size, dtype=torch.float32)
+    if not p.deterministic:
+        if p.need_dA and p.lora_A.dtype == dtype:  # type: ignore[union-attr]
+            gradients.dA = dA = dy.new_empty((P, K))
+        if p.need_dB and p.lora_B.dtype == dtype:  # type: ignore[union-attr]
+            gradients.dB = dB = dy.new_empty((N, P))
+    operands = (dy, x, xa, left, right, lora_A, lora_B, dx, dA, dB, workspace)
+    x_stride = K if x is None else x.stride(0)
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in operands]
+    launch(*addresses, dy.stride(0), x_stride, p.scaling, _stream(dy.device.index))
+
+    if workspace is None:
+        return
+    # Without atomics there is a set of sums for each slab. torch.sum's order is fixed for a shape.
+    sums = workspace.view(slabs, -1).sum(0) if p.deterministic else workspace
+    if p.need_dA and dA is None:
+        gradients.dA = _as(p.lora_A, sums.as_strided((P, K), (K, 1)))
+    if p.need_dB and dB is None:
+        gradients.dB = _as(p.lora_B, sums.as_strided((N, P), (P, 1), P * K if p.need_dA else 0))
 
 
-def _sizes(p: BackwardProblem) -> dict[str, int]:
-    M, N = p.dy.shape
-    like_x = next((t for t in (p.x, p.right, p.lora_A) if t is not None), None)
-    return {
-        "M": M,
-        "N": N,
+def _as(parameter: Tensor | None, sums: Tensor) -> Tensor:
+    """The sums in the parameter's dtype: only where they are deterministic is there something to do."""
+    assert parameter is not None
+    return sums if parameter.dtype == sums.dtype else sums.to(parameter.dtype)
+
+
+def _nothing(p: BackwardProblem, K: int, gradients: Gradients) -> None:
+    """The gradients of no rows."""
+    if p.need_dx:
+        gradients.dx = p.dy.new_empty(0, K)
+    if p.need_dA and p.lora_A is not None:
+        gradients.dA = torch.zeros_like(p.lora_A)
+    if p.need_dB and p.lora_B is not None:
+        gradients.dB = torch.zeros_like(p.lora_B)
+
+
+def _plan(p: BackwardProblem) -> _Plan | str:
+    """What is decided for this problem's shape, or the reason why the kernels cannot run it."""
+    dy, left, lora_A, lora_B = p.dy, p.left, p.lora_A, p.lora_B
+    like_x = p.x if p.x is not None else p.right if p.right is not None else lora_A
+    key = (
+        *dy.shape,
         # Without anything as wide as x only dB is wanted, which does not depend on it.
-        "K": 8 if like_x is None else like_x.shape[1],
-        "R": 0 if p.left is None else p.left.shape[1],
-        "P": 0 if p.lora_B is None else p.lora_B.shape[1],
-    }
+        8 if like_x is None else like_x.shape[1],
+        0 if left is None else left.shape[1],
+        0 if lora_B is None else lora_B.shape[1],
+        dy.dtype,
+        dy.device,
+        None if lora_A is None else lora_A.dtype,
+        None if lora_B is None else lora_B.dtype,
+        p.need_dx,
+        p.need_dA,
+        p.need_dB,
+        p.deterministic,
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        reason = why_not_here()  # not kept: it is not the shape's
+        if reason is not None:
+            return reason
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _make_plan(*key)
+    return plan
 
 
-def _needs(p: BackwardProblem) -> dict[str, bool]:
-    return {"need_dx": p.need_dx, "need_dA": p.need_dA, "need_dB": p.need_dB}
+def _make_plan(
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    P: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    A_dtype: torch.dtype | None,
+    B_dtype: torch.dtype | None,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+    deterministic: bool,
+) -> _Plan | str:
+    extension = _extension()
+    assert not isinstance(extension, str)
+    if dtype not in _CODES:
+        return f"dtype {dtype} is not supported; float16 and bfloat16 are"
+    for name, given in (("lora_A", A_dtype), ("lora_B", B_dtype)):
+        if given not in (None, dtype, torch.float32):
+            return f"{name} is {given}; {dtype} or torch.float32 is supported"
+    target = _target(extension, device)
+    if isinstance(target, str):
+        return target
+    sizes = {"M": M, "N": N, "K": K, "R": R, "P": P}
+    needs = {"need_dx": need_dx, "need_dA": need_dA, "need_dB": need_dB, "deterministic": deterministic}
+    try:
+        made = extension.plan(**target, **sizes, **needs, dtype=getattr(extension, _CODES[dtype]))
+    except ValueError as error:
+        return str(error)
+    return _Plan(made.launch, K, R, P, made.slabs, made.workspace)
+
+
+def _target(extension: ModuleType, device: torch.device) -> dict[str, Any] | str:
+    """The kernel for a device, as arguments of the extension's `plan`, or why there is none."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return "compute capability 8.0 or newer is needed"
+    hopper = capability == (9, 0) and "sm90" in extension.kernels
+    return {"kernel": "sm90" if hopper else "sm80", "device": device.index}
+
+
+def _stream(device: int) -> int:
+    """The current stream's handle, as Triton and Inductor ask for it: `torch.cuda.current_stream` makes an object of
+    it, which costs 2 us."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -156,11 +240,17 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _packed(tensor: Tensor) -> Tensor:
-    """Contiguous, on a 16-byte boundary."""
+def _packed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, on a 16-byte boundary, in `dtype`."""
+    if tensor.dtype != dtype:  # by name: `to` takes 2 us longer
+        tensor = tensor.bfloat16() if dtype == torch.bfloat16 else tensor.half()
     fits = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
     return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _sized(tensor: Tensor | None, size: int) -> Tensor:
+    """The tensor, of `size` elements: the kernels take pointers, and would read or write beyond a smaller one."""
+    if tensor is None or tensor.numel() != size:
+        has = 0 if tensor is None else tensor.numel()
+        raise ValueError(f"an operand of the backward pass has {has} elements where {size} are needed")
+    return tensor

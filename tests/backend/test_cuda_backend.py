@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,15 +43,17 @@ def kernel(extension: ModuleType, request: pytest.FixtureRequest) -> str:
 
 
 # Addresses that are aligned and never read: every call here is refused before a launch.
-POINTERS = dict.fromkeys(("dy", "x", "xa", "left", "right", "lora_A", "lora_B", "dx", "dA", "dB"), 4096)
+NAMES = ("dy", "x", "xa", "left", "right", "lora_A", "lora_B", "dx", "dA", "dB", "workspace")
+POINTERS = dict.fromkeys(NAMES, 4096)
 SIZES = {"M": 100, "N": 200, "K": 136, "R": 64, "P": 16}
 
 
 def call(extension: ModuleType, kernel: str, **changes: Any) -> None:
-    arguments: dict[str, Any] = POINTERS | SIZES
-    arguments |= {"dy_stride": 200, "x_stride": 136, "scaling": 1.0, "dtype": extension.BFLOAT16}
-    arguments |= {"deterministic": False, "sm_count": 108, "device": 0, "stream": 0}
-    extension.backward(kernel, **(arguments | changes))
+    """A plan for no device, and its launch; `changes` in the arguments of either."""
+    launch: dict[str, Any] = POINTERS | {"dy_stride": 200, "x_stride": 136, "scaling": 1.0, "stream": 0}
+    planned = SIZES | {name: value for name, value in changes.items() if name not in launch}
+    launch |= {name: value for name, value in changes.items() if name in launch}
+    extension.plan(kernel, **planned).launch(*launch.values())
 
 
 @needs_extension
@@ -83,8 +84,16 @@ def test_imports_without_torch_or_driver(extension: ModuleType) -> None:
         ({"M": 2**31}, "M = 2147483648 is not in 0 .. 2^31 - 256"),
         ({"left": 0}, "left is missing"),
         ({"x": 4100}, "x starts 4 bytes past a 16-byte boundary"),
-        ({"dx": 0, "dA": 0, "dB": 0}, "no gradient is asked for"),
+        ({"dA": 4100}, "dA starts 4 bytes past a 16-byte boundary"),
+        ({"dx": 0}, "dx is missing"),
+        ({"workspace": 0}, "the workspace is missing"),
+        ({"workspace": 4100}, "workspace starts 4 bytes past a 16-byte boundary"),
+        ({"need_dx": False, "need_dA": False, "need_dB": False}, "no gradient is asked for"),
         ({"sm_count": 0}, "sm_count = 0 is not positive"),
+        ({"cluster": 3}, "cluster = 3 is no power of two"),
+        ({"cluster": 16}, "cluster = 16 is no power of two"),
+        ({"deterministic": True}, "deterministic sums are the caller's to add up and to round"),
+        ({}, "this plan was made for no device"),
     ],
 )
 def test_refused_arguments(extension: ModuleType, kernel: str, changes: dict[str, int], message: str) -> None:
@@ -103,8 +112,32 @@ def test_an_unknown_kernel_names_those_there_are(extension: ModuleType) -> None:
 def test_cuda_errors_name_the_call(extension: ModuleType, kernel: str) -> None:
     for _ in range(2):  # what failed once is tried again
         with pytest.raises(extension.CudaError, match=r"cudaGetDevice: cudaError"):
-            call(extension, kernel)
+            call(extension, kernel, device=0)
     call(extension, kernel, M=0)
+
+
+@needs_extension
+def test_a_workspace_holds_the_sums_that_are_wanted(extension: ModuleType, kernel: str) -> None:
+    counters = 8
+    dA, dB = SIZES["P"] * SIZES["K"], SIZES["N"] * SIZES["P"]
+    make = lambda **needs: extension.plan(kernel, **SIZES | needs).workspace  # noqa: E731
+    assert make() == dA + dB + counters
+    assert make(need_dA=False) == dB + counters
+    assert make(need_dB=False) == dA + counters
+    assert make(need_dA=False, need_dB=False) == 0
+    slabs = extension.plan(kernel, **SIZES, deterministic=True).slabs
+    assert make(deterministic=True) == slabs * (dA + dB)
+
+
+@needs_extension
+def test_a_deterministic_workspace_is_bounded(extension: ModuleType, kernel: str) -> None:
+    large = {"N": 14336, "K": 4096, "R": 64, "P": 64, "deterministic": True}
+    rows = extension.plan(kernel, M=1, **large).block_m
+    most = (256 << 20) // (4 * 64 * (14336 + 4096)) * rows
+    assert extension.plan(kernel, M=most, **large).workspace * 4 <= 256 << 20
+    with pytest.raises(ValueError, match=r"dA and dB of its own: \d{3} MiB, where 256 are allowed"):
+        extension.plan(kernel, M=most + 1, **large)
+    assert extension.plan(kernel, M=100 * most, **large | {"deterministic": False}).workspace * 4 < 5 << 20
 
 
 SHARED_BYTES = {"sm80": 166912, "sm90": 232448}
@@ -116,11 +149,21 @@ SHARED_BYTES = {"sm80": 166912, "sm90": 232448}
 def test_plans_fit_the_card(extension: ModuleType, kernel: str, R: int, P: int) -> None:
     for M in (0, 1, 64, 65, 16384):
         plan = extension.plan(kernel, M=M, N=4096, K=4096, R=R, P=P, need_dA=P > 0, need_dB=P > 0, sm_count=132)
-        assert plan["slabs"] == -(-M // plan["block_m"])
-        assert plan["grid"] == plan["slabs"] * plan["cluster"]
-        assert plan["cluster"] in ((1,) if kernel == "sm80" else (1, 2, 4, 8))
-        assert plan["stages"] >= 2
-        assert plan["shared_bytes"] <= SHARED_BYTES[kernel]
+        assert plan.slabs == -(-M // plan.block_m)
+        assert plan.grid == plan.slabs * plan.cluster
+        assert plan.cluster in ((1,) if kernel == "sm80" else (1, 2, 4, 8))
+        assert plan.stages >= 2
+        assert plan.shared_bytes <= SHARED_BYTES[kernel]
+
+
+@needs_extension
+def test_a_cluster_can_be_chosen(extension: ModuleType, kernel: str) -> None:
+    if kernel == "sm80":
+        with pytest.raises(ValueError, match="cluster = 2 is no power of two up to 1"):
+            extension.plan(kernel, **SIZES, cluster=2)
+        return
+    plan = extension.plan(kernel, **SIZES, cluster=8)
+    assert (plan.cluster, plan.grid) == (8, 8 * plan.slabs)
 
 
 def tool(name: str) -> Path:
@@ -181,6 +224,21 @@ def test_the_machine_code(functions: list[Function], extension: ModuleType) -> N
         assert (function.stack, spills) == (0, []), (function.name, function.arch)
         for wanted in INSTRUCTIONS["sm80" if "sm80" in function.name else "sm90"]:
             assert any(i.startswith(wanted) for i in function.instructions), (function.name, function.arch, wanted)
+
+
+@needs_extension
+def test_gpus_newer_than_hopper_compile_vector_atomics(extension: ModuleType) -> None:
+    """They take the newest PTX there is: that of compute_90, where a pair is added at once."""
+    if "sm90" not in extension.kernels:
+        pytest.skip("this build has PTX of LOGE_CUDA_ARCHS alone")
+    options = ["-lptx"], ["-ptx", "-arch", "sm_90"]
+    command = str(tool("cuobjdump"))
+    listed, code = (
+        subprocess.run([command, *o, str(extension.__file__)], capture_output=True, text=True, timeout=500).stdout
+        for o in options
+    )
+    assert sorted(set(re.findall(r"sm_\d+\w?(?=\.ptx)", listed)))[-1] == "sm_90"
+    assert "red.global.add.v2.f32" in code
 
 
 @needs_extension
@@ -337,80 +395,3 @@ def test_an_empty_table_prefers_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_the_kernels_do_not_do(changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_backend, "why_not_here", lambda: None)
     assert reason in (cuda_backend.why_not(on_cuda(**changes)) or "")
-
-
-def test_rows_are_copied_only_where_they_must() -> None:
-    base = torch.randn(8, 40, dtype=torch.float16)
-    assert cuda_backend._rows(base) is base
-    assert cuda_backend._rows(base[:, :32]).stride(0) == 40
-    for awkward in (base.t(), base[:, 1:33], base[:1].expand(8, 40), torch.randn(8, 41, dtype=torch.float16)[:, :40]):
-        copy = cuda_backend._rows(awkward)
-        assert copy.stride(0) % 8 == 0
-        assert copy.data_ptr() % 16 == 0
-        assert torch.equal(copy, awkward)
-
-
-class Recorder:
-    """Stands for the extension on a GPU: plans, and keeps what it was called with."""
-
-    def __init__(self, real: ModuleType) -> None:
-        self.plan, self.kernels, self.FLOAT16, self.BFLOAT16 = real.plan, real.kernels, real.FLOAT16, real.BFLOAT16
-        self.calls: list[dict[str, Any]] = []
-
-    def backward(self, kernel: str, **arguments: Any) -> None:
-        self.calls.append(arguments | {"kernel": kernel})
-        if arguments["dx"]:
-            ctypes.memset(arguments["dx"], 0, 2 * arguments["M"] * arguments["K"])
-
-
-@pytest.fixture
-def recorder(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    made = Recorder(extension)
-    monkeypatch.setattr(cuda_backend, "_extension", lambda: made)
-    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
-    return made
-
-
-def adapter(M: int = 4) -> dict[str, Any]:
-    needed = dict.fromkeys(("need_dA", "need_dB", "need_dbias"), True)
-    xa = torch.randn(M, 8, dtype=torch.float16)
-    return {"xa": xa, "lora_A": torch.randn(8, 16), "lora_B": torch.randn(24, 8), **needed}
-
-
-@needs_extension
-def test_the_adapter_hands_over_the_whole_problem(recorder: Recorder) -> None:
-    """Names, sizes, strides and buffers on their way to the extension, with a device that is not there."""
-    wide = torch.randn(4, 32, dtype=torch.float16)
-    gradients = cuda_backend.backward(problem(dy=wide[:, :24], **adapter()))
-    (sent,) = recorder.calls
-    assert (sent["M"], sent["N"], sent["K"], sent["R"], sent["P"]) == (4, 24, 16, 16, 8)
-    assert (sent["dy_stride"], sent["x_stride"], sent["stream"], sent["sm_count"]) == (32, 16, 77, 132)
-    assert sent["kernel"] == recorder.kernels[-1]  # Hopper's own where the build has it
-    assert sent["dy"] == wide.data_ptr()
-    assert all(sent[name] != 0 for name in POINTERS)
-    assert gradients.dA.shape == (8, 16)
-    assert torch.count_nonzero(gradients.dA) == torch.count_nonzero(gradients.dB) == 0  # atomics add to zeros
-    assert gradients.dbias is not None
-
-
-@needs_extension
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_no_rows_give_zeros(recorder: Recorder, deterministic: bool) -> None:
-    half = torch.float16
-    empty = {"dy": torch.empty(0, 24, dtype=half), "x": torch.empty(0, 16, dtype=half), "deterministic": deterministic}
-    gradients = cuda_backend.backward(problem(**adapter(0) | empty))
-    assert gradients.dx.shape == (0, 16)
-    assert torch.equal(gradients.dA, torch.zeros(8, 16))
-    assert torch.equal(gradients.dB, torch.zeros(24, 8))
-
-
-@needs_extension
-def test_a_residual_is_added_to_what_the_kernel_wrote(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = replace(registry._REGISTRY["cuda"], why_not=lambda problem: None)
-    monkeypatch.setattr(registry, "_REGISTRY", {"cuda": cuda})
-    rows, residual = torch.tensor([3, 7]), torch.randn(2, 16, dtype=torch.float16)
-    p = problem(rows=rows, residual=residual)
-    gradients = registry.run_backward(p, "cuda")
-    torch.testing.assert_close(gradients.dx, p.dy[:, rows] @ residual, rtol=1e-2, atol=1e-2)

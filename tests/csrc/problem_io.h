@@ -1,8 +1,9 @@
 // One backward problem of an emulator: operands from stdin, gradients to stdout, raw.
 //
-//   PROGRAM M N K R P dy_stride x_stride dtype deterministic need_dx need_dA need_dB scaling schedule cluster
+//   PROGRAM M N K R P dy_stride x_stride dtype deterministic need_dx need_dA need_dB scaling schedule cluster rounded
 //
-// In: dy, x, xa, left, right, lora_A, lora_B, the empty ones left out (x without dA, xa without dB). Out: dx, dA, dB.
+// In: dy, x, xa, left, right, lora_A, lora_B, the empty ones left out (x without dA, xa without dB). Out: dx, and dA
+// and dB in fp32 or, with rounded, in dtype.
 // Buffers are exactly as long as the operands, so that a sanitizer sees every access beyond one.
 #pragma once
 
@@ -34,7 +35,7 @@ struct Options {
 // `run(problem, options)` computes the problem of the command line, whose slabs have `block_m` rows.
 template <class Run>
 void compute(int argc, char** argv, int block_m, Run run) {
-    if (argc != 16) fail("15 arguments are needed", argc - 1);
+    if (argc != 17) fail("16 arguments are needed", argc - 1);
     const auto number = [argv](int i) { return std::atoll(argv[i + 1]); };
     loge::BackwardParams p{};
     p.M = number(0), p.N = number(1), p.K = number(2);
@@ -50,19 +51,30 @@ void compute(int argc, char** argv, int block_m, Run run) {
     Buffer dy(strided(p.N, p.dy_stride)), x(need_dA ? strided(p.K, p.x_stride) : 0), xa(need_dB ? 2 * p.M * p.P : 0);
     Buffer left(need_dx ? 2 * p.N * p.R : 0), right(need_dx ? 2 * p.R * p.K : 0);
     Buffer lora_A(need_dx ? 2 * p.P * p.K : 0), lora_B(need_dx || need_dA ? 2 * p.N * p.P : 0);
-    // Atomics add to zeros; everything else is NaN until it is written.
-    const int poison = 0xff, sums = p.deterministic ? poison : 0;
-    Buffer dx(need_dx ? 2 * p.M * p.K : 0, poison), dA(need_dA ? 4 * slabs * p.P * p.K : 0, sums);
-    Buffer dB(need_dB ? 4 * slabs * p.N * p.P : 0, sums);
+    // Everything is NaN until it is written. A set of sums for each slab lies as in a workspace, dA and then dB.
+    const int poison = 0xff;
+    const bool rounded = number(15) != 0;
+    const long long dA_size = need_dA ? p.P * p.K : 0, dB_size = need_dB ? p.N * p.P : 0;
+    Buffer dx(need_dx ? 2 * p.M * p.K : 0, poison), dA(rounded ? 2 * dA_size : 0, poison);
+    Buffer dB(rounded ? 2 * dB_size : 0, poison), finished(32, poison);
+    Buffer sums(4 * slabs * (dA_size + dB_size), poison);
+    p.slab_stride = p.deterministic ? dA_size + dB_size : 0;
     for (Buffer* operand : {&dy, &x, &xa, &left, &right, &lora_A, &lora_B})
         if (operand->size != 0 && std::fread(operand->data, 1, operand->size, stdin) != operand->size)
             fail("stdin is short");
     p.dy = dy.data, p.x = x.data, p.xa = xa.data, p.left = left.data, p.right = right.data;
     p.lora_A = lora_A.data, p.lora_B = lora_B.data, p.dx = dx.data;
-    p.dA = static_cast<float*>(dA.data), p.dB = static_cast<float*>(dB.data);
+    float* const workspace = static_cast<float*>(sums.data);
+    if (need_dA) p.dA = workspace;
+    if (need_dB) p.dB = workspace + dA_size;
+    p.dA_rounded = dA.data, p.dB_rounded = dB.data;
+    if (rounded) p.finished = static_cast<unsigned*>(finished.data);
+    // What zero_sums() asks of the device.
+    if (!p.deterministic && sums.size != 0) std::memset(sums.data, 0, sums.size);
+    std::memset(finished.data, 0, finished.size);
 
     run(p, Options{static_cast<int>(number(13)), static_cast<int>(number(14))});
-    for (const Buffer* gradient : {&dx, &dA, &dB})
+    for (const Buffer* gradient : {&dx, rounded ? &dA : &sums, &dB})
         if (gradient->size != 0) std::fwrite(gradient->data, 1, gradient->size, stdout);
 }
 

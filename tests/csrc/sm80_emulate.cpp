@@ -1,5 +1,5 @@
 // The Ampere kernel's blocks, one after the other, on the host; see problem_io.h. Last line of stderr: the instructions
-// counted. schedule 1: cp.async lands late.
+// counted. schedule 1: cp.async lands late, and the blocks run from the last to the first.
 #include <string>
 
 #include "problem_io.h"
@@ -15,7 +15,8 @@ int main(int argc, char** argv) {
         const loge::Plan plan = loge::sm80_plan(p);
         emulator::Counters total;
         loge::sm80::with_tiles(p, [&](auto rank, auto adapter) {
-            for (long long slab = 0; slab < plan.grid; ++slab) {
+            for (long long i = 0; i < plan.grid; ++i) {
+                const long long slab = options.schedule != 0 ? plan.grid - 1 - i : i;
                 emulator::Block block(plan.threads, plan.shared_bytes, schedule);
                 block.run([&](emulator::Machine& machine) {
                     using loge::DType;

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #include "fibers.h"
@@ -32,6 +33,7 @@ class Machine {
  public:
     Machine(Block& block, int thread) : block_(block), thread_(thread) {}
     int thread() const { return thread_; }
+    int thread_anew() const { return thread_; }
     void sync();
     void copy_async(int offset, const void* source, bool valid);
     void commit();
@@ -55,6 +57,17 @@ class Machine {
         target[1] = second;
     }
     void add_pair(float* target, float first, float second);
+    void read_sums(float (&v)[4], const float* source) const {
+        if (reinterpret_cast<std::uintptr_t>(source) % 16 != 0) fail("four sums off their 16-byte boundary");
+        std::memcpy(v, source, 16);
+    }
+    void write_words(void* target, std::uint32_t first, std::uint32_t second) const {
+        if (reinterpret_cast<std::uintptr_t>(target) % 8 != 0) fail("two words off their 8-byte boundary");
+        const std::uint32_t words[] = {first, second};
+        std::memcpy(target, words, 8);
+    }
+    unsigned count(unsigned* counter);
+    bool any(bool here);
 
  private:
     struct Copy {
@@ -129,6 +142,8 @@ class Block {
     Fibers fibers_;
     std::vector<Warp> warps_;
     std::vector<int> waiting_;
+    bool counted_ = false;             // as finished
+    bool said_ = false, any_ = false;  // of Machine::any: so far, and by all
 };
 
 inline void Machine::sync() {
@@ -137,6 +152,19 @@ inline void Machine::sync() {
         return block_.fibers_.suspend();
     }
     block_.fibers_.resume(block_.waiting_);
+}
+
+inline unsigned Machine::count(unsigned* counter) {
+    block_.counted_ = true;
+    return (*counter)++;
+}
+
+inline bool Machine::any(bool here) {
+    block_.said_ |= here;
+    if (static_cast<int>(block_.waiting_.size()) + 1 == block_.fibers_.size())
+        block_.any_ = std::exchange(block_.said_, false);
+    sync();
+    return block_.any_;
 }
 
 inline void Machine::perform(const Copy& copy) {
@@ -239,6 +267,7 @@ inline void Machine::copy_out(void* target, int offset) {
 
 inline void Machine::add_pair(float* target, float first, float second) {
     if (reinterpret_cast<std::uintptr_t>(target) % 8 != 0) fail("a pair off its 8-byte boundary");
+    if (block_.counted_) fail("an addition after the block has counted itself as finished");
     ++block_.counters.reductions;
     target[0] += first;
     target[1] += second;

@@ -3,8 +3,6 @@
 // was counted.
 //
 // schedule: the bits of Schedule. cluster: blocks to a slab, or 0 for the plan's own.
-#include <cuda_runtime_api.h>
-
 #include <string>
 #include <type_traits>
 
@@ -28,30 +26,17 @@ constexpr bool kCompiled =
 
 }  // namespace
 
-cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
-    return cudaSuccess;
-}
-cudaError_t cudaSetDevice(int) {
-    return cudaSuccess;
-}
-const char* cudaGetErrorName(cudaError_t) {
-    return "";
-}
-const char* cudaGetErrorString(cudaError_t) {
-    return "";
-}
-
 namespace loge {
 
-CUtensorMap encode_tensor_map(DType, const void* base, std::int64_t rows, std::int64_t columns, std::int64_t row_stride,
-                              int box_rows, int box_columns) {
+CUtensorMap encode_tensor_map(const Matrix& m) {
     // What the driver checks.
-    if (reinterpret_cast<std::uintptr_t>(base) % 16 != 0) emulator::fail("a matrix off its 16-byte boundary");
-    if (row_stride % 8 != 0 || row_stride < columns) emulator::fail("a bad row stride", row_stride, columns);
-    if (box_rows > 256 || (box_columns != 64 && box_columns != 16)) emulator::fail("a bad box", box_rows, box_columns);
+    if (reinterpret_cast<std::uintptr_t>(m.base) % 16 != 0) emulator::fail("a matrix off its 16-byte boundary");
+    if (m.row_stride % 8 != 0 || m.row_stride < m.columns) emulator::fail("a bad row stride", m.row_stride, m.columns);
+    if (m.box_rows > 256 || (m.box_columns != 64 && m.box_columns != 16))
+        emulator::fail("a bad box", m.box_rows, m.box_columns);
     CUtensorMap map{};
-    const emulator::TensorMap made{static_cast<const char*>(base), rows, columns, row_stride, box_rows, box_columns};
+    const emulator::TensorMap made{
+        static_cast<const char*>(m.base), m.rows, m.columns, m.row_stride, m.box_rows, m.box_columns};
     static_assert(sizeof(made) <= sizeof(map) && alignof(emulator::TensorMap) <= alignof(CUtensorMap));
     std::memcpy(&map, &made, sizeof(made));
     return map;
@@ -60,10 +45,12 @@ CUtensorMap encode_tensor_map(DType, const void* base, std::int64_t rows, std::i
 namespace sm90 {
 
 template <DType kType, int kRank, int kAdapter>
-void launch(const Arguments& arguments, const Plan& plan, int, void*) {
+void launch(const Arguments& arguments, const Plan& plan, void*) {
     if constexpr (kCompiled<kType, kRank, kAdapter>) {
         using Element = std::conditional_t<kType == DType::kFloat16, cute::half_t, cute::bfloat16_t>;
-        for (int first = 0; first < plan.grid; first += plan.cluster) {
+        for (int i = 0; i < plan.grid; i += plan.cluster) {
+            // Clusters may come in any order: the last one first, where its threads do.
+            const int first = schedule.last_first ? static_cast<int>(plan.grid) - plan.cluster - i : i;
             emulator::Cluster cluster(plan.cluster, plan.shared_bytes, schedule);
             emulator::cluster = &cluster;
             emulator::first_block = first;
@@ -80,9 +67,14 @@ void launch(const Arguments& arguments, const Plan& plan, int, void*) {
     }
 }
 
-#define LOGE_INSTANTIATE(kRank, kAdapter)                                                              \
-    template void launch<DType::kFloat16, kRank, kAdapter>(const Arguments&, const Plan&, int, void*); \
-    template void launch<DType::kBFloat16, kRank, kAdapter>(const Arguments&, const Plan&, int, void*);
+template <DType kType, int kRank, int kAdapter>
+Compiled compiled() {
+    return {[] { return expected_residency(132); }, launch<kType, kRank, kAdapter>};
+}
+
+#define LOGE_INSTANTIATE(kRank, kAdapter)                           \
+    template Compiled compiled<DType::kFloat16, kRank, kAdapter>(); \
+    template Compiled compiled<DType::kBFloat16, kRank, kAdapter>();
 LOGE_INSTANTIATE(0, 16)
 LOGE_INSTANTIATE(0, 64)
 LOGE_INSTANTIATE(64, 0)
@@ -103,7 +95,7 @@ int main(int argc, char** argv) {
     emulator::compute(argc, argv, loge::sm90::kBlockM, [](const loge::BackwardParams& p, emulator::Options options) {
         const int bits = options.schedule;
         schedule = {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0};
-        loge::Plan plan = loge::sm90_plan(p, 132);
+        loge::Plan plan = loge::sm90_prepare(p, 0);
         if (options.cluster != 0) {
             plan.cluster = options.cluster;
             plan.grid = plan.slabs * plan.cluster;

@@ -37,6 +37,22 @@ void check_steps() {
             at.advance(stages);
         }
     }
+    for (std::int64_t slabs : {1, 3, 64, 1000})
+        for (int size : {0, 1, 5, 64})
+            for (std::int64_t slab : {std::int64_t{0}, slabs / 2, slabs - 1}) {
+                const Range steps{7, 7 + size};
+                const int shift = shift_of(steps, slab, slabs);
+                EXPECT(shift >= 0 && (shift < size || size == 0), "slab %lld of %lld", (long long)slab,
+                       (long long)slabs);
+                std::set<int> seen;
+                for (int i = 0; i < size; ++i)
+                    seen.insert(rotated(steps, shift, i));
+                EXPECT(static_cast<int>(seen.size()) == size, "%zu of %d steps", seen.size(), size);
+                EXPECT(seen.empty() || (*seen.begin() == 7 && *seen.rbegin() == 6 + size), "%d steps", size);
+            }
+    EXPECT(shift_of({0, 64}, 32, 64) == 32, "slabs in the middle start in the middle");
+    EXPECT(columns_of({1, 3}, 1000).begin == 64 && columns_of({1, 3}, 1000).end == 192, "whole steps");
+    EXPECT(columns_of({1, 3}, 130).end == 130 && columns_of({3, 3}, 130).size() == 0, "the last step is cut");
     for (int step = 0; step < 9; ++step)
         EXPECT(takes_turn(0, step) != takes_turn(1, step), "step %d", step);
 }
@@ -196,11 +212,19 @@ void check_plan() {
     alone.P = 0, alone.dA = alone.dB = nullptr, alone.x = alone.xa = alone.lora_A = alone.lora_B = nullptr;
     EXPECT(sm90_why_not(alone).empty(), "%s", sm90_why_not(alone).c_str());
 
+    BackwardParams full = p;
+    full.M = 4096, full.N = full.K = 4096, full.dy_stride = full.x_stride = 4096, full.R = 256, full.P = 16;
+    // 32 slabs. Clusters of 4 fill the card in one wave, if all 32 fit; a GPC of 14 multiprocessors leaves 30 of them.
+    EXPECT(sm90_plan(full, expected_residency(132)).cluster == 4, "32 clusters of 4 in one wave");
+    EXPECT(sm90_plan(full, {132, 66, 30, 0}).cluster == 2, "30 clusters of 4 would take two waves");
+    EXPECT(sm90_plan(full, {132, 66, 0, 0}).cluster == 2, "no cluster of 4 fits");
+    EXPECT(sm90_plan(full, {7, 0, 0, 0}).cluster == 1, "no cluster fits");
+
     for (std::int64_t M : {1, 128, 129, 8192, 100000})
         for (int sms : {1, 20, 114, 132}) {
             BackwardParams q = p;
             q.M = M, q.N = q.K = 4096, q.dy_stride = q.x_stride = 4096, q.R = 256, q.P = 16;
-            const Plan plan = sm90_plan(q, sms);
+            const Plan plan = sm90_plan(q, expected_residency(sms));
             EXPECT(plan.slabs == (M + 127) / 128 && plan.grid == plan.slabs * plan.cluster, "M = %lld", (long long)M);
             EXPECT(plan.shared_bytes == shared_map(256, 16).bytes && plan.threads == 384, "%d", plan.shared_bytes);
             EXPECT(plan.cluster == 1 || plan.cluster == 2 || plan.cluster == 4 || plan.cluster == 8, "%d",

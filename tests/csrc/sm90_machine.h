@@ -14,6 +14,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "fibers.h"
@@ -124,6 +125,9 @@ class Cluster {
 
     // TMA
 
+    void map_prefetch(const CUtensorMap& map) {
+        if (reinterpret_cast<const TensorMap&>(map).base == nullptr) fail("a map that nobody has encoded");
+    }
     void load(const CUtensorMap& map, std::uint64_t* barrier, char* shared, int column, int row) {
         ++counters.loads;
         find(barrier);
@@ -190,9 +194,21 @@ class Cluster {
         if (self().unfenced) fail("a barrier passes on writes that the async proxy does not see", id);
         rendezvous(blocks_[block()].named[id], threads);
     }
+    bool named_any(int id, int threads, bool here) {
+        Block& mine = blocks_[block()];
+        mine.said |= here;
+        if (static_cast<int>(mine.named[id].size()) + 1 == threads) mine.any = std::exchange(mine.said, false);
+        named_barrier(id, threads);
+        return mine.any;
+    }
     void cluster_barrier() {
         if (self().remote_unfenced) fail("a cluster barrier passes on writes that the async proxy does not see");
         rendezvous(waiting_, fibers_.size());
+    }
+    // Of threads that have nothing to release.
+    void cluster_barrier_silent() {
+        if (self().wrote) fail("a barrier that releases nothing, and a thread that has written", fibers_.running());
+        cluster_barrier();
     }
     void warp_barrier() {
         together(0, {}, [](auto&) {});
@@ -209,7 +225,7 @@ class Cluster {
     // `registers`: four words; `row`: the 16 bytes that this lane addresses.
     void stmatrix(char* row, const std::uint32_t* registers) {
         if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) fail("stmatrix to a misaligned row");
-        self().unfenced = true;
+        self().unfenced = self().wrote = true;
         together(2, {registers, row}, [this](auto& lanes) {
             for (int matrix = 0; matrix < 4; ++matrix) {
                 unsigned banks = 0;
@@ -234,15 +250,21 @@ class Cluster {
     }
     void remote_load(std::uint32_t address, void* value) { std::memcpy(value, remote(address), 16); }
     void remote_store(std::uint32_t address, const void* value) {
-        self().remote_unfenced = true;
+        self().remote_unfenced = self().wrote = true;
         std::memcpy(remote(address), value, 16);
     }
 
     void global_add(float* pointer, const float* v) {
         if (reinterpret_cast<std::uintptr_t>(pointer) % 16 != 0) fail("a reduction of four off its 16-byte boundary");
+        if (blocks_[block()].counted) fail("an addition after the block has counted itself as finished");
+        self().wrote = true;
         ++counters.reductions;
         for (int i = 0; i < 4; ++i)
             pointer[i] += v[i];
+    }
+    unsigned count(unsigned* counter) {
+        blocks_[block()].counted = true;
+        return (*counter)++;
     }
 
     Counters counters;
@@ -269,7 +291,7 @@ class Cluster {
         std::deque<Store> stores;
         std::vector<long long> groups;  // products issued when each group was committed
         long long issued = 0;
-        bool fenced = false, unfenced = false, remote_unfenced = false;
+        bool fenced = false, unfenced = false, remote_unfenced = false, wrote = false;
     };
     struct Lane {
         const void* in;
@@ -296,6 +318,8 @@ class Cluster {
     struct Block {
         std::unique_ptr<char, Free> window;
         std::array<std::vector<int>, 16> named;
+        bool counted = false;            // as finished
+        bool said = false, any = false;  // of named_any: so far, and by all
     };
 
     Thread& self() { return threads_[fibers_.running()]; }

@@ -63,6 +63,9 @@ enum class Reuse { kOnce, kAgain };
 inline void tma_load(const CUtensorMap& map, std::uint64_t* barrier, Reuse, char* shared, int column, int row) {
     emulator::cluster->load(map, barrier, shared, column, row);
 }
+inline void map_prefetch(const CUtensorMap& map) {
+    emulator::cluster->map_prefetch(map);
+}
 inline void tma_prefetch(const CUtensorMap&, int, int) {}
 inline void tma_store(const CUtensorMap& map, const char* shared, int column, int row) {
     emulator::cluster->store(map, shared, column, row);
@@ -138,8 +141,14 @@ inline void cluster_async_proxy_fence() {
 inline void named_barrier(int id, int threads) {
     emulator::cluster->named_barrier(id, threads);
 }
+inline bool named_any(int id, int threads, bool here) {
+    return emulator::cluster->named_any(id, threads, here);
+}
 inline void cluster_barrier() {
     emulator::cluster->cluster_barrier();
+}
+inline void cluster_barrier_silent() {
+    emulator::cluster->cluster_barrier_silent();
 }
 inline std::uint32_t remote_address(const void* pointer, int rank) {
     return emulator::cluster->remote_address(pointer, rank);
@@ -154,6 +163,13 @@ inline void remote_store(std::uint32_t address, uint4 v) {
 }
 inline void global_add(float* pointer, const float (&v)[4]) {
     emulator::cluster->global_add(pointer, v);
+}
+inline void global_read(const float* pointer, float (&v)[4]) {
+    if (reinterpret_cast<std::uintptr_t>(pointer) % 16 != 0) emulator::fail("four sums off their 16-byte boundary");
+    std::memcpy(v, pointer, 16);
+}
+inline unsigned count(unsigned* counter) {
+    return emulator::cluster->count(counter);
 }
 
 }  // namespace loge::sm90

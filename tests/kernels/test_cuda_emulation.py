@@ -40,9 +40,11 @@ class Case:
     need: tuple[bool, bool, bool] = (True, True, True)  # dx, dA, dB
     schedule: int = 1  # when what is asynchronous happens; sm80: 1 for at its wait, 0 for at its issue
     cluster: int = 1  # sm90 alone
+    rounded: bool = False  # dA and dB in dtype, by the last block, and not in fp32
 
     def __str__(self) -> str:
-        return f"{self.M}-{self.N}-{self.K}-{self.R}-{self.P}-schedule{self.schedule}-cluster{self.cluster}"
+        name = f"{self.M}-{self.N}-{self.K}-{self.R}-{self.P}-schedule{self.schedule}-cluster{self.cluster}"
+        return name + "-rounded" * self.rounded
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def sm90(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     for source in (*SOURCES.iterdir(), *HOST_SOURCES.iterdir()):
         if source.suffix in (".h", ".cuh", ".cpp"):
             shutil.copy(source, folder)
-    sources = [folder / "sm90_emulate.cpp", folder / "sm90_backward.cpp"]
+    sources = [folder / name for name in ("sm90_emulate.cpp", "sm90_backward.cpp", "tensor_map_table.cpp")]
     # UBSan would double the compiler's time; test_sm90_host.py has the index maths under both.
     return Emulator("sm90", build(folder / "sm90", sources, *options, sanitize="address"))
 
@@ -93,7 +95,7 @@ def run(emulator: Emulator, case: Case) -> tuple[dict[str, Tensor], dict[str, in
     parts += [raw(left), raw(right), raw(lora_A)] if need_dx else []
     parts += [raw(lora_B)] if need_dx or need_dA else []
     numbers = [c.M, c.N, c.K, c.R, c.P, c.N + c.dy_gap, c.K + c.x_gap, int(c.dtype == torch.bfloat16)]
-    numbers += [int(c.deterministic), *map(int, c.need), c.scaling, c.schedule, c.cluster]
+    numbers += [int(c.deterministic), *map(int, c.need), c.scaling, c.schedule, c.cluster, int(c.rounded)]
     environment = {"ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
     command = [str(emulator.program), *map(str, numbers)]
     done = subprocess.run(command, input=b"".join(parts), capture_output=True, timeout=300, env=environment)
@@ -102,17 +104,22 @@ def run(emulator: Emulator, case: Case) -> tuple[dict[str, Tensor], dict[str, in
     counts = {key: int(value) for key, value in (item.split("=") for item in items)}
 
     slabs = -(-c.M // BLOCK_M[emulator.kernel]) if c.deterministic else 1
-    shapes = {"dx": (c.M, c.K), "dA": (slabs, c.P, c.K), "dB": (slabs, c.N, c.P)}
-    got, position = {}, 0
-    for (name, shape), needed in zip(shapes.items(), c.need, strict=True):
-        if not needed:
-            continue
-        kind = np.dtype(np.int16 if name == "dx" else np.float32)
-        count = int(np.prod(shape))
-        array = np.frombuffer(done.stdout, kind, count, position).reshape(shape).copy()
-        position += count * kind.itemsize
-        got[name] = torch.from_numpy(array).view(c.dtype) if name == "dx" else torch.from_numpy(array).sum(0)
-    assert position == len(done.stdout)
+    shapes = {"dx": (c.M, c.K), "dA": (c.P, c.K), "dB": (c.N, c.P)}
+    wanted = {name: shape for (name, shape), needed in zip(shapes.items(), c.need, strict=True) if needed}
+    sizes = {name: int(np.prod(shape)) for name, shape in wanted.items()}
+    halves = sum(size for name, size in sizes.items() if c.rounded or name == "dx")
+    rounded = torch.from_numpy(np.frombuffer(done.stdout, np.int16, halves).copy()).view(c.dtype)
+    # A set of sums for each slab, dA and then dB.
+    sums = torch.from_numpy(np.frombuffer(done.stdout, np.float32, offset=2 * halves).copy())
+    sums = sums.view(slabs, -1).sum(0) if sums.numel() else sums
+    got = {}
+    for name, size in sizes.items():
+        if c.rounded or name == "dx":
+            part, rounded = rounded.split([size, rounded.numel() - size])
+        else:
+            part, sums = sums.split([size, sums.numel() - size])
+        got[name] = part.view(wanted[name])
+    assert rounded.numel() == sums.numel() == 0
 
     d, s = torch.Tensor.double, c.scaling
     t_b = s * d(dy) @ d(lora_B)
@@ -122,6 +129,8 @@ def run(emulator: Emulator, case: Case) -> tuple[dict[str, Tensor], dict[str, in
     near = {"dx": (t_r @ d(right) + t_b @ d(lora_A)).to(c.dtype).double(), "dA": t_b.t() @ d(x), "dB": want["dB"]}
     for name, gradient in got.items():
         error, allowed = (d(gradient) - want[name]).abs().max(), (near[name] - want[name]).abs().max()
+        if c.rounded and name != "dx":
+            allowed = (near[name].to(c.dtype).double() - want[name]).abs().max()
         assert error <= 2 * allowed + 1e-5 * want[name].abs().max(), (name, case, error, allowed)
     return got, counts
 
@@ -142,6 +151,11 @@ SM80 = [
     Case(100, 200, 136, 0, 16, need=(False, False, True)),
     Case(50, 72, 136, 128, 16, need=(True, False, True)),
     Case(50, 72, 136, 128, 40, need=(True, True, False), schedule=0),
+    Case(200, 200, 136, 64, 16, rounded=True),
+    Case(200, 136, 200, 256, 64, rounded=True, dtype=torch.bfloat16, schedule=0),
+    Case(70, 200, 136, 0, 16, need=(False, False, True), rounded=True),
+    Case(70, 200, 136, 0, 16, need=(False, True, True), rounded=True),  # additions up to the very end
+    Case(70, 200, 136, 48, 8, need=(True, True, False), rounded=True, schedule=0),
 ]
 
 
@@ -187,6 +201,11 @@ SM90 = [
     Case(50, 72, 136, 64, 16, need=(True, False, True), schedule=LATE_STORES, cluster=2),
     Case(50, 72, 136, 64, 16, schedule=LATE_PRODUCTS, cluster=2),  # loads in a hurry to overwrite the exchange
     Case(50, 136, 72, 64, 16, need=(True, True, False), schedule=LATE_STORES | LAST_FIRST, cluster=8),
+    Case(300, 328, 456, 64, 16, schedule=LATE_LOADS, rounded=True),
+    Case(300, 456, 328, 64, 16, schedule=LATE_PRODUCTS | LATE_STORES | LAST_FIRST, cluster=2, rounded=True),
+    Case(150, 136, 584, 0, 64, need=(False, True, False), dtype=BF16, schedule=LAST_FIRST, rounded=True),
+    Case(150, 456, 136, 0, 16, need=(False, False, True), schedule=LATE_PRODUCTS, cluster=4, rounded=True),
+    Case(150, 72, 136, 256, 64, dtype=BF16, schedule=LATE_LOADS, cluster=4, rounded=True),  # ranks without a step
 ]
 
 
