@@ -1,4 +1,5 @@
-"""The rates of the cost model, measured on a GPU: what `bench linear --tune` keeps beside its configurations.
+"""The rates of the cost model, measured on a GPU: what `bench linear` keeps in the user's cache, beside the tuned
+configurations.
 
 copy rate, matrix rate     a large copy, a large product
 skinny, narrow             products with one side of 16 columns, and of each width class of `rates.DeviceSpec.narrow`
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loge_kernels.triton_kernels import tuning
+from loge_kernels.triton_kernels.configs import device_slug
+from loge_kernels.triton_kernels.devices import device_spec
 from loge_kernels.triton_kernels.rates import DEFAULT, KERNEL_US
 
 from ..measure.timing import Clock, TimingOptions, clock_for, interleave
@@ -66,6 +70,22 @@ def measure_rates(
         "narrow": [*([width, round(share, 3)] for width, share in shares), [N, 1.0]],
         "gap_us": round(max(0.05, between), 3),
     }
+
+
+def keep(device: torch.device, environment: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The rates of `device`, measured now and written where the cost model reads them, and that file; None where there
+    is no cache, or none that can be written."""
+    slug, found = device_slug(device_spec(device).name), measure_rates(device)
+    try:
+        return found, str(tuning.write_rates(slug, found, source_of(environment)))
+    except (OSError, ValueError):
+        return found, None
+
+
+def source_of(environment: dict[str, Any]) -> str:
+    """What a table says of where its numbers come from."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
+    return f"bench linear, {environment['date']}: {versions}"
 
 
 def _in_turn(hold: Callable[[], Any], dot: Tensor, kernels: int) -> None:

@@ -27,6 +27,7 @@ from ..measure.shapes import parse_shapes
 from ..measure.timing import Timing, TimingOptions, captured, clock_for, interleave
 from . import rates
 from .baselines import BASELINES, DIRECTIONS, Candidate, candidates, check_baselines
+from .device_rates import keep
 from .gate import Gate
 from .operands import Operands, make_operands
 from .rows import Case, Row
@@ -124,6 +125,9 @@ def run(options: MicroOptions, console: Console | None = None) -> dict[str, Any]
         ceilings = {name: measure_ceilings(device, DTYPES[name]) for name in dict.fromkeys(c.dtype for c in cases)}
         report["ceilings"] = {name: ceiling.to_dict() for name, ceiling in ceilings.items()}
         output.print_heading(console, report)
+        if device.type == "cuda":
+            tell("measuring the rates of the cost model")
+            report["device_rates"], report["device_rates_kept_in"] = keep(device, report["environment"])
         for number, case in enumerate(cases, 1):
             label = f"case {number} of {len(cases)}, {case.title}: "
             operands = operands_of(case, options, device)

@@ -46,7 +46,7 @@ from loge_kernels.triton_kernels.exact_choice import choose_exact
 from ..measure import output
 from ..measure.environment import describe
 from ..measure.timing import Clock, TimingOptions, clock_for, interleave
-from .device_rates import measure_rates
+from .device_rates import keep, source_of
 from .gate import Gate
 from .operands import Operands, make_operands
 from .run import MicroOptions, plan
@@ -121,8 +121,7 @@ def run(
     classes = classes_of(problems, spec)
 
     environment = describe(device)
-    versions = environment["versions"]
-    source = f"bench --tune, {environment['date']}: {', '.join(f'{k} {v}' for k, v in versions.items() if v)}"
+    source = source_of(environment)
     report: dict[str, Any] = {
         "benchmark": "tune",
         "environment": environment,
@@ -133,8 +132,7 @@ def run(
         "passed": True,
     }
     if device.type == "cuda":
-        report["rates"] = measure_rates(device)
-        tuning.write_rates(slug, report["rates"], source)
+        report["rates"], _ = keep(device, environment)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=console, transient=True) as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,3 +61,15 @@ def test_a_rate_that_cannot_be_measured_is_named() -> None:
 
     with pytest.raises(RuntimeError, match="rate of 'one' cannot be measured: RuntimeError: out of memory"):
         measure_rates(torch.device("cpu"), 64, 512, torch.float32, hold=fails, budget=0.01)
+
+
+def test_they_are_kept_where_the_cost_model_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_rates, "measure_rates", lambda device: measured())
+    monkeypatch.setenv("LOGE_CACHE", str(tmp_path))
+    environment = {"date": "today", "versions": {"torch": "2.13", "cuda": None}}
+    rates, path = device_rates.keep(torch.device("cpu"), environment)
+    assert path is not None
+    assert '"bench linear, today: torch 2.13"' in Path(path).read_text()
+    assert tuning.read_rates(Path(path).stem)["hbm_gbs"] == rates["hbm_gbs"]
+    monkeypatch.setenv("LOGE_CACHE", "off")
+    assert device_rates.keep(torch.device("cpu"), environment)[1] is None
