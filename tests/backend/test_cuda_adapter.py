@@ -15,7 +15,7 @@ from surrogate import case, problem_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loge_kernels.backend import cuda as cuda_backend
-from loge_kernels.backend.problem import BackwardProblem
+from loge_kernels.backend.problem import BackwardProblem, Operands
 
 registry = import_module("loge_kernels.backend.choice")
 
@@ -111,6 +111,20 @@ def test_the_adapter_hands_over_the_whole_problem(recorder: Recorder) -> None:
     assert torch.equal(gradients.dB, torch.arange(128.0, 320.0).remainder(97).view(24, 8))
     assert gradients.dA.is_contiguous()
     assert gradients.dB.is_contiguous()
+
+
+@needs_extension
+def test_the_operators_outputs_share_no_storage(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile warns of an operator whose outputs do, and will refuse it."""
+    cuda = replace(registry._REGISTRY["cuda"], why_not=lambda problem: None)
+    monkeypatch.setattr(registry, "_REGISTRY", {"cuda": cuda})
+    p = problem(**adapter())
+    operands = Operands(p.x, p.weight, p.left, p.right, lora_A=p.lora_A, lora_B=p.lora_B, backend="cuda")
+    need = [True, False, False, True, True]
+    outputs = torch.ops.loge_kernels.linear_backward(p.dy, p.xa, need, *operands)
+    assert len({t.untyped_storage()._cdata for t in outputs}) == len(outputs)
+    assert torch.equal(outputs[3], torch.arange(128.0).remainder(97).view(8, 16))
+    assert torch.equal(outputs[4], torch.arange(128.0, 320.0).remainder(97).view(24, 8))
 
 
 @needs_extension
@@ -220,7 +234,11 @@ def test_reasons_are_the_shapes(recorder: Recorder, monkeypatch: pytest.MonkeyPa
     assert "N = 20 is not a multiple of 8" in str(cuda_backend._plan(odd))
     with pytest.raises(ValueError, match="N = 20"):
         cuda_backend.backward(odd)
-    assert "lora_A is torch.bfloat16" in str(cuda_backend._plan(problem(**adapter(dtype=torch.bfloat16))))
+    cuda_backend.backward(problem(**adapter()))
+    for name in ("lora_A", "lora_B"):
+        other = adapter()
+        other[name] = other[name].bfloat16()
+        assert f"{name} is torch.bfloat16" in str(cuda_backend._plan(problem(**other)))
     assert "dtype torch.float32" in str(cuda_backend._plan(problem(dy=torch.randn(4, 24))))
     monkeypatch.setattr(cuda_backend, "_plans", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
