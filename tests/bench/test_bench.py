@@ -281,7 +281,7 @@ def test_gate_samples_rows_of_a_large_dx(monkeypatch: pytest.MonkeyPatch) -> Non
     [exact] = [c for c in candidates(operands, "backward") if c.kind == "exact"]
     results = exact.prepare()()
     assert all(v.passed for v in gate.check(results, None).values())
-    _, _, rows = gate._expected["dx", None]
+    _, _, rows = gate._expected["dx", None, None]
     assert (rows[0], rows[-1], len(rows)) == (0, 63, 7)
 
 

@@ -22,7 +22,7 @@ report = loge.apply(
     model, 1 / 8,  # of min(N, K) (or 256)
     exact_layers=0.5, calibration=calibrate(model, batches),
 )
-loge.apply(model, rank=0.7)
+loge.apply(model, rank=0.9)
 loge.apply(model, rank=rank, budget=0.3)
 loge.apply(model, rank=256, exact_every=1)
 ```
@@ -35,12 +35,12 @@ def test_what_is_found() -> None:
         {"exact_dtype": "int8"},
         {},
         {"rank": 0.125, "exact_layers": 0.5},
-        {"rank": 0.7},
+        {"rank": 0.9},
         {},
         {"rank": 256, "exact_every": 1},
     ]
     slow = slow_calls(PAGE)
     assert [line.partition(":")[0] for line in slow] == [
-        "loge.apply(model, rank=0.7)",
+        "loge.apply(model, rank=0.9)",
         "loge.apply(model, rank=256, exact_every=1)",
     ]
