@@ -222,7 +222,7 @@ class TestCuda:
         for M in (1, 100, 4096, 5000, 8192, 16384):
             for N, K in ((4096, 4096), (14336, 4096), (1024, 4096), (72, 136)):
                 plan = extension.plan("sm90", M=M, N=N, K=K, R=256, P=P, **needs, sm_count=132)
-                assert plan["cluster"] == cost_cuda.sm90_cluster(M, N, K, 132)[0], (M, N, K)
+                assert plan.cluster == cost_cuda.sm90_cluster(M, N, K, 132)[0], (M, N, K)
 
     @pytest.mark.parametrize(
         ("changes", "words"),
