@@ -28,7 +28,7 @@ def with_peak_memory(call: Callable[[], Any], device: torch.device) -> tuple[Any
         result = call()
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before
-    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with _quiet_stderr():
         profiler.start()
     try:
