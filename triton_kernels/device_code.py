@@ -53,6 +53,28 @@ def reduce_store(ptrs, value, mask, ATOMIC: tl.constexpr):
 
 
 @triton.jit
+def load_tile(p_row, offs, stride, mask, ALIGNED: tl.constexpr):
+    """The columns `offs` of the rows that p_row [., 1] points at, `stride` apart, and zeros where the mask says so;
+    ALIGNED: next to each other, which 16-byte loads need to see."""
+    if ALIGNED:
+        p_tile = p_row + offs[None, :]
+    else:
+        p_tile = p_row + offs.to(tl.int64)[None, :] * stride
+    return tl.load(p_tile, mask=mask, other=0.0)
+
+
+@triton.jit
+def grouped_tile(blocks_m, blocks_n, GROUP: tl.constexpr):
+    """The row and the column of this program's tile, of blocks_m · blocks_n: the columns are walked for GROUP rows at a
+    time, whose operands then meet in L2."""
+    pid = tl.program_id(0)
+    first_m = pid // (GROUP * blocks_n) * GROUP
+    rows_in_group = tl.minimum(blocks_m - first_m, GROUP)
+    pid_in_group = pid % (GROUP * blocks_n)
+    return first_m + pid_in_group % rows_in_group, pid_in_group // rows_in_group
+
+
+@triton.jit
 def walk_n(
     dy_ptr,
     xa_ptr,
@@ -105,11 +127,7 @@ def walk_n(
     for n0 in range(n_begin, n_end, BN):
         offs_n = n0 + tl.arange(0, BN)
         mask_n = offs_n < N
-        if ALIGNED_N:
-            p_dy = p_dy_row + offs_n[None, :]
-        else:
-            p_dy = p_dy_row + offs_n.to(tl.int64)[None, :] * stride_dy_n
-        b_dy = tl.load(p_dy, mask=mask_m[:, None] & mask_n[None, :], other=0.0)  # [BM, BN]
+        b_dy = load_tile(p_dy_row, offs_n, stride_dy_n, mask_m[:, None] & mask_n[None, :], ALIGNED_N)  # [BM, BN]
         row_n = offs_n.to(tl.int64)[:, None]  # [BN, 1]
         if NEED_T_R:
             p_left = left_ptr + row_n * R + offs_r[None, :]
@@ -234,11 +252,7 @@ def walk_k(
                     b_dx = tl.dot(t_p, b_lora_A, b_dx, input_precision=PRECISION)
             tl.store(dx_ptr + row_m * K + offs_k[None, :], b_dx.to(dtype), mask=mask_mk)
         if NEED_DA:
-            if ALIGNED_K:
-                p_x = x_ptr + row_m * stride_x_m + offs_k[None, :]
-            else:
-                p_x = x_ptr + row_m * stride_x_m + offs_k.to(tl.int64)[None, :] * stride_x_k
-            b_x = tl.load(p_x, mask=mask_mk, other=0.0)  # [BM, BK]
+            b_x = load_tile(x_ptr + row_m * stride_x_m, offs_k, stride_x_k, mask_mk, ALIGNED_K)  # [BM, BK]
             if DROPOUT:
                 b_x = tl.where(keep, b_x, 0.0)
             store_dA(dA_ptr, t_p, b_x, offs_k, mask_k, K, inv_keep, P, BP, DROPOUT, WGMMA, ATOMIC, PRECISION)

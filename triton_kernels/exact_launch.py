@@ -103,7 +103,7 @@ def prepare(
         shape = (M,) if scales == "row" else (cdiv(N, SCALE_COLUMNS), M)
         scale = torch.empty(shape, dtype=torch.float32, device=device)
     amax = parts["amax"].view(torch.int32)
-    if M and N:
+    if M and N and (P or need_dbias or eight_bits is not None):  # or there is nothing to read dY for
         strides = dy.stride()
         with on(device):
             exact_prepare[(columns, chunks)](

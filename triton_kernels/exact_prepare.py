@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .availability import interpreted
-from .device_code import reduce_store
+from .device_code import load_tile, reduce_store
 
 PREPARE_RUNTIME = ("M", "N", "m_chunk", "stride_dy_m", "stride_dy_n", "scaling")
 QUANTIZE_RUNTIME = ("M", "N", "stride_dy_m", "stride_dy_n")
@@ -151,12 +151,8 @@ def exact_prepare(
         offs_m = m0 + tl.arange(0, BM)
         mask_m = offs_m < M
         row_m = offs_m.to(tl.int64)[:, None]  # [BM, 1]
-        if ALIGNED_N:
-            p_dy = dy_ptr + row_m * stride_dy_m + offs_n[None, :]
-        else:
-            p_dy = dy_ptr + row_m * stride_dy_m + offs_n.to(tl.int64)[None, :] * stride_dy_n
         mask_mn = mask_m[:, None] & mask_n[None, :]
-        b_dy = tl.load(p_dy, mask=mask_mn, other=0.0)  # [BM, BN]
+        b_dy = load_tile(dy_ptr + row_m * stride_dy_m, offs_n, stride_dy_n, mask_mn, ALIGNED_N)  # [BM, BN]
         if NEED_T:
             b_t = tl.dot(b_dy, b_lora_B, input_precision=PRECISION) * scaling  # [BM, BP]
             reduce_store(p_t + row_m * P + offs_p[None, :], b_t, mask_m[:, None] & mask_p[None, :], ATOMIC=ATOMIC)
@@ -227,11 +223,7 @@ def exact_quantize(
     mask_m = offs_m < M
     mask_mn = mask_m[:, None] & (offs_n < N)[None, :]
     row_m = offs_m.to(tl.int64)[:, None]  # [BM, 1]
-    if ALIGNED_N:
-        p_dy = dy_ptr + row_m * stride_dy_m + offs_n[None, :]
-    else:
-        p_dy = dy_ptr + row_m * stride_dy_m + offs_n.to(tl.int64)[None, :] * stride_dy_n
-    b_dy = tl.load(p_dy, mask=mask_mn, other=0.0)  # [BM, BN]
+    b_dy = load_tile(dy_ptr + row_m * stride_dy_m, offs_n, stride_dy_n, mask_mn, ALIGNED_N)  # [BM, BN]
     b_amax = tl.load(amax_ptr + offs_m, mask=mask_m, other=0).to(tl.float32, bitcast=True)  # [BM]
     b_scale = scale_of(b_amax, LIMIT_RECIPROCAL)
     tl.store(q_ptr + row_m * N + offs_n[None, :], in_eight_bits(b_dy, b_scale[:, None], q_ptr), mask=mask_mn)

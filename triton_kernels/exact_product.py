@@ -9,7 +9,7 @@ dY and W come in 16 or 32 bits, or both in 8 bits with scales: rows of dY and co
 import triton
 import triton.language as tl
 
-from .device_code import dropout_keep, dropout_key, store_dA
+from .device_code import dropout_keep, dropout_key, grouped_tile, load_tile, store_dA
 from .exact_prepare import SCALE_COLUMNS
 
 PRODUCT_RUNTIME = ("M", "N", "K", "stride_dy_m", "stride_dy_n", "stride_x_m", "stride_x_k", "threshold", "inv_keep")
@@ -50,11 +50,7 @@ def exact_sum(
     for n0 in range(0, N, BN):
         offs_n = n0 + tl.arange(0, BN)
         mask_n = offs_n < N
-        if ALIGNED_N:
-            p_dy = p_dy_row + offs_n[None, :]
-        else:
-            p_dy = p_dy_row + offs_n.to(tl.int64)[None, :] * stride_dy_n
-        b_dy = tl.load(p_dy, mask=mask_m[:, None] & mask_n[None, :], other=0.0)  # [BM, BN]
+        b_dy = load_tile(p_dy_row, offs_n, stride_dy_n, mask_m[:, None] & mask_n[None, :], ALIGNED_N)  # [BM, BN]
         if SCALES == "none":
             p_weight = weight_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
         else:
@@ -122,23 +118,15 @@ def exact_product(
     ATOMIC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (cdiv(M, BM) · cdiv(K, BK),), walked in groups of GROUP row blocks, whose tiles of dY and W then meet in L2.
+    """Grid (cdiv(M, BM) · cdiv(K, BK),), a `grouped_tile` each.
 
     weight [N, K], contiguous, or with SCALES stored column by column; dx [M, K] contiguous; t [M, P] in fp32, scaled;
     dA [P, K] in fp32, with a leading dimension of row blocks unless ATOMIC. "row": dy_scale [M], weight_scale [K].
-    "block": dy_scale [cdiv(N, 128), M], weight_scale [cdiv(N, 128), cdiv(K, 128)], and BN
-    divides 128. IMPRECISE: sums of
-    float8 that the tensor cores may take in their own, shorter accumulator before they are added in fp32.
+    "block": dy_scale [cdiv(N, 128), M], weight_scale [cdiv(N, 128), cdiv(K, 128)], and BN divides 128. IMPRECISE: terms
+    of float8 that the tensor cores may sum in their own, shorter accumulator before fp32 takes them; None: all.
     """
     dtype = dx_ptr.dtype.element_ty
-    blocks_m = tl.cdiv(M, BM)
-    blocks_k = tl.cdiv(K, BK)
-    pid = tl.program_id(0)
-    first_m = pid // (GROUP * blocks_k) * GROUP
-    rows_in_group = tl.minimum(blocks_m - first_m, GROUP)
-    pid_m = first_m + pid % (GROUP * blocks_k) % rows_in_group
-    pid_k = pid % (GROUP * blocks_k) // rows_in_group
-
+    pid_m, pid_k = grouped_tile(tl.cdiv(M, BM), tl.cdiv(K, BK), GROUP)
     offs_m = pid_m * BM + tl.arange(0, BM)
     offs_k = pid_k * BK + tl.arange(0, BK)
     offs_p = tl.arange(0, BP)
@@ -187,11 +175,7 @@ def exact_product(
             b_dx = tl.dot(b_t, b_lora_A, b_dx, input_precision=PRECISION)
     tl.store(dx_ptr + row_m * K + offs_k[None, :], b_dx.to(dtype), mask=mask_mk)
     if NEED_DA:
-        if ALIGNED_K:
-            p_x = x_ptr + row_m * stride_x_m + offs_k[None, :]
-        else:
-            p_x = x_ptr + row_m * stride_x_m + offs_k.to(tl.int64)[None, :] * stride_x_k
-        b_x = tl.load(p_x, mask=mask_mk, other=0.0)  # [BM, BK]
+        b_x = load_tile(x_ptr + row_m * stride_x_m, offs_k, stride_x_k, mask_mk, ALIGNED_K)  # [BM, BK]
         if DROPOUT:
             # The mask again: to keep it would cost more registers than there are.
             b_x = tl.where(dropout_keep(key, offs_m, offs_k, threshold), b_x, 0.0)

@@ -9,7 +9,7 @@ y is written once.
 import triton
 import triton.language as tl
 
-from .device_code import dropout_keep, dropout_key
+from .device_code import dropout_keep, dropout_key, grouped_tile, load_tile
 
 FORWARD_RUNTIME = ("M", "N", "K", "stride_x_m", "stride_x_k", "scaling", "threshold", "inv_keep")
 
@@ -43,17 +43,10 @@ def fused_forward(
     ALIGNED_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (cdiv(M, BM) · cdiv(N, BN),), walked in groups of GROUP row blocks, whose tiles of x and W then meet in
-    L2. weight [N, K], lora_A [P, K], lora_B [N, P], y [M, N] and xa [M, P] contiguous."""
+    """Grid (cdiv(M, BM) · cdiv(N, BN),), a `grouped_tile` each. weight [N, K], lora_A [P, K], lora_B [N, P], y [M, N]
+    and xa [M, P] contiguous."""
     dtype = x_ptr.dtype.element_ty
-    blocks_m = tl.cdiv(M, BM)
-    blocks_n = tl.cdiv(N, BN)
-    pid = tl.program_id(0)
-    first_m = pid // (GROUP * blocks_n) * GROUP
-    rows_in_group = tl.minimum(blocks_m - first_m, GROUP)
-    pid_m = first_m + pid % (GROUP * blocks_n) % rows_in_group
-    pid_n = pid % (GROUP * blocks_n) // rows_in_group
-
+    pid_m, pid_n = grouped_tile(tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     offs_m = pid_m * BM + tl.arange(0, BM)
     offs_n = pid_n * BN + tl.arange(0, BN)
     offs_p = tl.arange(0, BP)
@@ -74,11 +67,7 @@ def fused_forward(
     for k0 in range(0, K, BK):
         offs_k = k0 + tl.arange(0, BK)
         mask_k = offs_k < K
-        if ALIGNED_K:
-            p_x = p_x_row + offs_k[None, :]
-        else:
-            p_x = p_x_row + offs_k.to(tl.int64)[None, :] * stride_x_k
-        b_x = tl.load(p_x, mask=mask_m[:, None] & mask_k[None, :], other=0.0)  # [BM, BK]
+        b_x = load_tile(p_x_row, offs_k, stride_x_k, mask_m[:, None] & mask_k[None, :], ALIGNED_K)  # [BM, BK]
         p_weight = p_weight_row + offs_k[None, :]
         b_weight = tl.load(p_weight, mask=mask_n[:, None] & mask_k[None, :], other=0.0)  # [BN, BK]
         b_y = tl.dot(b_x, tl.trans(b_weight), b_y, input_precision=PRECISION)

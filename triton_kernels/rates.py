@@ -2,7 +2,7 @@
 
 Sources: [sheet] the device's data sheet; [review] a review of the kernels on paper, from compiled code, published
 measurements and counts, good to 15 % (kernels) and 20 % (cuBLAS's skinny products, PyTorch's passes); [compiled] read
-from the machine code. `bench linear --tune` measures the fields of `MEASURED` on a GPU and keeps them in the user's
+from the machine code. `bench linear` measures the fields of `MEASURED` on a GPU and keeps them in the user's
 table, from where `devices.device_spec` puts them in the place of these.
 """
 
@@ -39,7 +39,7 @@ class DeviceSpec:
     gap_us: float = 1.25  # from one kernel's end to the next one's start on a busy stream: 1 to 1.5 [review]
 
 
-# What `bench linear --tune` measures, and between what values it can be believed; the user's table may hold these and
+# What `bench linear` measures on a GPU, and between what values it can be believed; the user's table may hold these and
 # no others. Of `narrow`, the shares.
 MEASURED = {
     "hbm_gbs": (10.0, 1e5),

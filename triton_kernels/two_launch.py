@@ -12,7 +12,7 @@ layers in order, so that the result has the same bits from run to run. T lies be
 import triton
 import triton.language as tl
 
-from .device_code import dropout_keep, dropout_key, reduce_store, store_dA, walk_k, walk_n
+from .device_code import dropout_keep, dropout_key, load_tile, reduce_store, store_dA, walk_k, walk_n
 
 PROJECT_RUNTIME = ("M", "N", "n_chunk", "stride_dy_m", "stride_dy_n", "scaling")
 EXPAND_RUNTIME = ("M", "K", "k_chunk", "layers", "stride_x_m", "stride_x_k", "threshold", "inv_keep")
@@ -329,11 +329,7 @@ def expand_tiles(
             b_dx = tl.dot(b_t.to(dtype), b_right, b_dx, input_precision=PRECISION)
         tl.store(dx_ptr + row_m * K + offs_k[None, :], b_dx.to(dtype), mask=mask_mk)
     if NEED_DA:
-        if ALIGNED_K:
-            p_x = x_ptr + row_m * stride_x_m + offs_k[None, :]
-        else:
-            p_x = x_ptr + row_m * stride_x_m + offs_k.to(tl.int64)[None, :] * stride_x_k
-        b_x = tl.load(p_x, mask=mask_mk, other=0.0)  # [BM, BK]
+        b_x = load_tile(x_ptr + row_m * stride_x_m, offs_k, stride_x_k, mask_mk, ALIGNED_K)  # [BM, BK]
         if DROPOUT:
             b_x = tl.where(keep, b_x, 0.0)
         if ATOMIC:

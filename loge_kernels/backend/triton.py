@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,19 +33,25 @@ def why_not(p: BackwardProblem) -> str | None:
         return "exact_fraction needs dense products, which PyTorch computes"
     if p.left_scale is not None:
         return "the low-rank product is in 8 bits, which PyTorch computes"
-    R, P = 0 if p.left is None else p.left.shape[1], 0 if p.lora_B is None else p.lora_B.shape[1]
-    return _why_not(p.dy.dtype, p.dy.device, R, P, p.need_dx, None if p.lora_B is None else p.lora_B.dtype)
+    P, lora_dtype = _adapter(p)
+    R = 0 if p.left is None else p.left.shape[1]
+    kind = {"dtype": p.dy.dtype, "device": p.dy.device, "R": R, "P": P, "need_dx": p.need_dx, "lora_dtype": lora_dtype}
+    return _asked_once(kernels.why_not, **kind)
 
 
-def _why_not(
-    dtype: torch.dtype, device: torch.device, R: int, P: int, need_dx: bool, lora_dtype: torch.dtype | None
-) -> str | None:
-    kind = (dtype, device, R, P, need_dx, lora_dtype)
-    if kind in _able:
+def _adapter(p: BackwardProblem) -> tuple[int, torch.dtype | None]:
+    """Its rank, 0 without one, and its dtype."""
+    return (0, None) if p.lora_B is None else (p.lora_B.shape[1], p.lora_B.dtype)
+
+
+def _asked_once(ask: Callable[..., str | None], **kind: Any) -> str | None:
+    """What `ask` says of problems of this kind."""
+    key = (ask, *kind.values())
+    if key in _able:
         return None
-    reason = kernels.why_not(dtype=dtype, device=device, R=R, P=P, need_dx=need_dx, lora_dtype=lora_dtype)
+    reason = ask(**kind)
     if reason is None:
-        _able.add(kind)
+        _able.add(key)
     return reason
 
 
@@ -80,13 +87,10 @@ def _why_not_exact(p: BackwardProblem) -> str | None:
         return f"N and K must be multiples of {_TILE} in 8 bits"
     if p.dy.numel() == 0:
         return "nothing to compute"
-    return kernels.why_not_exact(
-        dtype=p.dy.dtype,
-        device=p.dy.device,
-        P=0 if p.lora_B is None else p.lora_B.shape[1],
-        eight_bits=None if p.dense is None else p.dense.dtype,
-        lora_dtype=None if p.lora_B is None else p.lora_B.dtype,
-    )
+    P, lora_dtype = _adapter(p)
+    eight_bits = None if p.dense is None else p.dense.dtype
+    kind = {"dtype": p.dy.dtype, "device": p.dy.device, "P": P, "eight_bits": eight_bits, "lora_dtype": lora_dtype}
+    return _asked_once(kernels.why_not_exact, **kind)
 
 
 def exact_backward(p: BackwardProblem, form: kernels.ExactForm) -> Gradients:
@@ -142,7 +146,7 @@ def exact_form(p: BackwardProblem) -> kernels.ExactForm:
     M, N = p.dy.shape
     weight = p.weight if p.dense is None else p.dense
     assert weight is not None
-    P = 0 if p.lora_B is None else p.lora_B.shape[1]
+    P, _ = _adapter(p)
     flags = kernels.Flags(p.need_dx, p.need_dA, p.need_dB, p.need_dbias, p.dropout > 0.0, p.deterministic)
     eight_bits = None if p.dense is None else p.dense.dtype
     return kernels.choose_exact(M, N, weight.shape[1], P, p.dy.dtype, eight_bits, p.dy.device, flags, FAST_ACCUMULATION)
@@ -155,7 +159,8 @@ def why_not_forward(operands: Operands) -> str | None:
         return "without an adapter the forward is one dense product"
     if x.numel() == 0:
         return "nothing to compute"
-    return _why_not(x.dtype, x.device, 0, lora_A.shape[0], False, lora_A.dtype)
+    kind = {"dtype": x.dtype, "device": x.device, "R": 0, "P": lora_A.shape[0], "need_dx": False}
+    return _asked_once(kernels.why_not, **kind, lora_dtype=lora_A.dtype)
 
 
 def forward(operands: Operands) -> tuple[Tensor, Tensor]:
