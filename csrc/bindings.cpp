@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -26,7 +27,8 @@ using loge::Plan;
 
 struct Kernel {
     const char* name;
-    int max_cluster;
+    int max_rows;                              // slabs that share a cluster
+    int (*max_splits)(const BackwardParams&);  // of a slab
     std::string (*why_not)(const BackwardParams&);
     Plan (*expect)(const BackwardParams&, int sm_count);  // for a device that cannot be asked
     Plan (*prepare)(const BackwardParams&, int device);   // on the current device
@@ -35,10 +37,10 @@ struct Kernel {
 
 const std::vector<Kernel>& kernels() {
     static const std::vector<Kernel> all = {
-        {"sm80", 1, loge::sm80_why_not, [](const BackwardParams& p, int) { return loge::sm80_plan(p); },
-         loge::sm80_prepare, loge::sm80_backward},
+        {"sm80", 1, [](const BackwardParams&) { return 1; }, loge::sm80_why_not,
+         [](const BackwardParams& p, int) { return loge::sm80_plan(p); }, loge::sm80_prepare, loge::sm80_backward},
 #ifdef LOGE_SM90
-        {"sm90", loge::kMaxCluster, loge::sm90_why_not,
+        {"sm90", 2, loge::sm90_max_splits, loge::sm90_why_not,
          [](const BackwardParams& p, int sm_count) {
              return loge::sm90_plan(p, loge::sm90::expected_residency(sm_count));
          },
@@ -69,17 +71,21 @@ void refuse(const Call& call, const std::string& reason) {
     throw std::invalid_argument(std::string(call.kernel->name) + ": " + reason);
 }
 
-void set_cluster(Call& call, int cluster) {
-    if (cluster < 1 || cluster > call.kernel->max_cluster || (cluster & (cluster - 1)) != 0)
-        refuse(call, "cluster = " + std::to_string(cluster) + " is no power of two up to " +
-                         std::to_string(call.kernel->max_cluster));
-    call.cluster = cluster;
-    call.grid = call.slabs * cluster;
+void set_cluster(Call& call, int rows, int splits) {
+    const int most = call.kernel->max_splits(call.problem);
+    if (rows < 1 || rows > call.kernel->max_rows)
+        refuse(call, "rows = " + std::to_string(rows) + " is not in 1 .. " + std::to_string(call.kernel->max_rows));
+    if (splits < 1 || splits > most || rows * splits > loge::kMaxCluster || (splits & (splits - 1)) != 0)
+        refuse(call, "splits = " + std::to_string(splits) + " is no power of two up to " +
+                         std::to_string(std::min(most, loge::kMaxCluster / rows)));
+    call.rows = rows;
+    call.cluster = rows * splits;
+    call.grid = (call.slabs + rows - 1) / rows * call.cluster;
 }
 
 Call plan(const std::string& name, std::int64_t M, std::int64_t N, std::int64_t K, std::int32_t R, std::int32_t P,
           bool need_dx, bool need_dA, bool need_dB, std::int32_t dtype, bool deterministic, int device, int sm_count,
-          int cluster) {
+          int rows, int splits) {
     // Stands for pointers of which only their presence matters.
     alignas(loge::kAlignmentBytes) static float present[4];
     Call call{};
@@ -114,7 +120,7 @@ Call plan(const std::string& name, std::int64_t M, std::int64_t N, std::int64_t 
                              " bytes of shared memory, this GPU has " + std::to_string(limit));
         static_cast<Plan&>(call) = call.kernel->prepare(p, device);
     }
-    if (cluster != 0) set_cluster(call, cluster);
+    if (rows != 0 || splits != 0) set_cluster(call, std::max(rows, 1), std::max(splits, 1));
     return call;
 }
 
@@ -171,6 +177,7 @@ PYBIND11_MODULE(_C, module) {
         .def_readonly("block_n", &Call::block_n)
         .def_readonly("block_k", &Call::block_k)
         .def_readonly("cluster", &Call::cluster)
+        .def_readonly("rows", &Call::rows)
         .def_readonly("stages", &Call::stages)
         .def_readonly("shared_bytes", &Call::shared_bytes)
         .def_readonly("threads", &Call::threads)
@@ -189,8 +196,10 @@ PYBIND11_MODULE(_C, module) {
         "plan", &plan,
         "The Plan of `kernel`. ValueError names what the kernel cannot take. On `device` it asks CUDA what fits "
         "there, and loads the kernel: call it once before a graph is captured. Without one (-1) it is arithmetic, "
-        "for a GPU of `sm_count` multiprocessors, and cannot be launched. `cluster` overrides what is chosen.",
+        "for a GPU of `sm_count` multiprocessors, and cannot be launched. `rows` slabs by `splits` of N and K as "
+        "a cluster override what is chosen.",
         py::arg("kernel"), py::kw_only(), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R"), py::arg("P"),
         py::arg("need_dx") = true, py::arg("need_dA") = true, py::arg("need_dB") = true, py::arg("dtype") = 1,
-        py::arg("deterministic") = false, py::arg("device") = -1, py::arg("sm_count") = 108, py::arg("cluster") = 0);
+        py::arg("deterministic") = false, py::arg("device") = -1, py::arg("sm_count") = 108, py::arg("rows") = 0,
+        py::arg("splits") = 0);
 }

@@ -36,9 +36,9 @@ struct BackwardParams {
     float* dA;  // [P, K], or null
     float* dB;  // [N, P], or null
     // The sums rounded to `dtype`, by the last block that adds to them; null: the sums are the result.
-    void* dA_rounded;    // [P, K]
-    void* dB_rounded;    // [N, P]
-    unsigned* finished;  // zeros, one for each block of a cluster: slabs that have added; null: nothing is rounded
+    void* dA_rounded;          // [P, K]
+    void* dB_rounded;          // [N, P]
+    unsigned* finished;        // zeros, one for each part of N and K: slabs that have added; null: nothing is rounded
     std::int64_t slab_stride;  // 0 unless deterministic
     std::int64_t M, N, K;
     std::int64_t dy_stride, x_stride;
@@ -57,7 +57,9 @@ struct Plan {
     std::int32_t block_m;       // rows of a slab
     std::int32_t block_n;       // columns of dY per step of the first product
     std::int32_t block_k;       // columns of dX per step of the second
-    std::int32_t cluster;       // blocks that share a slab: each takes a part of N, then a part of K
+    std::int32_t cluster;       // blocks that work together
+    std::int32_t rows;          // slabs that they share; of the cluster / rows blocks of a slab each takes a part of N
+                                // and then of K
     std::int32_t stages;        // depth of the load pipeline
     std::int32_t shared_bytes;  // dynamic shared memory of a block
     std::int32_t threads;       // of a block

@@ -22,6 +22,7 @@ inline Plan sm80_plan(const BackwardParams& p) {
     plan.block_m = sm80::kBlockM;
     plan.block_n = sm80::kStepN;
     plan.cluster = 1;
+    plan.rows = 1;
     plan.threads = sm80::kThreads;
     plan.slabs = (p.M + sm80::kBlockM - 1) / sm80::kBlockM;
     plan.grid = plan.slabs;

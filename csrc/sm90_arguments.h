@@ -11,6 +11,7 @@
 namespace loge::sm90 {
 
 // Passed by value as a grid constant: TMA reads the maps where they lie. Maps of operands that are not needed are zero.
+// The boxes of factors are as high as said here, or half as high where two slabs share their loads.
 struct Arguments {
     CUtensorMap dy;      // boxes [128, 64]
     CUtensorMap left;    // boxes [64, 64]
@@ -27,8 +28,8 @@ struct Arguments {
     unsigned* finished;
     std::int64_t slab_stride;
     std::int32_t N, K, P;
-    std::int32_t slabs;
-    std::int32_t cluster;
+    std::int32_t slabs, clusters;
+    std::int32_t rows, log_splits;  // of a cluster
     float scaling;
     bool need_dA, need_dB, deterministic;
 };

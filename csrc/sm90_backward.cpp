@@ -22,16 +22,17 @@ sm90::Arguments arguments_of(const BackwardParams& p, const Plan& plan, int devi
         return tensor_map({base, rows, columns, rows == 1 ? columns : stride, box_rows, box_columns, p.dtype, device});
     };
     const bool need_dx = p.dx != nullptr, need_dA = p.dA != nullptr, need_dB = p.dB != nullptr;
+    const int rows = plan.rows;  // each loads its part of the factors' boxes
     sm90::Arguments a{};
     a.dy = map(p.dy, p.M, p.N, p.dy_stride, kBlockM, kStep);
     if (need_dx) {
-        a.left = map(p.left, p.N, p.R, p.R, kStep, kStep);
-        a.right = map(p.right, p.R, p.K, p.K, rank_tile, kStep);
+        a.left = map(p.left, p.N, p.R, p.R, kStep / rows, kStep);
+        a.right = map(p.right, p.R, p.K, p.K, rank_tile / rows, kStep);
         a.dx = map(p.dx, p.M, p.K, p.K, kWarpgroupRows, kStep);
     }
     if (p.P > 0) {
-        if (need_dx) a.lora_A = map(p.lora_A, p.P, p.K, p.K, adapter_tile, kStep);
-        if (need_dx || need_dA) a.lora_B = map(p.lora_B, p.N, p.P, p.P, kStep, adapter_tile);
+        if (need_dx) a.lora_A = map(p.lora_A, p.P, p.K, p.K, adapter_tile / rows, kStep);
+        if (need_dx || need_dA) a.lora_B = map(p.lora_B, p.N, p.P, p.P, kStep / rows, adapter_tile);
         if (need_dA) a.x = map(p.x, p.M, p.K, p.x_stride, kBlockM, kStep);
         if (need_dB) a.xa = map(p.xa, p.M, p.P, p.P, kBlockM, adapter_tile);
     }
@@ -45,7 +46,10 @@ sm90::Arguments arguments_of(const BackwardParams& p, const Plan& plan, int devi
     a.N = static_cast<std::int32_t>(p.N);
     a.K = static_cast<std::int32_t>(p.K);
     a.P = p.P;
-    a.cluster = plan.cluster;
+    a.clusters = static_cast<std::int32_t>(plan.grid / plan.cluster);
+    a.rows = rows;
+    while (rows << a.log_splits < plan.cluster)
+        ++a.log_splits;
     a.scaling = p.scaling;
     a.need_dA = need_dA;
     a.need_dB = need_dB;

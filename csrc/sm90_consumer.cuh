@@ -119,8 +119,8 @@ template <class Element, class Layouts, class Accumulators>
 __device__ __forceinline__ void store_dx(const Arguments& args, const Block<Layouts>& block, int warpgroup, int thread,
                                          bool stores, int step, int buffer, const Accumulators& tile) {
     char* staging = block.staging(warpgroup, buffer);
-    // The store before the last has read this buffer.
-    if (stores) tma_store_wait<kStagingBuffers - 1>();
+    // The store that last read this buffer is done with it.
+    if (stores) tma_store_wait<Layouts::kMap.staging_buffers - 1>();
     named_barrier(kOneWarpgroup + warpgroup, kWarpgroupThreads);
     const Position at = stmatrix_position(thread % 32);
     const int row = thread / 32 * 16 + at.row;
@@ -141,7 +141,7 @@ __device__ __forceinline__ void store_dx(const Arguments& args, const Block<Layo
 template <class Layouts>
 __device__ __forceinline__ void release(const Block<Layouts>& block, int stage, int thread) {
     __syncwarp();
-    if (thread % 32 == 0) barrier_arrive(block.empty(stage));
+    block.arrive_in_rows(block.empty(stage), thread % 32);
 }
 
 // One step of the walk over N: T += dY [left | lora_B] and, where it is this warpgroup's turn, dB = s dY^T xa. Returns
@@ -196,13 +196,13 @@ template <class Element, class Layouts, class RankSums, class AdapterSums>
 __device__ __forceinline__ void walk_n(const Arguments& args, const Block<Layouts>& block, int warpgroup, int thread,
                                        RingPosition& at, RankSums& t_r, AdapterSums& t_p) {
     float* dB = args.dB + block.slab * args.slab_stride;
-    if (Layouts::kHasAdapter && args.need_dB) barrier_wait(block.barrier(block.kBarriers.resident), 0);
+    if (block.need_dB) barrier_wait(block.barrier(block.kBarriers.resident), 0);
     int previous = -1;
     CUTE_NO_UNROLL
     for (int i = 0; i < block.steps_n.size(); ++i) {
         const int step = block.step_n(i);
         barrier_wait(block.full(at.stage), at.parity);
-        if (Layouts::kHasAdapter && args.need_dB && takes_turn(warpgroup, i)) {
+        if (block.need_dB && takes_turn(warpgroup, i)) {
             step_n<Element, true>(args, block, warpgroup, thread, dB, step, at.stage, previous, t_r, t_p);
         } else {
             step_n<Element, false>(args, block, warpgroup, thread, dB, step, at.stage, previous, t_r, t_p);
@@ -269,9 +269,9 @@ __device__ __forceinline__ void walk_k(const Arguments& args, const Block<Layout
     CUTE_NO_UNROLL
     for (int i = 0; i < block.steps_k.size(); ++i) {
         const int step = block.step_k(i);
-        const int buffer = i % kStagingBuffers;
+        const int buffer = i % Layouts::kMap.staging_buffers;
         barrier_wait(block.full(at.stage), at.parity);
-        if (Layouts::kHasAdapter && args.need_dA && takes_turn(warpgroup, i)) {
+        if (block.need_dA && takes_turn(warpgroup, i)) {
             step_k<Element, true>(args, block, warpgroup, thread, stores, dA, step, at.stage, buffer, t_r, t_p);
         } else {
             step_k<Element, false>(args, block, warpgroup, thread, stores, dA, step, at.stage, buffer, t_r, t_p);
@@ -299,7 +299,7 @@ __device__ __forceinline__ void expand(const Arguments& args, const Block<Layout
         if constexpr (Layouts::kHasRank) round_t<Element>(t_r, 1.0f, rank_fragment);
         if constexpr (Layouts::kHasAdapter) round_t<Element>(t_p, args.scaling, adapter_fragment);
     }
-    if (Layouts::kHasAdapter && args.need_dA) {
+    if (block.need_dA) {
         store_t_p<kAdapter>(block.resident(), warpgroup * kWarpgroupRows, thread, adapter_fragment);
         async_proxy_fence();
         named_barrier(kAllConsumers, kConsumerThreads);
@@ -317,7 +317,7 @@ __device__ __forceinline__ void consume(const Arguments& args, const Block<Layou
     cute::clear(t_p);
     walk_n<Element>(args, block, warpgroup, thread, at, t_r, t_p);
     if (block.need_t) expand<Element>(args, block, warpgroup, thread, at, t_r, t_p);
-    if (Layouts::kHasAdapter && args.finished != nullptr)
+    if (Layouts::kHasAdapter && args.finished != nullptr && !block.phantom)
         finish<Element>(args, block, warpgroup * kWarpgroupThreads + thread);
 }
 

@@ -1,5 +1,8 @@
-// T of a slab as wgmma A fragments: rounded in place, or, in a cluster, summed over the blocks through distributed
-// shared memory, each block summing its granules in the order of the ranks: the same bits from run to run.
+// T of a slab as wgmma A fragments: rounded in place, or summed over the splits of N, which push their shares into each
+// other's shared memory. A granule's owner adds them in the order of the splits: the same bits from run to run.
+//
+// No barrier of the whole cluster: its release would wait for the additions to dB that are on their way to L2. What is
+// pushed (st.async) says itself at the receiver's barrier how many bytes of it have come.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -57,76 +60,98 @@ __device__ __forceinline__ void round_t(const Accumulators& t, float factor, Fra
     }
 }
 
-template <class Accumulators>
-__device__ __forceinline__ void write_partial(char* ring, const Accumulators& t, int first_granule, int thread) {
-    CUTE_UNROLL
-    for (int i = 0; i < decltype(cute::size(t))::value; i += 4) {
-        const int offset = exchange_offset(first_granule + i / kGranuleValues, i / 4 % 2, thread);
-        *reinterpret_cast<float4*>(ring + offset) = {t(i), t(i + 1), t(i + 2), t(i + 3)};
-    }
-}
+// One block's side of the exchange, for one of its consumer threads.
+struct Exchange {
+    char* ring;
+    std::uint64_t *partials, *sums;  // barriers that count the bytes that come
+    int split, splits, log_splits;
+    int rows, row;
+    int slots;
+    int thread;  // among the consumers
 
-// The granules that this block owns: loads all blocks' shares at once, adds them in the order of the ranks and gives
-// the rounded sum back to all, those from `scaled` on times `scaling`. Between the two cluster barriers nobody but this
-// very thread touches its slots of these granules, in any block.
-template <class Element, int kCluster>
-__device__ __forceinline__ void sum_granules(char* ring, int scaled, int granules, int rank, float scaling,
-                                             int thread) {
-    std::uint32_t base[kCluster];
-    CUTE_UNROLL
-    for (int r = 0; r < kCluster; ++r)
-        base[r] = remote_address(ring, r);
-    static_assert(granule_owner(kCluster + 1, kCluster) == 1,
-                  "a block's granules are kCluster apart, from its rank on");
-    CUTE_NO_UNROLL
-    for (int g = rank; g < granules; g += kCluster) {
-        float4 part[kCluster][2];
-        CUTE_UNROLL
-        for (int r = 0; r < kCluster; ++r) {
-            part[r][0] = remote_load(base[r] + exchange_offset(g, 0, thread));
-            part[r][1] = remote_load(base[r] + exchange_offset(g, 1, thread));
-        }
-        float v[kGranuleValues] = {};
-        CUTE_UNROLL
-        for (int r = 0; r < kCluster; ++r) {
-            CUTE_UNROLL
-            for (int half = 0; half < 2; ++half) {
-                v[4 * half + 0] += part[r][half].x;
-                v[4 * half + 1] += part[r][half].y;
-                v[4 * half + 2] += part[r][half].z;
-                v[4 * half + 3] += part[r][half].w;
+    __device__ __forceinline__ std::uint32_t at_split(const void* pointer, int other) const {
+        return remote_address(pointer, other * rows + row);
+    }
+
+    __device__ __forceinline__ void push_share(int granule, const float (&v)[kGranuleValues]) const {
+        const int owner = granule_owner(granule, log_splits);
+        const std::uint32_t barrier = at_split(partials, owner);
+        const std::uint32_t to =
+            at_split(ring, owner) + share_offset(slot_of(granule, split, owner, log_splits), 0, thread);
+        push(to, barrier, float4{v[0], v[1], v[2], v[3]});
+        push(to + share_offset(0, 1, 0), barrier, float4{v[4], v[5], v[6], v[7]});
+    }
+
+    // Own shares `v`, which become the sum.
+    __device__ __forceinline__ void add_shares(int granule, float (&v)[kGranuleValues]) const {
+        float sum[kGranuleValues] = {};
+        CUTE_NO_UNROLL
+        for (int from = 0; from < splits; ++from) {
+            float4 low = {v[0], v[1], v[2], v[3]}, high = {v[4], v[5], v[6], v[7]};
+            if (from != split) {
+                const char* share = ring + share_offset(slot_of(granule, from, split, log_splits), 0, thread);
+                low = *reinterpret_cast<const float4*>(share);
+                high = *reinterpret_cast<const float4*>(share + share_offset(0, 1, 0));
             }
+            sum[0] += low.x, sum[1] += low.y, sum[2] += low.z, sum[3] += low.w;
+            sum[4] += high.x, sum[5] += high.y, sum[6] += high.z, sum[7] += high.w;
         }
-        if (g >= scaled) {
-            CUTE_UNROLL
-            for (int i = 0; i < kGranuleValues; ++i)
-                v[i] *= scaling;
-        }
-        const uint4 rounded = round_granule<Element>(v);
         CUTE_UNROLL
-        for (int r = 0; r < kCluster; ++r)
-            remote_store(base[r] + exchange_offset(g, 0, thread), rounded);
+        for (int i = 0; i < kGranuleValues; ++i)
+            v[i] = sum[i];
+    }
+
+    __device__ __forceinline__ void push_sum(int granule, uint4 rounded) const {
+        CUTE_NO_UNROLL
+        for (int to = 0; to < splits; ++to)
+            if (to != split)
+                push(at_split(ring, to) + sum_offset(slots, slot_of(granule, split, to, log_splits), thread),
+                     at_split(sums, to), rounded);
+    }
+
+    __device__ __forceinline__ uint4 read_sum(int granule) const {
+        const int owner = granule_owner(granule, log_splits);
+        return *reinterpret_cast<const uint4*>(ring +
+                                               sum_offset(slots, slot_of(granule, owner, split, log_splits), thread));
+    }
+
+    __device__ __forceinline__ bool owns(int granule) const { return granule_owner(granule, log_splits) == split; }
+};
+
+template <class Accumulators>
+__device__ __forceinline__ void push_shares(const Exchange& exchange, const Accumulators& t, int first_granule) {
+    CUTE_UNROLL
+    for (int g = 0; g < decltype(cute::size(t))::value / kGranuleValues; ++g) {
+        if (exchange.owns(first_granule + g)) continue;
+        float v[kGranuleValues];
+        read_granule(t, g, 1.0f, v);
+        exchange.push_share(first_granule + g, v);
     }
 }
 
-template <class Element>
-__device__ __forceinline__ void sum_granules(int cluster, char* ring, int scaled, int granules, int rank, float scaling,
-                                             int thread) {
-    if (cluster == 2) {
-        sum_granules<Element, 2>(ring, scaled, granules, rank, scaling, thread);
-    } else if (cluster == 4) {
-        sum_granules<Element, 4>(ring, scaled, granules, rank, scaling, thread);
-    } else {
-        sum_granules<Element, 8>(ring, scaled, granules, rank, scaling, thread);
+template <class Element, class Accumulators, class Fragment>
+__device__ __forceinline__ void sum_owned(const Exchange& exchange, const Accumulators& t, int first_granule,
+                                          float factor, Fragment& fragment) {
+    CUTE_UNROLL
+    for (int g = 0; g < decltype(cute::size(t))::value / kGranuleValues; ++g) {
+        if (!exchange.owns(first_granule + g)) continue;
+        float v[kGranuleValues];
+        read_granule(t, g, 1.0f, v);
+        exchange.add_shares(first_granule + g, v);
+        CUTE_UNROLL
+        for (int i = 0; i < kGranuleValues; ++i)
+            v[i] *= factor;
+        const uint4 rounded = round_granule<Element>(v);
+        exchange.push_sum(first_granule + g, rounded);
+        write_granule(fragment, g, rounded);
     }
 }
 
 template <class Fragment>
-__device__ __forceinline__ void read_sums(char* ring, int first_granule, int thread, Fragment& fragment) {
+__device__ __forceinline__ void read_sums(const Exchange& exchange, int first_granule, Fragment& fragment) {
     CUTE_UNROLL
     for (int g = 0; g < decltype(cute::size(fragment))::value / kGranuleValues; ++g)
-        write_granule(fragment, g,
-                      *reinterpret_cast<const uint4*>(ring + exchange_offset(first_granule + g, 0, thread)));
+        if (!exchange.owns(first_granule + g)) write_granule(fragment, g, exchange.read_sum(first_granule + g));
 }
 
 // All consumer threads, after all of the block's wgmma have read the ring. `thread` is among the consumers.
@@ -135,20 +160,41 @@ __device__ __forceinline__ void exchange_t(const Arguments& args, const Block<La
                                            const RankSums& t_r, const AdapterSums& t_p, RankFragment& rank_fragment,
                                            AdapterFragment& adapter_fragment) {
     constexpr int kRankGranules = Layouts::kRankColumns / kGranuleColumns;
-    constexpr int kGranules = kRankGranules + Layouts::kAdapterColumns / kGranuleColumns;
-    char* ring = block.shared;
-    if constexpr (Layouts::kHasRank) write_partial(ring, t_r, 0, thread);
-    if constexpr (Layouts::kHasAdapter) write_partial(ring, t_p, kRankGranules, thread);
-    cluster_barrier();
-    sum_granules<Element>(args.cluster, ring, kRankGranules, kGranules, block.rank, args.scaling, thread);
-    // The next to write here is TMA, in this block and in the others.
-    cluster_async_proxy_fence();
-    cluster_barrier();
-    if constexpr (Layouts::kHasRank) read_sums(ring, 0, thread, rank_fragment);
-    if constexpr (Layouts::kHasAdapter) read_sums(ring, kRankGranules, thread, adapter_fragment);
+    constexpr int kGranules = granules_of(Layouts::kRankColumns, Layouts::kAdapterColumns);
+    constexpr BarrierMap kBarriers = Block<Layouts>::kBarriers;
+    const int splits = block.splits, split = block.split;
+    const Exchange exchange{block.shared,
+                            block.barrier(kBarriers.partials),
+                            block.barrier(kBarriers.sums),
+                            split,
+                            splits,
+                            block.log_splits,
+                            block.rows,
+                            block.row,
+                            slot_count(kGranules, block.log_splits),
+                            thread};
+    // This block's ring may be written to, by each of the others. What has been read from it needs no release.
+    std::uint64_t* drained = block.barrier(kBarriers.drained);
+    if (thread == 0) {
+        const int owned = granules_owned(kGranules, split, block.log_splits);
+        barrier_expect(exchange.partials, owned * (splits - 1) * kShareBytes);
+        barrier_expect(exchange.sums, (kGranules - owned) * kSumBytes);
+    }
+    if (thread < splits && thread != split) remote_arrive(exchange.at_split(drained, thread));
+    barrier_wait_cluster(drained, 0);
+    if constexpr (Layouts::kHasRank) push_shares(exchange, t_r, 0);
+    if constexpr (Layouts::kHasAdapter) push_shares(exchange, t_p, kRankGranules);
+    barrier_wait_cluster(exchange.partials, 0);
+    if constexpr (Layouts::kHasRank) sum_owned<Element>(exchange, t_r, 0, 1.0f, rank_fragment);
+    if constexpr (Layouts::kHasAdapter)
+        sum_owned<Element>(exchange, t_p, kRankGranules, args.scaling, adapter_fragment);
+    barrier_wait_cluster(exchange.sums, 0);
+    if constexpr (Layouts::kHasRank) read_sums(exchange, 0, rank_fragment);
+    if constexpr (Layouts::kHasAdapter) read_sums(exchange, kRankGranules, adapter_fragment);
+    // The next to write here is TMA, this block's and its neighbour's.
     async_proxy_fence();
     __syncwarp();
-    if (thread % 32 == 0) barrier_arrive(block.barrier(block.kBarriers.ring_free));
+    block.arrive_in_rows(block.barrier(kBarriers.ring_free), thread % 32);
 }
 
 }  // namespace loge::sm90

@@ -18,12 +18,12 @@ __device__ __forceinline__ void round_sums(const float* sums, void* rounded, int
         });
 }
 
-// All consumer threads, after the block's additions. The blocks of one rank in their clusters share the rows of dB and
-// the columns of dA that their steps have: one counter for each rank.
+// All consumer threads, after the block's additions. The blocks of one split share the rows of dB and the columns of dA
+// that their steps have: one counter for each split.
 template <class Element, class Layouts>
 __device__ __forceinline__ void finish(const Arguments& args, const Block<Layouts>& block, int thread) {
     named_barrier(kAllConsumers, kConsumerThreads);
-    const bool last = thread == 0 && count(args.finished + block.rank) == static_cast<unsigned>(args.slabs - 1);
+    const bool last = thread == 0 && count(args.finished + block.split) == static_cast<unsigned>(args.slabs - 1);
     if (!named_any(kAllConsumers, kConsumerThreads, last)) return;
     const Range n = columns_of(block.steps_n, args.N), k = columns_of(block.steps_k, args.K);
     if (args.dB_rounded != nullptr) {

@@ -64,7 +64,7 @@ struct Layouts {
     static constexpr SharedMap kMap = shared_map(kRank, kAdapter);
     static_assert(kMap.stages >= 3, "a shallower pipeline does not hide a load's latency");
     static_assert(kMap.bytes <= kMaxSharedBytes);
-    static_assert(exchange_bytes(kRank, kAdapter) <= kMap.resident, "T is exchanged in the ring of stages");
+    static_assert(max_log_splits(kRank, kAdapter) >= 2, "M = 4096 would not fill the card");
     static_assert(kMap.factor % kSharedAlignment == 0 && kMap.adapter % kSharedAlignment == 0 &&
                   kMap.stage_bytes % kSharedAlignment == 0 && kMap.resident % kSharedAlignment == 0 &&
                   kMap.staging % kSharedAlignment == 0);
@@ -77,7 +77,7 @@ struct Layouts {
     static_assert(fills<Right>(kHasRank, kMap.adapter - kMap.factor));
     static_assert(fills<LoraB>(kHasAdapter, kMap.stage_bytes - kMap.adapter));
     static_assert(fills<LoraA>(kHasAdapter, kMap.stage_bytes - kMap.adapter));
-    static_assert(fills<Resident>(kHasAdapter, kMap.staging - kMap.resident));
+    static_assert(fills<Resident>(kHasAdapter, kMap.barriers - kMap.resident));
 };
 
 }  // namespace loge::sm90

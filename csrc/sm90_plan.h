@@ -14,10 +14,6 @@ namespace loge {
 
 namespace sm90 {
 
-// Steps of a walk that the exchange of T between the blocks of a cluster costs: two cluster barriers and some 1500
-// (R = 64) to 4000 (R = 256) cycles of shared-memory traffic, where a step takes about 1000.
-inline constexpr std::int64_t kExchangeSteps = 4;
-
 // Clusters of 1, 2, 4 and 8 blocks of a kernel that can run at once on a device; 0 where not one fits.
 using Residency = std::array<int, 4>;
 constexpr int cluster_of(int index) {
@@ -31,13 +27,50 @@ inline Residency expected_residency(int sm_count) {
     return {sm_count, sm_count / 2, in_full_gpcs / 4, in_full_gpcs / 8};
 }
 
-// In steps, with `resident` clusters at once.
-inline std::int64_t plan_cost(const BackwardParams& p, std::int64_t slabs, int resident, int cluster) {
-    const std::int64_t waves = (slabs + resident - 1) / resident;
+// How a problem can be cut into clusters.
+struct Cut {
+    int rows, log_splits;
+    constexpr int log_cluster() const { return rows - 1 + log_splits; }
+};
+
+// Cycles of a step: what passes through shared memory, 128 bytes a cycle, or what comes from L2, of which a
+// multiprocessor gets 27 where all of them ask. Both from counts, on paper. `width`: of the tiles of R and P together.
+constexpr std::int64_t step_cycles(int rank_tile, int width, int rows) {
+    const std::int64_t fill = kBlockM + width, products = 2 * (kStep + rank_tile) + 4 * (kStep + width - rank_tile);
+    const std::int64_t from_l2 = 128 * (kBlockM + width / rows) / 27;
+    return fill + products > from_l2 ? fill + products : from_l2;
+}
+
+// Of the exchange: from block to block some 16 bytes a cycle, 4 of each value to its owner and 2 back.
+constexpr std::int64_t exchange_cycles(int width, int log_splits) {
+    return log_splits == 0 ? 0 : 1000 + (std::int64_t{48} * width * ((1 << log_splits) - 1) >> log_splits);
+}
+
+// In cycles, with `resident` clusters at once.
+inline std::int64_t plan_cost(const BackwardParams& p, std::int64_t slabs, int resident, Cut cut) {
+    const int rank = rank_tile(p.dx != nullptr ? p.R : 0), width = rank + adapter_tile(p.P);
     const bool second_walk = p.dx != nullptr || p.dA != nullptr;
-    const auto share = [cluster](std::int64_t size) { return (count_steps(size) + cluster - 1) / cluster; };
+    const auto share = [cut](std::int64_t size) {
+        return (std::int64_t{count_steps(size)} + (1 << cut.log_splits) - 1) >> cut.log_splits;
+    };
+    const std::int64_t clusters = (slabs + cut.rows - 1) / cut.rows, waves = (clusters + resident - 1) / resident;
     const std::int64_t steps = share(p.N) + (second_walk ? share(p.K) : 0);
-    return waves * (steps + (cluster > 1 && second_walk ? kExchangeSteps : 0));
+    return waves *
+           (steps * step_cycles(rank, width, cut.rows) + (second_walk ? exchange_cycles(width, cut.log_splits) : 0));
+}
+
+inline Cut best_cut(const BackwardParams& p, std::int64_t slabs, const Residency& resident) {
+    const int most = max_log_splits(rank_tile(p.dx != nullptr ? p.R : 0), adapter_tile(p.P));
+    Cut best{1, 0};
+    std::int64_t least = plan_cost(p, slabs, std::max(1, resident[0]), best);
+    for (int rows = 1; rows <= 2 && rows <= std::max<std::int64_t>(slabs, 1); ++rows)  // no phantom alone
+        for (int log_splits = 0; log_splits <= most; ++log_splits) {
+            const Cut cut{rows, log_splits};
+            if (cut.log_cluster() >= static_cast<int>(resident.size()) || resident[cut.log_cluster()] < 1) continue;
+            const std::int64_t cost = plan_cost(p, slabs, resident[cut.log_cluster()], cut);
+            if (cost < least) least = cost, best = cut;
+        }
+    return best;
 }
 
 }  // namespace sm90
@@ -45,6 +78,16 @@ inline std::int64_t plan_cost(const BackwardParams& p, std::int64_t slabs, int r
 // Why the Hopper kernel cannot take `p`, or "".
 inline std::string sm90_why_not(const BackwardParams& p) {
     return problem_why_not(p);
+}
+
+inline int sm90_max_splits(const BackwardParams& p) {
+    return 1 << sm90::max_log_splits(sm90::rank_tile(p.dx != nullptr ? p.R : 0), sm90::adapter_tile(p.P));
+}
+
+inline void sm90_cut(Plan& plan, sm90::Cut cut) {
+    plan.rows = cut.rows;
+    plan.cluster = sm90::cluster_of(cut.log_cluster());
+    plan.grid = (plan.slabs + cut.rows - 1) / cut.rows * plan.cluster;
 }
 
 // How to cut `p`, of which sm90_why_not has no complaint.
@@ -59,14 +102,7 @@ inline Plan sm90_plan(const BackwardParams& p, const sm90::Residency& resident) 
     plan.shared_bytes = shared.bytes;
     plan.threads = sm90::kThreads;
     plan.slabs = (p.M + sm90::kBlockM - 1) / sm90::kBlockM;
-    plan.cluster = 1;
-    std::int64_t best = sm90::plan_cost(p, plan.slabs, std::max(1, resident[0]), 1);
-    for (int i = 1; i < static_cast<int>(resident.size()); ++i) {
-        if (resident[i] < 1) continue;
-        const std::int64_t cost = sm90::plan_cost(p, plan.slabs, resident[i], sm90::cluster_of(i));
-        if (cost < best) best = cost, plan.cluster = sm90::cluster_of(i);
-    }
-    plan.grid = plan.slabs * plan.cluster;
+    sm90_cut(plan, sm90::best_cut(p, plan.slabs, resident));
     return plan;
 }
 

@@ -34,6 +34,14 @@ __device__ __forceinline__ void tma_load(const CUtensorMap& map, std::uint64_t* 
     cute::SM90_TMA_LOAD_2D::copy(&map, barrier, static_cast<std::uint64_t>(reuse), shared, column, row);
 }
 
+// The same into every block of the cluster whose bit is set in `blocks`, at the same address there, of which the
+// barrier counts the bytes.
+__device__ __forceinline__ void tma_load_shared(const CUtensorMap& map, std::uint64_t* barrier, unsigned blocks,
+                                                Reuse reuse, char* shared, int column, int row) {
+    cute::SM90_TMA_LOAD_MULTICAST_2D::copy(&map, barrier, static_cast<std::uint16_t>(blocks),
+                                           static_cast<std::uint64_t>(reuse), shared, column, row);
+}
+
 __device__ __forceinline__ void map_prefetch(const CUtensorMap& map) {
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
 }
@@ -129,15 +137,23 @@ __device__ __forceinline__ void barrier_wait(std::uint64_t* barrier, std::uint32
         : "memory");
 }
 
+// The same, seeing what other blocks have pushed.
+__device__ __forceinline__ void barrier_wait_cluster(std::uint64_t* barrier, std::uint32_t parity) {
+    asm volatile(
+        "{\n\t"
+        ".reg .pred done;\n\t"
+        "again:\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
+        "@!done bra again;\n\t"
+        "}" ::"r"(cute::cast_smem_ptr_to_uint(barrier)),
+        "r"(parity)
+        : "memory");
+}
+
 // Plain accesses of this thread to the block's shared memory come before what TMA and wgmma do after the next barrier.
 // (Without the state space it would wait for global memory as well.)
 __device__ __forceinline__ void async_proxy_fence() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// The same for accesses to the shared memory of the cluster's blocks.
-__device__ __forceinline__ void cluster_async_proxy_fence() {
-    asm volatile("fence.proxy.async.shared::cluster;" ::: "memory");
 }
 
 __device__ __forceinline__ void named_barrier(int id, int threads) {
@@ -160,15 +176,8 @@ __device__ __forceinline__ bool named_any(int id, int threads, bool here) {
     return any != 0;
 }
 
-// All threads of all blocks of the cluster; what they wrote to shared memory before is visible after. The release waits
-// for the additions to dB that are still on their way, too: only st.async and barriers of its own would spare the
-// exchange that.
+// All threads of all blocks of the cluster. It releases nothing: what comes before must be published otherwise.
 __device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// The same barrier, for threads that have written nothing.
-__device__ __forceinline__ void cluster_barrier_silent() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
@@ -181,19 +190,23 @@ __device__ __forceinline__ std::uint32_t remote_address(const void* pointer, int
     return address;
 }
 
-__device__ __forceinline__ float4 remote_load(std::uint32_t address) {
-    float4 v;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
+// At a barrier of another block, by its remote address. It says that reads are over, and publishes no writes: a release
+// for the cluster would wait for this thread's additions to global memory.
+__device__ __forceinline__ void remote_arrive(std::uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ void remote_store(std::uint32_t address, uint4 v) {
-    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z),
-                 "r"(v.w)
-                 : "memory");
+// 16 bytes to another block's shared memory, counted there by `barrier`; both are remote addresses of that block.
+__device__ __forceinline__ void push(std::uint32_t address, std::uint32_t barrier, uint4 v) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(
+            address),
+        "r"(barrier), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+        : "memory");
+}
+__device__ __forceinline__ void push(std::uint32_t address, std::uint32_t barrier, float4 v) {
+    push(address, barrier,
+         uint4{__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)});
 }
 
 __device__ __forceinline__ void global_add(float* pointer, const float (&v)[4]) {

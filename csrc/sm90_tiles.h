@@ -45,23 +45,22 @@ struct SharedMap {
     int adapter;      // within a stage
     int stage_bytes;  // of a stage
     int stages;
-    int resident;  // xa [128, P] while walking N, T_P [128, P] while walking K
-    int staging;   // dX [64, 64], two for each warpgroup
+    int staging;          // dX [64, 64], `staging_buffers` for each warpgroup
+    int staging_buffers;  // two let a step's dX leave while the next one is staged
+    int resident;         // xa [128, P] while walking N, T_P [128, P] while walking K
     int barriers;
     int bytes;  // to ask for: the map and the slack that aligns it
 };
 
-// Two buffers let a step's dX leave while the next one is staged. At R = 256 they leave 40 KB unused, and one buffer
-// would make room for a fourth stage: which of the two is faster needs a GPU to measure.
 inline constexpr int kStagingBytes = kWarpgroupRows * kStep * kElementBytes;
-inline constexpr int kStagingBuffers = 2;
 
 // Indices of the 8-byte barriers behind SharedMap::barriers.
 struct BarrierMap {
-    int full, empty, resident, ring_free, count;
+    int full, empty, resident, drained, partials, sums, ring_free, count;
 };
 LOGE_HOST_DEVICE constexpr BarrierMap barrier_map(int stages) {
-    return {0, stages, 2 * stages, 2 * stages + 1, 2 * stages + 2};
+    const int more = 2 * stages;
+    return {0, stages, more, more + 1, more + 2, more + 3, more + 4, more + 5};
 }
 
 LOGE_HOST_DEVICE constexpr SharedMap shared_map(int rank_tile, int adapter_tile) {
@@ -70,13 +69,19 @@ LOGE_HOST_DEVICE constexpr SharedMap shared_map(int rank_tile, int adapter_tile)
     map.adapter = map.factor + kStep * rank_tile * kElementBytes;
     map.stage_bytes = map.adapter + kStep * adapter_tile * kElementBytes;
     const int resident_bytes = kBlockM * adapter_tile * kElementBytes;
-    const int tail = resident_bytes + kConsumers * kStagingBuffers * kStagingBytes +
-                     barrier_map(kMaxStages).count * static_cast<int>(sizeof(std::uint64_t)) + kSharedAlignment;
-    const int fit = (kMaxSharedBytes - tail) / map.stage_bytes;
-    map.stages = fit < kMaxStages ? fit : kMaxStages;
-    map.resident = map.stages * map.stage_bytes;
-    map.staging = map.resident + resident_bytes;
-    map.barriers = map.staging + kConsumers * kStagingBuffers * kStagingBytes;
+    const int tail =
+        resident_bytes + barrier_map(kMaxStages).count * static_cast<int>(sizeof(std::uint64_t)) + kSharedAlignment;
+    // A stage more hides more than a second buffer does: a load waits for memory, a store only has to have been read.
+    for (int buffers = 1; buffers <= 2; ++buffers) {
+        const int fit = (kMaxSharedBytes - tail - kConsumers * buffers * kStagingBytes) / map.stage_bytes;
+        const int stages = fit < kMaxStages ? fit : kMaxStages;
+        if (stages < map.stages) break;
+        map.stages = stages;
+        map.staging_buffers = buffers;
+    }
+    map.staging = map.stages * map.stage_bytes;
+    map.resident = map.staging + kConsumers * map.staging_buffers * kStagingBytes;
+    map.barriers = map.resident + resident_bytes;
     map.bytes = map.resident + tail;
     return map;
 }
@@ -90,19 +95,27 @@ LOGE_HOST_DEVICE constexpr int count_steps(std::int64_t size) {
     return static_cast<int>((size + kStep - 1) / kStep);
 }
 
-// The steps of a walk over `size` columns that block `rank` of a cluster takes: shares differ by at most one step.
-LOGE_HOST_DEVICE constexpr Range steps_of(std::int64_t size, int rank, int cluster) {
+// The steps of a walk over `size` columns that split `split` of a slab takes: shares differ by at most one step.
+LOGE_HOST_DEVICE constexpr Range steps_of(std::int64_t size, int split, int splits) {
     const int steps = count_steps(size);  // below 2^25
-    return {steps * rank / cluster, steps * (rank + 1) / cluster};
+    return {steps * split / splits, steps * (split + 1) / splits};
 }
 
-// Step `i` of a walk that starts at `shift` and goes round. The slabs start apart: otherwise all of them would add to
-// the same rows of dB, and ask for the same tile of a factor, at the same time.
+// Step `i` of a walk that starts at `shift` and goes round. The clusters start apart: otherwise all of them would add
+// to the same rows of dB, and ask for the same tile of a factor, at the same time.
 LOGE_HOST_DEVICE constexpr int rotated(Range steps, int shift, int i) {
     return steps.begin + (i + shift < steps.size() ? i + shift : i + shift - steps.size());
 }
-LOGE_HOST_DEVICE constexpr int shift_of(Range steps, std::int64_t slab, std::int64_t slabs) {
-    return static_cast<int>(slab * steps.size() / slabs);
+LOGE_HOST_DEVICE constexpr int shift_of(Range steps, std::int64_t cluster, std::int64_t clusters) {
+    return static_cast<int>(cluster * steps.size() / clusters);
+}
+
+// The tiles of x, one a step, that are on their way from HBM to L2 before the walk over K begins: while N is walked
+// there is bandwidth to spare, and over K, where x is read and dX written, there is none.
+inline constexpr int kPrefetchedTiles = 12;
+LOGE_HOST_DEVICE constexpr int tiles_ahead(Range steps_n, Range steps_k) {
+    const int third = steps_n.size() / 3, most = third < kPrefetchedTiles ? third : kPrefetchedTiles;
+    return most < steps_k.size() ? most : steps_k.size();
 }
 
 // The columns of a matrix `size` wide that steps cover.
@@ -132,21 +145,48 @@ LOGE_HOST_DEVICE constexpr bool takes_turn(int warpgroup, int step) {
     return (step & 1) == warpgroup;
 }
 
-// T [128, R + P] is exchanged in granules of 16 columns: 8 fp32 accumulators of each consumer thread, which are one
-// 16-bit A fragment of wgmma. A granule is summed by one block of the cluster, over the blocks in the order of their
-// rank.
+// T [128, R + P] of a slab is the sum over its splits, which exchange it in granules of 16 columns: 8 fp32 accumulators
+// of each consumer thread, which are one 16-bit A fragment of wgmma. A granule has an owner among the splits. The
+// others push their shares of it to the owner, which adds them up in the order of the splits and pushes the rounded sum
+// back. Both land in the ring of stages, each sender's share of each granule in a slot of its own. Splits are a power
+// of two, 2^log_splits.
 inline constexpr int kGranuleColumns = 16;
 inline constexpr int kGranuleValues = 8;
-LOGE_HOST_DEVICE constexpr int granule_owner(int granule, int cluster) {
-    return granule % cluster;
+inline constexpr int kShareBytes = kConsumerThreads * kGranuleValues * 4;  // fp32
+inline constexpr int kSumBytes = kConsumerThreads * kGranuleValues * kElementBytes;
+
+LOGE_HOST_DEVICE constexpr int granule_owner(int granule, int log_splits) {
+    return granule & ((1 << log_splits) - 1);
+}
+// Of `granules`, how many `split` owns.
+LOGE_HOST_DEVICE constexpr int granules_owned(int granules, int split, int log_splits) {
+    return (granules + (1 << log_splits) - 1 - split) >> log_splits;
+}
+// The slot of what `from` sends to `to` of a granule that one of them owns.
+LOGE_HOST_DEVICE constexpr int slot_of(int granule, int from, int to, int log_splits) {
+    return (granule >> log_splits) * ((1 << log_splits) - 1) + from - (from > to ? 1 : 0);
+}
+LOGE_HOST_DEVICE constexpr int slot_count(int granules, int log_splits) {
+    return granules_owned(granules, 0, log_splits) * ((1 << log_splits) - 1);
+}
+// Byte offsets of a thread's values in the ring: half (4 values) of a share, and a rounded sum.
+LOGE_HOST_DEVICE constexpr int share_offset(int slot, int half, int thread) {
+    return slot * kShareBytes + (half * kConsumerThreads + thread) * 16;
+}
+LOGE_HOST_DEVICE constexpr int sum_offset(int slots, int slot, int thread) {
+    return slots * kShareBytes + slot * kSumBytes + thread * 16;
 }
 
-// Byte offset in the ring of half (4 values) of a thread's share of a granule; the rounded values replace half 0.
-LOGE_HOST_DEVICE constexpr int exchange_offset(int granule, int half, int thread) {
-    return ((granule * 2 + half) * kConsumerThreads + thread) * 16;
+LOGE_HOST_DEVICE constexpr int granules_of(int rank_tile, int adapter_tile) {
+    return (rank_tile + adapter_tile) / kGranuleColumns;
 }
-LOGE_HOST_DEVICE constexpr int exchange_bytes(int rank_tile, int adapter_tile) {
-    return (rank_tile + adapter_tile) / kGranuleColumns * kConsumerThreads * kGranuleValues * 4;
+// The most splits whose exchange fits: into the ring, and the staging behind it, which is idle then too.
+LOGE_HOST_DEVICE constexpr int max_log_splits(int rank_tile, int adapter_tile) {
+    int log_splits = 3;
+    while (slot_count(granules_of(rank_tile, adapter_tile), log_splits) * (kShareBytes + kSumBytes) >
+           shared_map(rank_tile, adapter_tile).resident)
+        --log_splits;
+    return log_splits;
 }
 
 }  // namespace loge::sm90

@@ -6,15 +6,16 @@ plans with the extension's own where it is built.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .cost_model import finishing
 from .phases import Estimate, Flags, Phase, Step, cdiv, l2_traffic, passes, product_cycles, walk
-from .rates import CLUSTER_BYTES, EXCHANGE_US, SHARED_BYTES, WGMMA_LEAST, DeviceSpec
+from .rates import CLUSTER_BYTES, EXCHANGE_US, ROUND_BYTES, SHARED_BYTES, WGMMA_LEAST, DeviceSpec
 
 MAX_RANK = 256
 MAX_ADAPTER = 64
 _STEP = 64  # columns of dY, x and dX per step
 _MAX_CLUSTER = 8
-_EXCHANGE_STEPS = 4  # what the plan takes an exchange for
 
 
 def rank_tile(R: int) -> int:
@@ -47,23 +48,39 @@ def why_not(N: int, K: int, R: int, P: int, itemsize: int, flags: Flags, capabil
     return None
 
 
-def sm90_cluster(M: int, N: int, K: int, sms: int, second_walk: bool = True) -> tuple[int, int]:
-    """Blocks that share a slab of 128 rows, and the slabs that one cluster's multiprocessors take in turn."""
-    slabs = cdiv(M, 128)
+def sm90_max_log_splits(rank: int, adapter: int) -> int:
+    """The most splits of N, as a power of two, whose shares of T have room in shared memory."""
+    return 2 if rank == 256 else 3
 
-    def waves(cluster: int) -> int:
-        in_full_gpcs = sms // 16 * 16 if sms >= 16 and cluster > 2 else sms
-        return cdiv(slabs, max(1, in_full_gpcs // cluster))
 
-    def cost(cluster: int) -> int:
-        steps = cdiv(cdiv(N, _STEP), cluster) + (cdiv(cdiv(K, _STEP), cluster) if second_walk else 0)
-        return waves(cluster) * (steps + (_EXCHANGE_STEPS if cluster > 1 and second_walk else 0))
+def sm90_cut(M: int, N: int, K: int, rank: int, adapter: int, sms: int, second_walk: bool = True) -> tuple[int, int]:
+    """Slabs of 128 rows that share a cluster and the factors' loads, and splits of N and K: what `sm90_plan.h` takes
+    for a device that cannot be asked. Its costs are cycles, for comparing."""
+    width = rank + adapter
 
-    chosen = 1
-    for cluster in (2, 4, _MAX_CLUSTER):
-        if cluster <= sms and cost(cluster) < cost(chosen):
-            chosen = cluster
-    return chosen, waves(chosen)
+    def cost(rows: int, log_splits: int) -> int:
+        splits = 1 << log_splits
+        on_chip = 128 + width + 2 * (_STEP + rank) + 4 * (_STEP + adapter)
+        step = max(on_chip, 128 * (128 + width // rows) // 27)
+        steps = cdiv(cdiv(N, _STEP), splits) + (cdiv(cdiv(K, _STEP), splits) if second_walk else 0)
+        exchange = 1000 + (48 * width * (splits - 1) >> log_splits) if splits > 1 and second_walk else 0
+        return sm90_rounds(M, rows, splits, sms) * (steps * step + exchange)
+
+    cuts = [
+        (rows, log_splits)
+        for rows in (1, 2)
+        for log_splits in range(sm90_max_log_splits(rank, adapter) + 1)
+        if rows << log_splits <= min(sms, _MAX_CLUSTER) and rows <= max(1, cdiv(M, 128))
+    ]
+    rows, log_splits = min(cuts, key=lambda cut: cost(*cut))
+    return rows, 1 << log_splits
+
+
+def sm90_rounds(M: int, rows: int, splits: int, sms: int) -> int:
+    """Clusters that the same multiprocessors take in turn. A cluster lies within a GPC, of 16 or 18 of them."""
+    cluster = rows * splits
+    in_full_gpcs = sms // 16 * 16 if sms >= 16 and cluster > 2 else sms
+    return cdiv(cdiv(cdiv(M, 128), rows), max(1, in_full_gpcs // cluster))
 
 
 def estimate_cuda(
@@ -76,21 +93,23 @@ def estimate_cuda(
     rank, adapter = rank_tile(R if flags.need_dx else 0), adapter_tile(P)
     need_t_p = (flags.need_dx or flags.need_dA) and P > 0
     second = flags.need_dx or flags.need_dA
-    cluster, rounds = sm90_cluster(M, N, K, device.sms, second) if hopper else (1, cdiv(slabs, device.sms))
-    blocks = slabs * cluster
+    shared, splits = sm90_cut(M, N, K, rank, adapter, device.sms, second) if hopper else (1, 1)
+    rounds = sm90_rounds(M, shared, splits, device.sms) if hopper else cdiv(slabs, device.sms)
+    blocks = cdiv(slabs, shared) * shared * splits
+    asked = cdiv(slabs, shared)  # times that a factor is read from L2
     resident = 1 if hopper or rank + adapter > 144 else 2
     over_n, over_k = (_sm90_steps if hopper else _sm80_steps)(device, rank, adapter, flags, need_t_p)
 
     real_r = R if flags.need_dx else 0
     dB, dA = slabs * N * P * 4 * flags.need_dB, slabs * K * P * 4 * flags.need_dA
-    loaded = (M * N + slabs * N * (real_r + P * need_t_p) + M * P * flags.need_dB) * itemsize
+    loaded = (M * N + asked * N * (real_r + P * need_t_p) + M * P * flags.need_dB) * itemsize
     added = not flags.deterministic
     phases = [
         walk(
             "walk N",
             device,
             over_n,
-            cdiv(cdiv(N, _STEP), cluster),
+            cdiv(cdiv(N, _STEP), splits),
             blocks,
             hbm=(M * N + N * (real_r + P) + M * P) * itemsize + dB * (not added),
             l2=l2_traffic(loaded, dB * (not added), dB * added),
@@ -101,16 +120,16 @@ def estimate_cuda(
         )
     ]
     if second:
-        if cluster > 1:
-            phases.append(_exchange(slabs, cluster, rounds, real_r + P, rank + adapter, device))
+        if splits > 1:
+            phases.append(_exchange(slabs, splits, rounds, real_r + P, rank + adapter, device))
         dX = M * K * itemsize * flags.need_dx
-        loaded = (M * K * flags.need_dA + slabs * K * (real_r + P) * flags.need_dx) * itemsize
+        loaded = (M * K * flags.need_dA + asked * K * (real_r + P) * flags.need_dx) * itemsize
         phases.append(
             walk(
                 "walk K",
                 device,
                 over_k,
-                cdiv(cdiv(K, _STEP), cluster),
+                cdiv(cdiv(K, _STEP), splits),
                 blocks,
                 hbm=dX + (M * K * flags.need_dA + (real_r + P) * K) * itemsize + dA * (not added),
                 l2=l2_traffic(loaded, dX + dA * (not added), dA * added),
@@ -121,20 +140,31 @@ def estimate_cuda(
             )
         )
     without_bias = Flags(flags.need_dx, flags.need_dA, flags.need_dB, False, False, flags.deterministic)
-    phases.append(finishing(N, K, P, without_bias, device, itemsize, slabs))
+    if flags.deterministic:
+        phases.append(finishing(N, K, P, without_bias, device, itemsize, slabs))
+    else:
+        phases.append(_small(N * P * flags.need_dB + K * P * flags.need_dA, splits, device))
     if flags.need_dbias:
         phases.append(passes("db", device, M * N * itemsize))
-    waves = slabs / (device.sms * resident / cluster)
+    waves = slabs * splits / (device.sms * resident)
     return Estimate(kernel_for(device.capability), tuple(phases), None, blocks, waves)
 
 
-def _exchange(slabs: int, cluster: int, rounds: int, columns: int, tile: int, device: DeviceSpec) -> Phase:
-    """The blocks of a cluster add up T [128, R + P] in shared memory: an owner reads 4 bytes of each other block's
-    granule and writes 2 back; each block has its own through shared memory once in and once out."""
-    remote = 6 * (cluster - 1) * 128 * tile / cluster
-    cycles = remote / CLUSTER_BYTES + 8 * 128 * tile / SHARED_BYTES
+def _small(sums: int, splits: int, device: DeviceSpec) -> Phase:
+    """One fill of the workspace, and the rounding of the sums to 16 bits at the kernel's end, by one multiprocessor for
+    each split of N and K. (Adapters in fp32 have none of it, and PyTorch casts them before.)"""
+    fill = passes("small", device, 4 * sums)
+    rounding = 6 * sums / splits / (ROUND_BYTES * device.clock_ghz * 1e3)
+    return replace(fill, launch_us=fill.launch_us + rounding)
+
+
+def _exchange(slabs: int, splits: int, rounds: int, columns: int, tile: int, device: DeviceSpec) -> Phase:
+    """The splits of a slab add up T [128, R + P]: of each value 4 bytes go to its owner from each other split, and 2
+    come back. Its own a split keeps in registers; what comes lands in shared memory and is read there once."""
+    remote = 6 * (splits - 1) * 128 * tile / splits
+    cycles = remote / CLUSTER_BYTES + remote / SHARED_BYTES
     us = rounds * (EXCHANGE_US + cycles / (device.clock_ghz * 1e3))
-    return Phase("exchange", latency_us=us, l2_bytes=slabs * (cluster - 1) * 128 * columns * 6)
+    return Phase("exchange", latency_us=us, l2_bytes=slabs * (splits - 1) * 128 * columns * 6)
 
 
 def _sm90_steps(device: DeviceSpec, rank: int, adapter: int, flags: Flags, need_t_p: bool) -> tuple[Step, Step]:

@@ -136,6 +136,7 @@ OVERLAP = 8
 
 # ---- within a multiprocessor, cycles and bytes ----
 SHARED_BYTES = 128  # of shared memory a cycle: fills, operands and staging alike [sheet]
+ROUND_BYTES = 56  # a cycle that one multiprocessor alone gets from L2 and to it [review]
 CLUSTER_BYTES = 16  # of another block's shared memory a cycle [review]
 WGMMA_LEAST = 20  # cycles of one [64, 16] x [16, n]: n / 2, but the 2 KB of its first operand take as long [review]
 # A step of a Triton walk issues its loads, its products and its atomics one after the other and waits for the products
@@ -148,7 +149,7 @@ TRITON_MATRIX_SHARE = 0.7  # what a Triton product without such waits reaches of
 # ---- microseconds [review] ----
 KERNEL_US = 1.25  # start and end of a library kernel, beside the gap before it
 WALK_US = 2.75  # the same of a kernel that walks: descriptors, the first stage from HBM, the last stores
-EXCHANGE_US = 1.2  # two barriers of a cluster
+EXCHANGE_US = 0.6  # its three waits for another block: a remote arrival and two pushes [review]
 # The host's own time, which a busy stream hides and an idle one does not: a call of the op (checks, the autograd node,
 # allocations), and each kernel that it issues. 60 to 120 us in all for the CUDA kernels in eager mode.
 HOST_CALL_US = 40.0

@@ -90,8 +90,9 @@ def test_imports_without_torch_or_driver(extension: ModuleType) -> None:
         ({"workspace": 4100}, "workspace starts 4 bytes past a 16-byte boundary"),
         ({"need_dx": False, "need_dA": False, "need_dB": False}, "no gradient is asked for"),
         ({"sm_count": 0}, "sm_count = 0 is not positive"),
-        ({"cluster": 3}, "cluster = 3 is no power of two"),
-        ({"cluster": 16}, "cluster = 16 is no power of two"),
+        ({"splits": 3}, "splits = 3 is no power of two"),
+        ({"splits": 16}, "splits = 16 is no power of two"),
+        ({"rows": 3}, "rows = 3 is not in 1"),
         ({"deterministic": True}, "deterministic sums are the caller's to add up and to round"),
         ({}, "this plan was made for no device"),
     ],
@@ -150,7 +151,7 @@ def test_plans_fit_the_card(extension: ModuleType, kernel: str, R: int, P: int) 
     for M in (0, 1, 64, 65, 16384):
         plan = extension.plan(kernel, M=M, N=4096, K=4096, R=R, P=P, need_dA=P > 0, need_dB=P > 0, sm_count=132)
         assert plan.slabs == -(-M // plan.block_m)
-        assert plan.grid == plan.slabs * plan.cluster
+        assert plan.grid == -(-plan.slabs // plan.rows) * plan.cluster
         assert plan.cluster in ((1,) if kernel == "sm80" else (1, 2, 4, 8))
         assert plan.stages >= 2
         assert plan.shared_bytes <= SHARED_BYTES[kernel]
@@ -159,11 +160,17 @@ def test_plans_fit_the_card(extension: ModuleType, kernel: str, R: int, P: int) 
 @needs_extension
 def test_a_cluster_can_be_chosen(extension: ModuleType, kernel: str) -> None:
     if kernel == "sm80":
-        with pytest.raises(ValueError, match="cluster = 2 is no power of two up to 1"):
-            extension.plan(kernel, **SIZES, cluster=2)
+        with pytest.raises(ValueError, match="splits = 2 is no power of two up to 1"):
+            extension.plan(kernel, **SIZES, splits=2)
         return
-    plan = extension.plan(kernel, **SIZES, cluster=8)
-    assert (plan.cluster, plan.grid) == (8, 8 * plan.slabs)
+    plan = extension.plan(kernel, **SIZES, splits=8)
+    assert (plan.rows, plan.cluster, plan.grid) == (1, 8, 8 * plan.slabs)
+    plan = extension.plan(kernel, **SIZES, rows=2, splits=4)
+    assert (plan.rows, plan.cluster, plan.grid) == (2, 8, 8 * -(-plan.slabs // 2))
+    with pytest.raises(ValueError, match="splits = 8 is no power of two up to 4"):
+        extension.plan(kernel, **SIZES, rows=2, splits=8)
+    with pytest.raises(ValueError, match="splits = 8 is no power of two up to 4"):
+        extension.plan(kernel, **SIZES | {"R": 256}, splits=8)  # T has no room for so many
 
 
 def tool(name: str) -> Path:
@@ -206,8 +213,8 @@ def functions(extension: ModuleType) -> list[Function]:
 INSTRUCTIONS = {
     # mma.sync, ldmatrix.trans, cp.async
     "sm80": ("HMMA.16816.F32", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS"),
-    # wgmma, TMA loads and their barriers, the registers' redistribution, the cluster's barrier
-    "sm90": ("HGMMA.64x", "UTMALDG.2D", "SYNCS", "USETMAXREG", "UCGABAR_ARV"),
+    # wgmma, TMA loads, to two blocks at once too, and their barriers, the registers' redistribution, pushes
+    "sm90": ("HGMMA.64x", "UTMALDG.2D", "UTMALDG.2D.MULTICAST", "SYNCS", "USETMAXREG", "STAS.128"),
 }
 
 

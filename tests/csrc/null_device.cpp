@@ -104,7 +104,7 @@ Compiled compiled() {
             },
             [](const Arguments& arguments, const Plan&, void*) {
                 ++counts.kernels;
-                counts.cluster = arguments.cluster;
+                counts.cluster = arguments.rows << arguments.log_splits;
             }};
 }
 

@@ -2,6 +2,7 @@
 //
 //   PROGRAM M N K R P dy_stride x_stride dtype deterministic need_dx need_dA need_dB scaling schedule cluster rounded
 //
+// cluster: slabs x splits, as 2x4, or 0x0 for the plan's own.
 // In: dy, x, xa, left, right, lora_A, lora_B, the empty ones left out (x without dA, xa without dB). Out: dx, and dA
 // and dB in fp32 or, with rounded, in dtype.
 // Buffers are exactly as long as the operands, so that a sanitizer sees every access beyond one.
@@ -29,7 +30,7 @@ struct Buffer {
 
 struct Options {
     int schedule;
-    int cluster;
+    int rows, splits;
 };
 
 // `run(problem, options)` computes the problem of the command line, whose slabs have `block_m` rows.
@@ -73,7 +74,9 @@ void compute(int argc, char** argv, int block_m, Run run) {
     if (!p.deterministic && sums.size != 0) std::memset(sums.data, 0, sums.size);
     std::memset(finished.data, 0, finished.size);
 
-    run(p, Options{static_cast<int>(number(13)), static_cast<int>(number(14))});
+    Options options{static_cast<int>(number(13)), 0, 0};
+    if (std::sscanf(argv[15], "%dx%d", &options.rows, &options.splits) != 2) fail("no cluster as 2x4");
+    run(p, options);
     for (const Buffer* gradient : {&dx, rounded ? &dA : &sums, &dB})
         if (gradient->size != 0) std::fwrite(gradient->data, 1, gradient->size, stdout);
 }

@@ -2,7 +2,7 @@
 // copies of csrc/ in which tests/csrc/sm90_ptx.cuh has taken the place of the instructions. Last line of stderr: what
 // was counted.
 //
-// schedule: the bits of Schedule. cluster: blocks to a slab, or 0 for the plan's own.
+// schedule: the bits of Schedule.
 #include <string>
 #include <type_traits>
 
@@ -61,6 +61,7 @@ void launch(const Arguments& arguments, const Plan& plan, void*) {
             total.products += cluster.counters.products;
             total.reductions += cluster.counters.reductions;
             total.conflicts += cluster.counters.conflicts;
+            total.pushes += cluster.counters.pushes;
         }
     } else {
         emulator::fail("tiles that are not compiled here", kRank, kAdapter);
@@ -94,15 +95,12 @@ LOGE_INSTANTIATE(256, 64)
 int main(int argc, char** argv) {
     emulator::compute(argc, argv, loge::sm90::kBlockM, [](const loge::BackwardParams& p, emulator::Options options) {
         const int bits = options.schedule;
-        schedule = {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0};
+        schedule = {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0, (bits & 16) != 0};
         loge::Plan plan = loge::sm90_prepare(p, 0);
-        if (options.cluster != 0) {
-            plan.cluster = options.cluster;
-            plan.grid = plan.slabs * plan.cluster;
-        }
+        if (options.rows != 0) loge::sm90_cut(plan, {options.rows, __builtin_ctz(options.splits)});
         loge::sm90_backward(p, plan, 0, nullptr);
-        std::fprintf(stderr, "loads=%lld stores=%lld products=%lld reductions=%lld conflicts=%lld\n", total.loads,
-                     total.stores, total.products, total.reductions, total.conflicts);
+        std::fprintf(stderr, "loads=%lld stores=%lld products=%lld reductions=%lld conflicts=%lld pushes=%lld\n",
+                     total.loads, total.stores, total.products, total.reductions, total.conflicts, total.pushes);
     });
     return 0;
 }

