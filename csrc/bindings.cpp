@@ -42,7 +42,8 @@ const std::vector<Kernel>& kernels() {
 #ifdef LOGE_SM90
         {"sm90", 2, loge::sm90_max_splits, loge::sm90_why_not,
          [](const BackwardParams& p, int sm_count) {
-             return loge::sm90_plan(p, loge::sm90::expected_residency(sm_count));
+             const auto expected = loge::sm90::expected_residency(sm_count);
+             return loge::sm90_plan(p, expected, expected);
          },
          loge::sm90_prepare, loge::sm90_backward},
 #endif

@@ -10,9 +10,23 @@
 
 namespace loge::sm90 {
 
+// The sums that the slabs share, as in BackwardParams.
+struct Sums {
+    float* dA;
+    float* dB;
+    void* dA_rounded;
+    void* dB_rounded;
+    unsigned* finished;
+    std::int64_t slab_stride;
+    std::int32_t N, K, P;
+    std::int32_t slabs;
+    float scaling;
+    bool need_dA, need_dB, deterministic;
+};
+
 // Passed by value as a grid constant: TMA reads the maps where they lie. Maps of operands that are not needed are zero.
 // The boxes of factors are as high as said here, or half as high where two slabs share their loads.
-struct Arguments {
+struct Arguments : Sums {
     CUtensorMap dy;      // boxes [128, 64]
     CUtensorMap left;    // boxes [64, 64]
     CUtensorMap lora_B;  // boxes [64, P tile]
@@ -20,18 +34,24 @@ struct Arguments {
     CUtensorMap x;       // boxes [128, 64]
     CUtensorMap right;   // boxes [R tile, 64]
     CUtensorMap lora_A;  // boxes [P tile, 64]
-    CUtensorMap dx;      // boxes [64, 64]
-    float* dA;           // and what follows: as in BackwardParams
-    float* dB;
-    void* dA_rounded;
-    void* dB_rounded;
-    unsigned* finished;
-    std::int64_t slab_stride;
-    std::int32_t N, K, P;
-    std::int32_t slabs, clusters;
+    CUtensorMap dx;      // boxes [64, 64]; of the first of two launches: T
+    CUtensorMap t_p;     // boxes [128, P tile]: the adapter's columns of T, of the first of two launches
+    std::int32_t clusters;
+    std::int32_t tiles;             // of the rank: 1, but for the first of two launches
     std::int32_t rows, log_splits;  // of a cluster
-    float scaling;
-    bool need_dA, need_dB, deterministic;
+};
+
+// The second of two launches: dX = T [right ; lora_A], dA = T_P^T x.
+struct ExpandArguments : Sums {
+    CUtensorMap t;       // boxes [128, 64]
+    CUtensorMap t_p;     // boxes [128, 64]: the adapter's columns of T, and zeros
+    CUtensorMap t_p_dA;  // boxes [128, P tile]: the same for dA
+    CUtensorMap right;   // boxes [64, 64], or half as high
+    CUtensorMap lora_A;  // boxes [P tile, 64], or half as high
+    CUtensorMap x;       // boxes [128, 64]
+    CUtensorMap dx;      // boxes [64, 64]
+    std::int32_t steps;  // over R
+    std::int32_t clusters, rows;
 };
 
 // One compiled kernel.
@@ -43,8 +63,19 @@ struct Compiled {
     void (*launch)(const Arguments& arguments, const Plan& plan, void* stream);
 };
 
+// The same for the second launch.
+struct CompiledExpand {
+    Residency (*prepare)();
+    void (*launch)(const ExpandArguments& arguments, const Plan& plan, void* stream);
+};
+
 // The kernel for `kType` and the tiles of R (0: without dX) and P (0: without an adapter).
 template <DType kType, int kRank, int kAdapter>
 Compiled compiled();
+// Those of two launches, for R beyond one tile.
+template <DType kType, int kAdapter>
+Compiled compiled_project();
+template <DType kType, int kAdapter>
+CompiledExpand compiled_expand();
 
 }  // namespace loge::sm90

@@ -1,148 +1,11 @@
 // The warpgroups that multiply: T and dB while walking N, dX and dA while walking K.
 #pragma once
 
-#include "sm90_exchange.cuh"
 #include "sm90_finish.cuh"
-#include "sm90_fragments.h"
+#include "sm90_products.cuh"
+#include "sm90_stores.cuh"
 
 namespace loge::sm90 {
-
-template <class Element, class Layout>
-__device__ __forceinline__ auto shared_tensor(char* shared, Layout layout) {
-    return cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<Element*>(shared)), layout);
-}
-
-enum class Start { kZero, kAdd };
-
-// acc += a b, or acc = a b; a and b as fragments over the contracted dimension.
-template <Start kStart, class Mma, class A, class B, class Accumulators>
-__device__ __forceinline__ void multiply(Mma mma, const A& a, const B& b, Accumulators& acc) {
-    CUTE_UNROLL
-    for (int k = 0; k < cute::size<2>(b); ++k)
-        wgmma(mma, kStart == Start::kAdd || k > 0, a(cute::_, cute::_, k), b(cute::_, cute::_, k), acc);
-}
-
-// The same with both operands in shared memory.
-template <Start kStart, class Mma, class A, class B, class Accumulators>
-__device__ __forceinline__ void multiply_shared(const A& a, const B& b, Accumulators& acc) {
-    Mma mma;
-    auto slice = mma.get_slice(0);
-    multiply<kStart>(mma, slice.partition_fragment_A(a), slice.partition_fragment_B(b), acc);
-}
-
-template <class Mma, int kColumns>
-__device__ __forceinline__ auto accumulators() {
-    return cute::partition_fragment_C(Mma{},
-                                      cute::Shape<cute::_64, cute::Int<kColumns>>{});  // ((2, 2, columns / 8), 1, 1)
-}
-
-// [64, columns] of T as the A operand of wgmma.
-template <class Element, int kColumns>
-__device__ __forceinline__ auto fragment() {
-    using Columns = cute::Int<kColumns / kGranuleColumns>;
-    return cute::make_tensor<Element>(
-        cute::Layout<cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1, Columns>>{});
-}
-
-__device__ __forceinline__ void swap(float (&v)[4], BitSwap swap, int lane) {
-    const bool lane_bit = lane >> swap.lane_bit & 1;
-    CUTE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-        // The two pairs of registers that differ in the bit.
-        float& v0 = v[swap.register_bit == 0 ? 2 * i : i];
-        float& v1 = v[swap.register_bit == 0 ? 2 * i + 1 : i + 2];
-        const float received = __shfl_xor_sync(0xffffffffu, exchange_send(v0, v1, lane_bit), 1 << swap.lane_bit);
-        exchange_receive(v0, v1, lane_bit, received);
-    }
-}
-
-__device__ __forceinline__ void reduce(float* pointer, const float (&v)[4], bool deterministic) {
-    if (deterministic) {
-        *reinterpret_cast<float4*>(pointer) = {v[0], v[1], v[2], v[3]};
-    } else {
-        global_add(pointer, v);
-    }
-}
-
-// dB[first_row + 0..63, :] from its tile [64, P tile]. dB is this slab's own, or the common one.
-template <class Accumulators>
-__device__ __forceinline__ void store_dB(const Arguments& args, float* dB, int first_row, int thread,
-                                         const Accumulators& tile) {
-    CUTE_UNROLL
-    for (int block = 0; block < decltype(cute::size(tile))::value / 4; ++block) {
-        float v[4];
-        CUTE_UNROLL
-        for (int i = 0; i < 4; ++i)
-            v[i] = tile(4 * block + i) * args.scaling;
-        swap(v, row_swap(), thread % 32);
-        const Position at = row_quad(thread, block);
-        if (first_row + at.row < args.N && at.column < args.P)
-            reduce(dB + static_cast<std::int64_t>(first_row + at.row) * args.P + at.column, v, args.deterministic);
-    }
-}
-
-// dA[:, first_column + 0..63] from the tile [64, P tile] of dA^T.
-template <class Accumulators>
-__device__ __forceinline__ void store_dA(const Arguments& args, float* dA, int first_column, int thread,
-                                         const Accumulators& tile) {
-    CUTE_UNROLL
-    for (int block = 0; block < decltype(cute::size(tile))::value / 4; ++block) {
-        float v[4];
-        CUTE_UNROLL
-        for (int i = 0; i < 4; ++i)
-            v[i] = tile(4 * block + i);
-        swap(v, column_swap(0), thread % 32);
-        swap(v, column_swap(1), thread % 32);
-        const Position at = column_quad(thread, block);
-        if (first_column + at.row < args.K && at.column < args.P)
-            reduce(dA + static_cast<std::int64_t>(at.column) * args.K + first_column + at.row, v, args.deterministic);
-    }
-}
-
-// T_P [64, P] of this warpgroup's rows into the resident tile, rows of P values.
-template <int kAdapter, class Fragment>
-__device__ __forceinline__ void store_t_p(char* resident, int first_row, int thread, const Fragment& t_p) {
-    const Position at = stmatrix_position(thread % 32);
-    const int row = first_row + thread / 32 * 16 + at.row;
-    const auto words = cute::recast<const std::uint32_t>(t_p);
-    CUTE_UNROLL
-    for (int g = 0; g < kAdapter / kGranuleColumns; ++g) {
-        const int chunk = (g * kGranuleColumns + at.column) / 8;
-        stmatrix(resident + (kAdapter == 64 ? swizzle128(row, chunk) : swizzle32(row, chunk)),
-                 {words(4 * g), words(4 * g + 1), words(4 * g + 2), words(4 * g + 3)});
-    }
-}
-
-// A tile [64, 64] of dX to shared memory and on by TMA, which clips it to [M, K]. `stores`: one thread, always the
-// same.
-template <class Element, class Layouts, class Accumulators>
-__device__ __forceinline__ void store_dx(const Arguments& args, const Block<Layouts>& block, int warpgroup, int thread,
-                                         bool stores, int step, int buffer, const Accumulators& tile) {
-    char* staging = block.staging(warpgroup, buffer);
-    // The store that last read this buffer is done with it.
-    if (stores) tma_store_wait<Layouts::kMap.staging_buffers - 1>();
-    named_barrier(kOneWarpgroup + warpgroup, kWarpgroupThreads);
-    const Position at = stmatrix_position(thread % 32);
-    const int row = thread / 32 * 16 + at.row;
-    CUTE_UNROLL
-    for (int g = 0; g < kStep / kGranuleColumns; ++g) {
-        float v[kGranuleValues];
-        read_granule(tile, g, 1.0f, v);
-        stmatrix(staging + swizzle128(row, (g * kGranuleColumns + at.column) / 8), round_granule<Element>(v));
-    }
-    async_proxy_fence();
-    named_barrier(kOneWarpgroup + warpgroup, kWarpgroupThreads);
-    if (stores) {
-        tma_store(args.dx, staging, step * kStep, block.slab * kBlockM + warpgroup * kWarpgroupRows);
-    }
-}
-
-// Each warp says for itself that it has read a stage: its wgmma are complete, those of its neighbours need not be.
-template <class Layouts>
-__device__ __forceinline__ void release(const Block<Layouts>& block, int stage, int thread) {
-    __syncwarp();
-    block.arrive_in_rows(block.empty(stage), thread % 32);
-}
 
 // One step of the walk over N: T += dY [left | lora_B] and, where it is this warpgroup's turn, dB = s dY^T xa. Returns
 // with T's products still running: what is complete is this step's dB and the T of the step before, whose stage is
@@ -174,7 +37,7 @@ __device__ __forceinline__ void step_n(const Arguments& args, const Block<Layout
         wgmma_fence();
         multiply_shared<Start::kAdd, typename Layouts::ProjectRank>(dy, left, t_r);
         if constexpr (Layouts::kHasAdapter)
-            multiply_shared<Start::kAdd, typename Layouts::ProjectAdapter>(dy, lora_B, t_p);
+            if (block.has_adapter()) multiply_shared<Start::kAdd, typename Layouts::ProjectAdapter>(dy, lora_B, t_p);
         wgmma_commit();
         wgmma_wait<1>();
     } else {
@@ -185,7 +48,7 @@ __device__ __forceinline__ void step_n(const Arguments& args, const Block<Layout
         }
         wgmma_wait<0>();
     }
-    if (previous >= 0) release(block, previous, thread);
+    if (previous >= 0) block.release(previous, thread);
     if constexpr (kTurn) {
         wgmma_own(dB_tile);
         store_dB(args, dB, step * kStep, thread, dB_tile);
@@ -213,7 +76,7 @@ __device__ __forceinline__ void walk_n(const Arguments& args, const Block<Layout
     wgmma_wait<0>();
     wgmma_own(t_r);
     wgmma_own(t_p);
-    if (previous >= 0) release(block, previous, thread);
+    if (previous >= 0) block.release(previous, thread);
 }
 
 // One step of the walk over K: dX = T [right ; lora_A] and, where it is this warpgroup's turn, dA^T = x^T T_P.
@@ -254,10 +117,15 @@ __device__ __forceinline__ void step_k(const Arguments& args, const Block<Layout
         store_dA(args, dA, step * kStep, thread, dA_tile);
     }
     wgmma_wait<0>();
-    release(block, stage_index, thread);
+    block.release(stage_index, thread);
     if constexpr (Layouts::kHasRank) {
         wgmma_own(dx_tile);
-        store_dx<Element>(args, block, warpgroup, thread, stores, step, buffer, dx_tile);
+        store_tile(args.dx, block, warpgroup, thread, stores, step * kStep,
+                   block.slab * kBlockM + warpgroup * kWarpgroupRows, buffer, [&dx_tile](int g) {
+                       float v[kGranuleValues];
+                       read_granule(dx_tile, g, 1.0f, v);
+                       return round_granule<Element>(v);
+                   });
     }
 }
 
@@ -283,6 +151,27 @@ __device__ __forceinline__ void walk_k(const Arguments& args, const Block<Layout
     if (Layouts::kHasRank && stores) tma_store_wait<0>();
 }
 
+// T [64, 256] of this warpgroup's rows, and the adapter's part of the slab's, to global memory.
+template <class Layouts, class RankFragment, class AdapterFragment>
+__device__ __forceinline__ void store_t(const Arguments& args, const Block<Layouts>& block, int warpgroup, int thread,
+                                        const RankFragment& t_r, const AdapterFragment& t_p) {
+    const bool stores = elect_one() && thread < 32;
+    const int row = block.slab * kBlockM;
+    CUTE_UNROLL
+    for (int box = 0; box < Layouts::kRankColumns / kStep; ++box)
+        store_tile(args.dx, block, warpgroup, thread, stores, block.tile * Layouts::kRankColumns + box * kStep,
+                   row + warpgroup * kWarpgroupRows, box % Layouts::kMap.staging_buffers,
+                   [&t_r, box](int g) { return granule_of(t_r, box * (kStep / kGranuleColumns) + g); });
+    if (block.has_adapter()) {
+        store_t_p<Layouts::kAdapterColumns>(block.resident(), warpgroup * kWarpgroupRows, thread, t_p);
+        async_proxy_fence();
+        named_barrier(kAllConsumers, kConsumerThreads);
+        if (stores && warpgroup == 0) tma_store(args.t_p, block.resident(), 0, row);
+    }
+    // The launch that reads T has started.
+    if (stores) tma_store_wait_written();
+}
+
 // T to its 16-bit fragments, and the walk over K.
 template <class Element, class Layouts, class RankSums, class AdapterSums>
 __device__ __forceinline__ void expand(const Arguments& args, const Block<Layouts>& block, int warpgroup, int thread,
@@ -299,12 +188,16 @@ __device__ __forceinline__ void expand(const Arguments& args, const Block<Layout
         if constexpr (Layouts::kHasRank) round_t<Element>(t_r, 1.0f, rank_fragment);
         if constexpr (Layouts::kHasAdapter) round_t<Element>(t_p, args.scaling, adapter_fragment);
     }
-    if (block.need_dA) {
-        store_t_p<kAdapter>(block.resident(), warpgroup * kWarpgroupRows, thread, adapter_fragment);
-        async_proxy_fence();
-        named_barrier(kAllConsumers, kConsumerThreads);
+    if constexpr (Layouts::kProject) {
+        store_t(args, block, warpgroup, thread, rank_fragment, adapter_fragment);
+    } else {
+        if (block.need_dA) {
+            store_t_p<kAdapter>(block.resident(), warpgroup * kWarpgroupRows, thread, adapter_fragment);
+            async_proxy_fence();
+            named_barrier(kAllConsumers, kConsumerThreads);
+        }
+        walk_k<Element>(args, block, warpgroup, thread, at, rank_fragment, adapter_fragment);
     }
-    walk_k<Element>(args, block, warpgroup, thread, at, rank_fragment, adapter_fragment);
 }
 
 template <class Element, class Layouts>
@@ -317,7 +210,7 @@ __device__ __forceinline__ void consume(const Arguments& args, const Block<Layou
     cute::clear(t_p);
     walk_n<Element>(args, block, warpgroup, thread, at, t_r, t_p);
     if (block.need_t) expand<Element>(args, block, warpgroup, thread, at, t_r, t_p);
-    if (Layouts::kHasAdapter && args.finished != nullptr && !block.phantom)
+    if (block.has_adapter() && args.finished != nullptr && !block.phantom)
         finish<Element>(args, block, warpgroup * kWarpgroupThreads + thread);
 }
 

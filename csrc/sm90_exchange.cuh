@@ -49,6 +49,12 @@ __device__ __forceinline__ void write_granule(Fragment& fragment, int g, uint4 v
     words(4 * g + 3) = v.w;
 }
 
+template <class Fragment>
+__device__ __forceinline__ uint4 granule_of(const Fragment& fragment, int g) {
+    const auto words = cute::recast<const std::uint32_t>(fragment);
+    return {words(4 * g), words(4 * g + 1), words(4 * g + 2), words(4 * g + 3)};
+}
+
 // One block: no exchange. t [64, columns] fp32 -> fragment, 16 bits.
 template <class Element, class Accumulators, class Fragment>
 __device__ __forceinline__ void round_t(const Accumulators& t, float factor, Fragment& fragment) {
@@ -191,10 +197,15 @@ __device__ __forceinline__ void exchange_t(const Arguments& args, const Block<La
     barrier_wait_cluster(exchange.sums, 0);
     if constexpr (Layouts::kHasRank) read_sums(exchange, 0, rank_fragment);
     if constexpr (Layouts::kHasAdapter) read_sums(exchange, kRankGranules, adapter_fragment);
-    // The next to write here is TMA, this block's and its neighbour's.
-    async_proxy_fence();
-    __syncwarp();
-    block.arrive_in_rows(block.barrier(kBarriers.ring_free), thread % 32);
+    if constexpr (Layouts::kProject) {
+        // The next to write here are these threads themselves: T's tiles, on their way out.
+        named_barrier(kAllConsumers, kConsumerThreads);
+    } else {
+        // The next to write here is TMA, this block's and its neighbour's.
+        async_proxy_fence();
+        __syncwarp();
+        block.arrive_in_rows(block.barrier(kBarriers.ring_free), thread % 32);
+    }
 }
 
 }  // namespace loge::sm90

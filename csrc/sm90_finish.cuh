@@ -2,7 +2,8 @@
 #pragma once
 
 #include "rounding.h"
-#include "sm90_exchange.cuh"
+#include "sm90_block.cuh"
+#include "sm90_stores.cuh"
 
 namespace loge::sm90 {
 
@@ -18,14 +19,14 @@ __device__ __forceinline__ void round_sums(const float* sums, void* rounded, int
         });
 }
 
-// All consumer threads, after the block's additions. The blocks of one split share the rows of dB and the columns of dA
-// that their steps have: one counter for each split.
-template <class Element, class Layouts>
-__device__ __forceinline__ void finish(const Arguments& args, const Block<Layouts>& block, int thread) {
+// All consumer threads, after the block's additions to the rows `n` of dB and the columns `k` of dA, which `blocks`
+// blocks in all add to and count at `counter`.
+template <class Element>
+__device__ __forceinline__ void finish_sums(const Sums& args, unsigned* counter, int blocks, Range n, Range k,
+                                            int thread) {
     named_barrier(kAllConsumers, kConsumerThreads);
-    const bool last = thread == 0 && count(args.finished + block.split) == static_cast<unsigned>(args.slabs - 1);
+    const bool last = thread == 0 && count(counter) == static_cast<unsigned>(blocks - 1);
     if (!named_any(kAllConsumers, kConsumerThreads, last)) return;
-    const Range n = columns_of(block.steps_n, args.N), k = columns_of(block.steps_k, args.K);
     if (args.dB_rounded != nullptr) {
         // Contiguous, and N and P are multiples of 8: eight rows of an eighth each.
         const std::int64_t first = static_cast<std::int64_t>(n.begin) * args.P,
@@ -37,6 +38,13 @@ __device__ __forceinline__ void finish(const Arguments& args, const Block<Layout
         round_sums<Element>(args.dA + k.begin,
                             static_cast<char*>(args.dA_rounded) + std::int64_t{k.begin} * kElementBytes, args.P,
                             k.size(), args.K, thread);
+}
+
+// The blocks of one split share the rows of dB and the columns of dA that their steps have: one counter for each split.
+template <class Element, class Layouts>
+__device__ __forceinline__ void finish(const Arguments& args, const Block<Layouts>& block, int thread) {
+    finish_sums<Element>(args, args.finished + block.split, args.slabs, columns_of(block.steps_n, args.N),
+                         columns_of(block.steps_k, args.K), thread);
 }
 
 }  // namespace loge::sm90

@@ -22,31 +22,25 @@
 
 namespace loge::sm90 {
 
-template <class Element, class Layouts>
+template <class Layouts>
 __device__ __forceinline__ void run_block(const Arguments& args, char* dynamic_shared) {
     const Block<Layouts> block(args, dynamic_shared);
     if (threadIdx.x == 0) block.init_barriers();
     if (threadIdx.x == kConsumerThreads) prefetch_maps(args, block);
-    if (block.rows * block.splits > 1) {
-        cluster_barrier();  // the others' barriers are there, too
-    } else {
-        __syncthreads();
-    }
-    // The same in all lanes of a warp, and known to be.
-    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);
+    if constexpr (Layouts::kProject) launch_dependents();
+    block.start();
+    const int warpgroup = take_role();
     if (warpgroup == kConsumers) {
-        give_registers_back<kProducerRegisters>();
         produce(args, block);
     } else {
-        take_registers<kConsumerRegisters>();
-        consume<Element>(args, block, warpgroup);
+        consume<typename Layouts::Element>(args, block, warpgroup);
     }
 }
 
-template <class Element, int kRank, int kAdapter>
+template <class Layouts>
 __global__ void __launch_bounds__(kThreads, 1) sm90_backward_kernel(const __grid_constant__ Arguments args) {
     extern __shared__ char dynamic_shared[];
-    run_block<Element, Layouts<Element, kRank, kAdapter>>(args, dynamic_shared);
+    run_block<Layouts>(args, dynamic_shared);
 }
 
 }  // namespace loge::sm90

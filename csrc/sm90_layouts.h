@@ -13,8 +13,11 @@
 
 namespace loge::sm90 {
 
-template <class Element, int kRank, int kAdapter>
+// kProject: the kernel ends with T, of which a block computes kRank columns.
+template <class Element_, int kRank, int kAdapter, bool kProject_ = false>
 struct Layouts {
+    using Element = Element_;
+    static constexpr bool kProject = kProject_;
     static_assert(sizeof(Element) == kElementBytes);
     static_assert(kRank == rank_tile(kRank) && kAdapter == adapter_tile(kAdapter) && kRank + kAdapter > 0);
     static constexpr bool kHasRank = kRank > 0;        // dX is computed

@@ -46,17 +46,21 @@ constexpr std::int64_t exchange_cycles(int width, int log_splits) {
     return log_splits == 0 ? 0 : 1000 + (std::int64_t{48} * width * ((1 << log_splits) - 1) >> log_splits);
 }
 
-// In cycles, with `resident` clusters at once.
+inline bool takes_two_launches(const BackwardParams& p) {
+    return p.dx != nullptr && p.R > kTileColumns;
+}
+
+// In cycles, with `resident` clusters at once; of the first launch, where there are two.
 inline std::int64_t plan_cost(const BackwardParams& p, std::int64_t slabs, int resident, Cut cut) {
     const int rank = rank_tile(p.dx != nullptr ? p.R : 0), width = rank + adapter_tile(p.P);
-    const bool second_walk = p.dx != nullptr || p.dA != nullptr;
+    const bool two = takes_two_launches(p), need_t = p.dx != nullptr || p.dA != nullptr;
     const auto share = [cut](std::int64_t size) {
         return (std::int64_t{count_steps(size)} + (1 << cut.log_splits) - 1) >> cut.log_splits;
     };
-    const std::int64_t clusters = (slabs + cut.rows - 1) / cut.rows, waves = (clusters + resident - 1) / resident;
-    const std::int64_t steps = share(p.N) + (second_walk ? share(p.K) : 0);
-    return waves *
-           (steps * step_cycles(rank, width, cut.rows) + (second_walk ? exchange_cycles(width, cut.log_splits) : 0));
+    const std::int64_t clusters = (slabs + cut.rows - 1) / cut.rows * (two ? tiles_of(p.R) : 1);
+    const std::int64_t steps = share(p.N) + (need_t && !two ? share(p.K) : 0);
+    return (clusters + resident - 1) / resident *
+           (steps * step_cycles(rank, width, cut.rows) + (need_t ? exchange_cycles(width, cut.log_splits) : 0));
 }
 
 inline Cut best_cut(const BackwardParams& p, std::int64_t slabs, const Residency& resident) {
@@ -77,21 +81,35 @@ inline Cut best_cut(const BackwardParams& p, std::int64_t slabs, const Residency
 
 // Why the Hopper kernel cannot take `p`, or "".
 inline std::string sm90_why_not(const BackwardParams& p) {
-    return problem_why_not(p);
+    return problem_why_not(p, sm90::kMaxRankTwoLaunches);
 }
 
 inline int sm90_max_splits(const BackwardParams& p) {
     return 1 << sm90::max_log_splits(sm90::rank_tile(p.dx != nullptr ? p.R : 0), sm90::adapter_tile(p.P));
 }
 
-inline void sm90_cut(Plan& plan, sm90::Cut cut) {
+inline void sm90_cut(const BackwardParams& p, Plan& plan, sm90::Cut cut) {
     plan.rows = cut.rows;
     plan.cluster = sm90::cluster_of(cut.log_cluster());
     plan.grid = (plan.slabs + cut.rows - 1) / cut.rows * plan.cluster;
+    if (sm90::takes_two_launches(p)) plan.grid *= sm90::tiles_of(p.R);
 }
 
-// How to cut `p`, of which sm90_why_not has no complaint.
-inline Plan sm90_plan(const BackwardParams& p, const sm90::Residency& resident) {
+// The second of two launches, of which `resident` blocks or pairs of blocks run at once: as many as let each take the
+// same number of tiles.
+inline void sm90_cut_second(const BackwardParams& p, Plan& plan, std::int64_t resident) {
+    const sm90::SharedMap shared = sm90::shared_map(sm90::kTileColumns, 0);
+    const std::int64_t tiles = (plan.slabs + plan.rows - 1) / plan.rows * sm90::tiles_of(p.K);
+    const std::int64_t in_turn =
+        (tiles + std::max<std::int64_t>(resident, 1) - 1) / std::max<std::int64_t>(resident, 1);
+    plan.second.stages = shared.stages;
+    plan.second.shared_bytes = shared.bytes;
+    plan.second.grid = in_turn == 0 ? 0 : (tiles + in_turn - 1) / in_turn * plan.rows;
+    plan.scratch = p.M * sm90::t_width(p.R, p.P) / 2;
+}
+
+// How to cut `p`, of which sm90_why_not has no complaint. `second`: of the second launch's kernel.
+inline Plan sm90_plan(const BackwardParams& p, const sm90::Residency& resident, const sm90::Residency& second) {
     const sm90::SharedMap shared =
         sm90::shared_map(sm90::rank_tile(p.dx != nullptr ? p.R : 0), sm90::adapter_tile(p.P));
     Plan plan{};
@@ -102,7 +120,12 @@ inline Plan sm90_plan(const BackwardParams& p, const sm90::Residency& resident) 
     plan.shared_bytes = shared.bytes;
     plan.threads = sm90::kThreads;
     plan.slabs = (p.M + sm90::kBlockM - 1) / sm90::kBlockM;
-    sm90_cut(plan, sm90::best_cut(p, plan.slabs, resident));
+    sm90_cut(p, plan, sm90::best_cut(p, plan.slabs, resident));
+    if (sm90::takes_two_launches(p)) {
+        plan.block_r = sm90::kTileColumns;
+        plan.block_k = sm90::kTileColumns;
+        sm90_cut_second(p, plan, second[plan.rows - 1]);
+    }
     return plan;
 }
 

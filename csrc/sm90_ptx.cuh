@@ -62,6 +62,20 @@ __device__ __forceinline__ void tma_store_wait() {
     cute::tma_store_wait<kPending>();
 }
 
+// Until all of this thread's stores are written, which the end of a kernel does not wait for before its successor,
+// where that has been let go early.
+__device__ __forceinline__ void tma_store_wait_written() {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// The next launch may start its blocks where there is room for them; it waits for the end of this one by itself.
+__device__ __forceinline__ void launch_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_prerequisites() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // acc += a b, or acc = a b, for one slice of 16 contracted values. All threads of a warpgroup.
 template <class Mma, class A, class B, class Accumulators>
 __device__ __forceinline__ void wgmma(Mma& mma, bool accumulate, const A& a, const B& b, Accumulators& acc) {

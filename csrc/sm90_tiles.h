@@ -31,8 +31,13 @@ inline constexpr int kSharedAlignment = 1024;  // of the 128-byte swizzle's patt
 // R and P are padded to a compiled tile, and the loads fill the rest with zeros. 0: no dX, no adapter. R = 136 costs
 // what 256 does. A zero times an infinity is NaN: where dY holds an infinity, the padded columns of T are NaN, and the
 // whole row of dX with them, where R or P fills its tile only in part.
+inline constexpr int kTileColumns = 256;         // the largest
+inline constexpr int kMaxRankTwoLaunches = 512;  // a rank beyond one tile takes two launches, by way of T in memory
 LOGE_HOST_DEVICE constexpr int rank_tile(int rank) {
     return rank == 0 ? 0 : rank <= 64 ? 64 : rank <= 128 ? 128 : 256;
+}
+LOGE_HOST_DEVICE constexpr int tiles_of(int columns) {
+    return (columns + kTileColumns - 1) / kTileColumns;
 }
 LOGE_HOST_DEVICE constexpr int adapter_tile(int adapter) {
     return adapter == 0 ? 0 : adapter <= 16 ? 16 : 64;
@@ -116,6 +121,11 @@ inline constexpr int kPrefetchedTiles = 12;
 LOGE_HOST_DEVICE constexpr int tiles_ahead(Range steps_n, Range steps_k) {
     const int third = steps_n.size() / 3, most = third < kPrefetchedTiles ? third : kPrefetchedTiles;
     return most < steps_k.size() ? most : steps_k.size();
+}
+
+// T in memory: columns of R in whole steps, and then the adapter's.
+LOGE_HOST_DEVICE constexpr int t_width(int rank, int adapter) {
+    return count_steps(rank) * kStep + adapter_tile(adapter);
 }
 
 // The columns of a matrix `size` wide that steps cover.

@@ -108,6 +108,24 @@ Compiled compiled() {
             }};
 }
 
+template <DType kType, int kAdapter>
+Compiled compiled_project() {
+    return compiled<kType, 0, kAdapter>();
+}
+template <DType kType, int kAdapter>
+CompiledExpand compiled_expand() {
+    return {compiled<kType, 0, kAdapter>().prepare,
+            [](const ExpandArguments&, const Plan&, void*) { ++counts.kernels; }};
+}
+#define LOGE_INSTANTIATE_TWO(kAdapter)                                    \
+    template Compiled compiled_project<DType::kFloat16, kAdapter>();      \
+    template Compiled compiled_project<DType::kBFloat16, kAdapter>();     \
+    template CompiledExpand compiled_expand<DType::kFloat16, kAdapter>(); \
+    template CompiledExpand compiled_expand<DType::kBFloat16, kAdapter>();
+LOGE_INSTANTIATE_TWO(0)
+LOGE_INSTANTIATE_TWO(16)
+LOGE_INSTANTIATE_TWO(64)
+
 }  // namespace sm90
 
 #define LOGE_INSTANTIATE_TYPE(kType, kRank, kAdapter)                                              \

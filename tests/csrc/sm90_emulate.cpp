@@ -9,6 +9,7 @@
 #include "problem_io.h"
 #include "sm90_arguments.h"
 #include "sm90_backward.h"
+#include "sm90_expand.cuh"
 #include "sm90_kernel.cuh"
 #include "tensor_map.h"
 
@@ -17,12 +18,14 @@ namespace {
 emulator::Schedule schedule;
 emulator::Counters total;
 
-// The compiled tiles, to bound the compiler's time: every path of the kernel, every swizzle, both types.
+// The compiled tiles, to bound the compiler's time: every path of the kernels, every swizzle, both types. 512: of two
+// launches.
 template <loge::DType kType, int kRank, int kAdapter>
 constexpr bool kCompiled =
     kType == loge::DType::kFloat16
-        ? (kRank == 0 && kAdapter == 16) || (kRank == 64 && kAdapter == 16) || (kRank == 128 && kAdapter == 0)
-        : (kRank == 0 && kAdapter == 64) || (kRank == 256 && kAdapter == 64);
+        ? (kRank == 0 && kAdapter == 16) || (kRank == 64 && kAdapter == 16) || (kRank == 128 && kAdapter == 0) ||
+              (kRank == 512 && kAdapter == 16)
+        : (kRank == 0 && kAdapter == 64) || (kRank == 256 && kAdapter == 64) || (kRank == 512 && kAdapter != 16);
 
 }  // namespace
 
@@ -44,33 +47,58 @@ CUtensorMap encode_tensor_map(const Matrix& m) {
 
 namespace sm90 {
 
-template <DType kType, int kRank, int kAdapter>
+// `run(shared)` as every thread of every block.
+template <class Run>
+void run_grid(int cluster_size, std::int64_t grid, int shared_bytes, Run run) {
+    for (int i = 0; i < grid; i += cluster_size) {
+        // Clusters may come in any order: the last one first, where its threads do.
+        const int first = schedule.last_first ? static_cast<int>(grid) - cluster_size - i : i;
+        emulator::Cluster cluster(cluster_size, shared_bytes, schedule);
+        emulator::cluster = &cluster;
+        emulator::first_block = first;
+        cluster.run([&](int, char* shared) { run(shared); });
+        total += cluster.counters;
+    }
+}
+
+template <DType kType>
+using ElementOf = std::conditional_t<kType == DType::kFloat16, cute::half_t, cute::bfloat16_t>;
+
+template <DType kType, int kRank, int kAdapter, bool kProject>
 void launch(const Arguments& arguments, const Plan& plan, void*) {
-    if constexpr (kCompiled<kType, kRank, kAdapter>) {
-        using Element = std::conditional_t<kType == DType::kFloat16, cute::half_t, cute::bfloat16_t>;
-        for (int i = 0; i < plan.grid; i += plan.cluster) {
-            // Clusters may come in any order: the last one first, where its threads do.
-            const int first = schedule.last_first ? static_cast<int>(plan.grid) - plan.cluster - i : i;
-            emulator::Cluster cluster(plan.cluster, plan.shared_bytes, schedule);
-            emulator::cluster = &cluster;
-            emulator::first_block = first;
-            cluster.run(
-                [&](int, char* shared) { run_block<Element, Layouts<Element, kRank, kAdapter>>(arguments, shared); });
-            total.loads += cluster.counters.loads;
-            total.stores += cluster.counters.stores;
-            total.products += cluster.counters.products;
-            total.reductions += cluster.counters.reductions;
-            total.conflicts += cluster.counters.conflicts;
-            total.pushes += cluster.counters.pushes;
-        }
+    if constexpr (kCompiled < kType, kProject ? 2 * kRank : kRank, kAdapter >) {
+        run_grid(plan.cluster, plan.grid, plan.shared_bytes, [&arguments](char* shared) {
+            run_block<Layouts<ElementOf<kType>, kRank, kAdapter, kProject>>(arguments, shared);
+        });
     } else {
         emulator::fail("tiles that are not compiled here", kRank, kAdapter);
     }
 }
 
+template <DType kType, int kAdapter>
+void launch_expand(const ExpandArguments& arguments, const Plan& plan, void*) {
+    if constexpr (kCompiled<kType, 2 * kTileColumns, kAdapter>) {
+        run_grid(plan.rows, plan.second.grid, plan.second.shared_bytes,
+                 [&arguments](char* shared) { Expand<ElementOf<kType>, kAdapter>(arguments, shared).run(); });
+    } else {
+        emulator::fail("tiles that are not compiled here", 2 * kTileColumns, kAdapter);
+    }
+}
+
+Residency residency() {
+    return expected_residency(132);
+}
 template <DType kType, int kRank, int kAdapter>
 Compiled compiled() {
-    return {[] { return expected_residency(132); }, launch<kType, kRank, kAdapter>};
+    return {residency, launch<kType, kRank, kAdapter, false>};
+}
+template <DType kType, int kAdapter>
+Compiled compiled_project() {
+    return {residency, launch<kType, kTileColumns, kAdapter, true>};
+}
+template <DType kType, int kAdapter>
+CompiledExpand compiled_expand() {
+    return {residency, launch_expand<kType, kAdapter>};
 }
 
 #define LOGE_INSTANTIATE(kRank, kAdapter)                           \
@@ -87,6 +115,14 @@ LOGE_INSTANTIATE(128, 64)
 LOGE_INSTANTIATE(256, 0)
 LOGE_INSTANTIATE(256, 16)
 LOGE_INSTANTIATE(256, 64)
+#define LOGE_INSTANTIATE_TWO(kAdapter)                                    \
+    template Compiled compiled_project<DType::kFloat16, kAdapter>();      \
+    template Compiled compiled_project<DType::kBFloat16, kAdapter>();     \
+    template CompiledExpand compiled_expand<DType::kFloat16, kAdapter>(); \
+    template CompiledExpand compiled_expand<DType::kBFloat16, kAdapter>();
+LOGE_INSTANTIATE_TWO(0)
+LOGE_INSTANTIATE_TWO(16)
+LOGE_INSTANTIATE_TWO(64)
 
 }  // namespace sm90
 
@@ -97,8 +133,13 @@ int main(int argc, char** argv) {
         const int bits = options.schedule;
         schedule = {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0, (bits & 16) != 0};
         loge::Plan plan = loge::sm90_prepare(p, 0);
-        if (options.rows != 0) loge::sm90_cut(plan, {options.rows, __builtin_ctz(options.splits)});
-        loge::sm90_backward(p, plan, 0, nullptr);
+        if (options.rows != 0) loge::sm90_cut(p, plan, {options.rows, __builtin_ctz(options.splits)});
+        // Two blocks or pairs of them, so that each has tiles to take in turn.
+        if (loge::sm90::takes_two_launches(p)) loge::sm90_cut_second(p, plan, 2);
+        emulator::Buffer scratch(4 * plan.scratch, 0xff);
+        loge::BackwardParams with_scratch = p;
+        with_scratch.scratch = scratch.data;
+        loge::sm90_backward(with_scratch, plan, 0, nullptr);
         std::fprintf(stderr, "loads=%lld stores=%lld products=%lld reductions=%lld conflicts=%lld pushes=%lld\n",
                      total.loads, total.stores, total.products, total.reductions, total.conflicts, total.pushes);
     });

@@ -221,7 +221,7 @@ void check_plan() {
         change(q);
         EXPECT(sm90_why_not(q).find(word) != std::string::npos, "'%s' lacks '%s'", sm90_why_not(q).c_str(), word);
     };
-    refused([](auto& q) { q.R = 264; }, "R = 264");
+    refused([](auto& q) { q.R = 520; }, "R = 520");
     refused([](auto& q) { q.R = 12; }, "R = 12");
     refused([](auto& q) { q.P = 72; }, "P = 72");
     refused([](auto& q) { q.P = 0; }, "P = 0");
@@ -240,7 +240,7 @@ void check_plan() {
     // 32 slabs. 16 clusters of 8 fill the card in one wave, if all of them fit; where GPCs have 14 multiprocessors,
     // not.
     const auto cut = [&full](const Residency& resident) {
-        const Plan plan = sm90_plan(full, resident);
+        const Plan plan = sm90_plan(full, resident, resident);
         return std::pair{plan.rows, plan.cluster};
     };
     EXPECT((cut(expected_residency(132)) == std::pair{2, 8}), "16 clusters of 8 in one wave");
@@ -253,7 +253,7 @@ void check_plan() {
         for (int sms : {1, 20, 114, 132}) {
             BackwardParams q = p;
             q.M = M, q.N = q.K = 4096, q.dy_stride = q.x_stride = 4096, q.R = 256, q.P = 16;
-            const Plan plan = sm90_plan(q, expected_residency(sms));
+            const Plan plan = sm90_plan(q, expected_residency(sms), expected_residency(sms));
             EXPECT(plan.slabs == (M + 127) / 128, "M = %lld", (long long)M);
             EXPECT(plan.grid == (plan.slabs + plan.rows - 1) / plan.rows * plan.cluster, "M = %lld", (long long)M);
             EXPECT(plan.shared_bytes == shared_map(256, 16).bytes && plan.threads == 384, "%d", plan.shared_bytes);
@@ -264,6 +264,17 @@ void check_plan() {
             if (M == 1) EXPECT(plan.rows == 1, "a phantom for one slab");
             EXPECT(plan.cluster <= sms, "%d blocks on %d multiprocessors", plan.cluster, sms);
         }
+    // Two launches. 64 slabs by two tiles of T; then 32 pairs of slabs by 16 tiles of dX, eight in turn for each pair
+    // of blocks: all of the 66 pairs that fit would not be done sooner.
+    full.M = 8192, full.R = 512;
+    const Plan two = sm90_plan(full, expected_residency(132), expected_residency(132));
+    EXPECT(two.rows == 2 && two.cluster == 2 && two.grid == 128, "%d of %d, %lld", two.rows, two.cluster,
+           (long long)two.grid);
+    EXPECT(two.second.grid == 128 && two.second.stages == 4, "%lld blocks", (long long)two.second.grid);
+    EXPECT(two.scratch == 8192 * (512 + 16) / 2, "%lld elements", (long long)two.scratch);
+    EXPECT(t_width(264, 8) == 320 + 16 && t_width(512, 0) == 512, "whole steps, and the adapter's tile");
+    full.dx = nullptr;
+    EXPECT(sm90_plan(full, expected_residency(132), expected_residency(132)).scratch == 0, "no dX, no T in memory");
 }
 
 }  // namespace

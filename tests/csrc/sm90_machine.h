@@ -54,6 +54,11 @@ struct Schedule {
 
 struct Counters {
     long long loads = 0, stores = 0, products = 0, reductions = 0, conflicts = 0, pushes = 0;
+
+    void operator+=(const Counters& other) {
+        loads += other.loads, stores += other.stores, products += other.products;
+        reductions += other.reductions, conflicts += other.conflicts, pushes += other.pushes;
+    }
 };
 
 // One wgmma of a warpgroup: D [64, columns] += A [64, 16] B [16, columns].

@@ -79,6 +79,13 @@ void tma_store_wait() {
     emulator::cluster->store_wait(kPending);
 }
 
+inline void tma_store_wait_written() {
+    tma_store_wait<0>();
+}
+// The launches of the emulation come one after the other.
+inline void launch_dependents() {}
+inline void wait_for_prerequisites() {}
+
 template <class Mma, class A, class B, class Accumulators>
 void wgmma(Mma&, bool accumulate, const A& a, const B& b, Accumulators& acc) {
     using Operation = emulator::Operation<typename Mma::MMA_Op>;

@@ -221,6 +221,16 @@ SM90 = [
     Case(150, 136, 584, 0, 64, need=(False, True, False), dtype=BF16, schedule=LAST_FIRST, rounded=True),
     Case(150, 456, 136, 0, 16, need=(False, False, True), schedule=LATE_PRODUCTS, cluster="1x4", rounded=True),
     Case(150, 72, 136, 256, 64, dtype=BF16, schedule=LATE_LOADS, cluster="1x4", rounded=True),  # splits without a step
+    # Two launches.
+    Case(130, 328, 264, 512, 16, schedule=LATE_LOADS, dy_gap=8, x_gap=24, rounded=True),
+    Case(300, 200, 712, 264, 8, schedule=LATE_PRODUCTS | LATE_STORES | LAST_FIRST, cluster="2x1"),
+    Case(300, 456, 840, 328, 16, schedule=LATE_LOADS | LATE_STORES, cluster="2x2", rounded=True),  # tiles in turn
+    Case(140, 264, 520, 456, 40, dtype=BF16, schedule=ALL_LATE | LAST_FIRST, cluster="1x4", deterministic=True),
+    Case(400, 72, 1032, 512, 64, dtype=BF16, schedule=LATE_PRODUCTS, cluster="2x1", rounded=True),
+    Case(200, 136, 328, 384, 0, need=(True, False, False), dtype=BF16, schedule=LATE_LOADS, cluster="2x2"),
+    Case(1, 8, 8, 264, 8, schedule=ALL_LATE | LAST_FIRST),
+    Case(150, 136, 328, 320, 16, need=(True, False, True), schedule=LATE_STORES, cluster="1x2", rounded=True),
+    Case(150, 136, 328, 320, 16, need=(True, True, False), schedule=LATE_PUSHES, cluster="2x2", rounded=True),
 ]
 
 
