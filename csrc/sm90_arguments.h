@@ -44,13 +44,12 @@ struct Arguments : Sums {
 // The second of two launches: dX = T [right ; lora_A], dA = T_P^T x.
 struct ExpandArguments : Sums {
     CUtensorMap t;       // boxes [128, 64]
-    CUtensorMap t_p;     // boxes [128, 64]: the adapter's columns of T, and zeros
-    CUtensorMap t_p_dA;  // boxes [128, P tile]: the same for dA
-    CUtensorMap right;   // boxes [64, 64], or half as high
-    CUtensorMap lora_A;  // boxes [P tile, 64], or half as high
+    CUtensorMap t_p;     // boxes [128, P tile]: the adapter's columns of T
+    CUtensorMap right;   // boxes [32, 64]
+    CUtensorMap lora_A;  // boxes [32, 64], or [16, 64] where the P tile has no more
     CUtensorMap x;       // boxes [128, 64]
     CUtensorMap dx;      // boxes [64, 64]
-    std::int32_t steps;  // over R
+    std::int32_t boxes;  // of T: 64 columns of R each
     std::int32_t clusters, rows;
 };
 

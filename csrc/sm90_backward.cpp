@@ -1,5 +1,6 @@
 #include "sm90_backward.h"
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -104,17 +105,14 @@ sm90::ExpandArguments expand_arguments_of(const BackwardParams& p, const Plan& p
     a.dB_rounded = nullptr;
     if (a.dA_rounded == nullptr) a.finished = nullptr;
     a.t = map(t.base, p.M, t.rank_columns, t.stride, kBlockM, kStep);
-    a.right = map(p.right, p.R, p.K, p.K, kStep / rows, kStep);
+    a.right = map(p.right, p.R, p.K, p.K, sm90::kDepth, kStep);
     a.dx = map(p.dx, p.M, p.K, p.K, sm90::kWarpgroupRows, kStep);
     if (p.P > 0) {
-        a.t_p = map(t.adapter, p.M, adapter_tile, t.stride, kBlockM, kStep);
-        a.lora_A = map(p.lora_A, p.P, p.K, p.K, adapter_tile / rows, kStep);
-        if (a.need_dA) {
-            a.t_p_dA = map(t.adapter, p.M, adapter_tile, t.stride, kBlockM, adapter_tile);
-            a.x = map(p.x, p.M, p.K, p.x_stride, kBlockM, kStep);
-        }
+        a.t_p = map(t.adapter, p.M, adapter_tile, t.stride, kBlockM, adapter_tile);
+        a.lora_A = map(p.lora_A, p.P, p.K, p.K, std::min(sm90::kDepth, adapter_tile), kStep);
+        if (a.need_dA) a.x = map(p.x, p.M, p.K, p.x_stride, kBlockM, kStep);
     }
-    a.steps = sm90::count_steps(p.R);
+    a.boxes = sm90::count_steps(p.R);
     a.clusters = static_cast<std::int32_t>(plan.second.grid / rows);
     a.rows = rows;
     return a;

@@ -41,7 +41,10 @@ struct Layouts {
 
     // Operands of wgmma, (rows or columns of the product, contracted). The first two are the same bytes.
     using Activation = Tile<RowAtom, cute::_64, Step>;  // dY [64 of 128, 64]: (BM / 2, BN)
-    using ActivationT = Tile<Wide, Step, Rows>;         // dY [128, 64], x [128, 64]: (BN, BM), (BK, BM)
+    using ActivationP =
+        std::conditional_t<kAdapter == 64, Activation,
+                           Tile<cute::SM90::GMMA::Layout_K_SW32_Atom<Element>, cute::_64, cute::_16>>;  // T_P
+    using ActivationT = Tile<Wide, Step, Rows>;  // dY [128, 64], x [128, 64]: (BN, BM), (BK, BM)
     // Boxes [64, 64] of left, one after the other: the contracted dimension goes first.
     using Left = decltype(cute::tile_to_shape(Wide{}, cute::Shape<Rank, Step>{}, cute::Step<cute::_2, cute::_1>{}));
     using LoraB = Tile<AdapterAtom, Adapter, Step>;     // lora_B [64, P]: (P, BN)

@@ -98,7 +98,7 @@ inline void sm90_cut(const BackwardParams& p, Plan& plan, sm90::Cut cut) {
 // The second of two launches, of which `resident` blocks or pairs of blocks run at once: as many as let each take the
 // same number of tiles.
 inline void sm90_cut_second(const BackwardParams& p, Plan& plan, std::int64_t resident) {
-    const sm90::SharedMap shared = sm90::shared_map(sm90::kTileColumns, 0);
+    const sm90::SharedMap shared = sm90::expand_map(sm90::adapter_tile(p.P));
     const std::int64_t tiles = (plan.slabs + plan.rows - 1) / plan.rows * sm90::tiles_of(p.K);
     const std::int64_t in_turn =
         (tiles + std::max<std::int64_t>(resident, 1) - 1) / std::max<std::int64_t>(resident, 1);

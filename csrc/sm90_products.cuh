@@ -13,21 +13,20 @@ __device__ __forceinline__ auto shared_tensor(char* shared, Layout layout) {
 
 enum class Start { kZero, kAdd };
 
-// acc += a b, or acc = a b; a and b as fragments over the contracted dimension, of which kDepth values count (0: all).
-template <Start kStart, int kDepth = 0, class Mma, class A, class B, class Accumulators>
+// acc += a b, or acc = a b; a and b as fragments over the contracted dimension.
+template <Start kStart, class Mma, class A, class B, class Accumulators>
 __device__ __forceinline__ void multiply(Mma mma, const A& a, const B& b, Accumulators& acc) {
-    constexpr int kSlices = kDepth == 0 ? decltype(cute::size<2>(b))::value : kDepth / 16;
     CUTE_UNROLL
-    for (int k = 0; k < kSlices; ++k)
+    for (int k = 0; k < cute::size<2>(b); ++k)
         wgmma(mma, kStart == Start::kAdd || k > 0, a(cute::_, cute::_, k), b(cute::_, cute::_, k), acc);
 }
 
 // The same with both operands in shared memory.
-template <Start kStart, class Mma, int kDepth = 0, class A, class B, class Accumulators>
+template <Start kStart, class Mma, class A, class B, class Accumulators>
 __device__ __forceinline__ void multiply_shared(const A& a, const B& b, Accumulators& acc) {
     Mma mma;
     auto slice = mma.get_slice(0);
-    multiply<kStart, kDepth>(mma, slice.partition_fragment_A(a), slice.partition_fragment_B(b), acc);
+    multiply<kStart>(mma, slice.partition_fragment_A(a), slice.partition_fragment_B(b), acc);
 }
 
 template <class Mma, int kColumns>

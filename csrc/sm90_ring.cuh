@@ -104,6 +104,16 @@ struct Ring {
         }
     }
 
+    // A box that both rows read, loaded by one of them, in turns.
+    __device__ __forceinline__ void load_in_turn(int turn, const CUtensorMap& map, std::uint64_t* barrier, char* box,
+                                                 int column, int first_row) const {
+        if (rows == 1) {
+            tma_load(map, barrier, Reuse::kAgain, box, column, first_row);
+        } else if (turn % 2 == row) {
+            tma_load_shared(map, barrier, 3u << rank_of(0, split), Reuse::kAgain, box, column, first_row);
+        }
+    }
+
     // A block outlives what its neighbour's warps have still to say to it: that they have read the last stages.
     __device__ __forceinline__ void wait_for_readers(RingPosition at) const {
         CUTE_NO_UNROLL

@@ -91,6 +91,23 @@ LOGE_HOST_DEVICE constexpr SharedMap shared_map(int rank_tile, int adapter_tile)
     return map;
 }
 
+// Of the second of two launches: T of a slab stays, [128, R] in boxes 64 wide, T_P behind it; a stage holds 32 rows of
+// right or lora_A [32, 256], or x [128, 64].
+inline constexpr int kDepth = 32;
+inline constexpr int kTBoxBytes = kBlockM * kStep * kElementBytes;
+LOGE_HOST_DEVICE constexpr SharedMap expand_map(int adapter_tile) {
+    SharedMap map{};
+    map.stage_bytes = kDepth * kTileColumns * kElementBytes;
+    map.stages = 4;
+    map.staging = map.stages * map.stage_bytes;
+    map.staging_buffers = 1;
+    map.resident = map.staging + kConsumers * kStagingBytes;
+    map.barriers = map.resident + kMaxRankTwoLaunches / kStep * kTBoxBytes + kBlockM * adapter_tile * kElementBytes;
+    map.bytes =
+        map.barriers + barrier_map(map.stages).count * static_cast<int>(sizeof(std::uint64_t)) + kSharedAlignment;
+    return map;
+}
+
 struct Range {
     int begin, end;
     LOGE_HOST_DEVICE constexpr int size() const { return end - begin; }
@@ -126,6 +143,11 @@ LOGE_HOST_DEVICE constexpr int tiles_ahead(Range steps_n, Range steps_k) {
 // T in memory: columns of R in whole steps, and then the adapter's.
 LOGE_HOST_DEVICE constexpr int t_width(int rank, int adapter) {
     return count_steps(rank) * kStep + adapter_tile(adapter);
+}
+
+// The share of `count` things that cluster `cluster` of `clusters` takes.
+LOGE_HOST_DEVICE constexpr Range share_of(std::int64_t count, std::int64_t cluster, std::int64_t clusters) {
+    return {static_cast<int>(count * cluster / clusters), static_cast<int>(count * (cluster + 1) / clusters)};
 }
 
 // The columns of a matrix `size` wide that steps cover.

@@ -136,6 +136,7 @@ OVERLAP = 8
 
 # ---- within a multiprocessor, cycles and bytes ----
 SHARED_BYTES = 128  # of shared memory a cycle: fills, operands and staging alike [sheet]
+TILE_CYCLES = 1200  # from the last product of a tile [128, 256] to the first of the next: drained and staged [review]
 ROUND_BYTES = 56  # a cycle that one multiprocessor alone gets from L2 and to it [review]
 CLUSTER_BYTES = 16  # of another block's shared memory a cycle [review]
 WGMMA_LEAST = 20  # cycles of one [64, 16] x [16, n]: n / 2, but the 2 KB of its first operand take as long [review]

@@ -271,6 +271,15 @@ void check_plan() {
     EXPECT(two.rows == 2 && two.cluster == 2 && two.grid == 128, "%d of %d, %lld", two.rows, two.cluster,
            (long long)two.grid);
     EXPECT(two.second.grid == 128 && two.second.stages == 4, "%lld blocks", (long long)two.second.grid);
+    EXPECT(two.second.shared_bytes == expand_map(16).bytes && expand_map(64).bytes <= kMaxSharedBytes, "%d",
+           two.second.shared_bytes);
+    int next = 0;
+    for (int cluster = 0; cluster < 64; ++cluster) {
+        const Range share = share_of(510, cluster, 64);
+        EXPECT(share.begin == next && (share.size() == 7 || share.size() == 8), "cluster %d", cluster);
+        next = share.end;
+    }
+    EXPECT(next == 510, "%d tiles", next);
     EXPECT(two.scratch == 8192 * (512 + 16) / 2, "%lld elements", (long long)two.scratch);
     EXPECT(t_width(264, 8) == 320 + 16 && t_width(512, 0) == 512, "whole steps, and the adapter's tile");
     full.dx = nullptr;
