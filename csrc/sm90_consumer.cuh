@@ -151,7 +151,8 @@ __device__ __forceinline__ void walk_k(const Arguments& args, const Block<Layout
     if (Layouts::kHasRank && stores) tma_store_wait<0>();
 }
 
-// T [64, 256] of this warpgroup's rows, and the adapter's part of the slab's, to global memory.
+// T [64, 256] of this warpgroup's rows, and the adapter's part of the slab's, to global memory. All splits have it, and
+// each stores a part.
 template <class Layouts, class RankFragment, class AdapterFragment>
 __device__ __forceinline__ void store_t(const Arguments& args, const Block<Layouts>& block, int warpgroup, int thread,
                                         const RankFragment& t_r, const AdapterFragment& t_p) {
@@ -159,10 +160,11 @@ __device__ __forceinline__ void store_t(const Arguments& args, const Block<Layou
     const int row = block.slab * kBlockM;
     CUTE_UNROLL
     for (int box = 0; box < Layouts::kRankColumns / kStep; ++box)
-        store_tile(args.dx, block, warpgroup, thread, stores, block.tile * Layouts::kRankColumns + box * kStep,
-                   row + warpgroup * kWarpgroupRows, box % Layouts::kMap.staging_buffers,
-                   [&t_r, box](int g) { return granule_of(t_r, box * (kStep / kGranuleColumns) + g); });
-    if (block.has_adapter()) {
+        if (granule_owner(box, block.log_splits) == block.split)
+            store_tile(args.dx, block, warpgroup, thread, stores, block.tile * Layouts::kRankColumns + box * kStep,
+                       row + warpgroup * kWarpgroupRows, box % Layouts::kMap.staging_buffers,
+                       [&t_r, box](int g) { return granule_of(t_r, box * (kStep / kGranuleColumns) + g); });
+    if (block.has_adapter() && block.split == 0) {
         store_t_p<Layouts::kAdapterColumns>(block.resident(), warpgroup * kWarpgroupRows, thread, t_p);
         async_proxy_fence();
         named_barrier(kAllConsumers, kConsumerThreads);
@@ -182,12 +184,14 @@ __device__ __forceinline__ void expand(const Arguments& args, const Block<Layout
     // Both warpgroups have read the last stage and xa.
     named_barrier(kAllConsumers, kConsumerThreads);
     if (block.exchange) {
+        enter(Phase::kExchange);
         exchange_t<Layouts, Element>(args, block, warpgroup * kWarpgroupThreads + thread, t_r, t_p, rank_fragment,
                                      adapter_fragment);
     } else {
         if constexpr (Layouts::kHasRank) round_t<Element>(t_r, 1.0f, rank_fragment);
         if constexpr (Layouts::kHasAdapter) round_t<Element>(t_p, args.scaling, adapter_fragment);
     }
+    enter(Layouts::kProject ? Phase::kWalkN : Phase::kWalkK);
     if constexpr (Layouts::kProject) {
         store_t(args, block, warpgroup, thread, rank_fragment, adapter_fragment);
     } else {

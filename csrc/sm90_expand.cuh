@@ -212,6 +212,7 @@ struct Expand {
     }
 
     __device__ __forceinline__ void run() const {
+        enter(Phase::kExpand);
         if (threadIdx.x == 0) ring.init_barriers();
         if (threadIdx.x == kConsumerThreads) prefetch_maps();
         ring.start();

@@ -85,6 +85,7 @@ __device__ __forceinline__ void produce(const Arguments& args, const Block<Layou
     load_walk_n(args, block, at);
     if constexpr (!Layouts::kProject) {
         if (block.exchange) barrier_wait(block.barrier(block.kBarriers.ring_free), 0);
+        enter(Phase::kWalkK);
         load_walk_k(args, block, at);
     }
     block.wait_for_readers(at);

@@ -17,6 +17,10 @@
 
 namespace loge::sm90 {
 
+// What a thread is about to do. Nothing on a GPU; the emulation counts by it.
+enum class Phase { kWalkN, kExchange, kWalkK, kExpand };
+__device__ __forceinline__ void enter(Phase) {}
+
 // One lane of a converged warp, always the same one.
 __device__ __forceinline__ bool elect_one() {
     return cute::elect_one_sync() != 0;

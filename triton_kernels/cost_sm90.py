@@ -61,7 +61,9 @@ def rounds(M: int, R: int, rows: int, splits: int, sms: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Problem:
+class Problem:
+    """One problem, cut into clusters of `rows` slabs by `splits` of N and K."""
+
     M: int
     N: int
     K: int
@@ -144,7 +146,8 @@ class _Problem:
         M, N, flags, added = self.M, self.N, self.flags, not self.flags.deterministic
         dB = self.slabs * N * self.P * 4 * flags.need_dB
         dy = M * N * self.tiles
-        loaded = 2 * (dy + self.asked * N * (self.R + self.P * self.need_t_p) + M * self.P * flags.need_dB)
+        xa = M * self.P * self.splits * flags.need_dB
+        loaded = 2 * (dy + self.asked * N * (self.R + self.P * self.need_t_p) + xa)
         stored = 2 * M * self.t_width * self.two
         hbm = 2 * (M * N + N * (self.R + self.P) + M * self.P) + dB * (not added) + stored
         flops = self.rank * self.tiles + self.adapter * (self.need_t_p + flags.need_dB)
@@ -204,14 +207,10 @@ class _Problem:
         width = self.t_width
         dA, dX = self.slabs * K * self.P * 4 * flags.need_dA, 2 * M * K
         loaded = 2 * (visits * _ROWS * width + self.asked * K * (self.R + self.P) + M * K * flags.need_dA)
-        steps_dA = _TILE // _STEP * flags.need_dA
-        tensor = product_cycles(self.device, 2, _ROWS, _TILE, width) + steps_dA * self.skinny
-        fill = width * _TILE + steps_dA * _ROWS * _STEP
-        operands = 2 * (_STEP + _TILE) * width + steps_dA * (_STEP + self.adapter) * _ROWS
         return walk(
             "expand",
             self.device,
-            Step(tensor, 2 * (fill + operands + 2 * _ROWS * _TILE), tensor + TILE_CYCLES),
+            self.tile(),
             in_turn,
             clusters * self.rows,
             hbm=dX + 2 * (M * K * flags.need_dA + (self.R + self.P) * K) + dA * (not added),
@@ -220,6 +219,15 @@ class _Problem:
             flops=2 * self.slabs * _ROWS * K * (width + self.adapter * flags.need_dA),
             rounds=1,
         )
+
+    def tile(self) -> Step:
+        """A tile [128, 256] of dX in the second launch: the first operand, T, is there; dX is staged on its way out,
+        and nothing is multiplied meanwhile."""
+        width, steps_dA = self.t_width, _TILE // _STEP * self.flags.need_dA
+        tensor = product_cycles(self.device, 2, _ROWS, _TILE, width) + steps_dA * self.skinny
+        fill = width * _TILE + steps_dA * _ROWS * _STEP
+        operands = 2 * (_STEP + _TILE) * width + steps_dA * (_STEP + self.adapter) * _ROWS
+        return Step(tensor, 2 * (fill + operands + 2 * _ROWS * _TILE), tensor + TILE_CYCLES)
 
     def small(self) -> Phase:
         """One fill of the workspace, and the rounding of the sums to 16 bits at the kernel's end, by one multiprocessor
@@ -239,7 +247,7 @@ def estimate_sm90(M: int, N: int, K: int, R: int, P: int, flags: Flags, device: 
     need_t = flags.need_dx or flags.need_dA
     real = R if flags.need_dx else 0
     rows, splits = cut(M, N, K, real, P, device.sms, need_t)
-    p = _Problem(M, N, K, real, P, flags, device, rows, splits)
+    p = Problem(M, N, K, real, P, flags, device, rows, splits)
     phases = [p.walk_n()]
     if need_t and splits > 1:
         phases.append(p.exchange())

@@ -1,6 +1,6 @@
 // The Hopper kernel's clusters, one after the other, on the host, from sm90_backward on; see problem_io.h. Built among
-// copies of csrc/ in which tests/csrc/sm90_ptx.cuh has taken the place of the instructions. Last line of stderr: what
-// was counted.
+// copies of csrc/ in which tests/csrc/sm90_ptx.cuh has taken the place of the instructions. stderr ends with what was
+// counted: a line for each phase, and one for all.
 //
 // schedule: the bits of Schedule.
 #include <string>
@@ -17,6 +17,7 @@ namespace {
 
 emulator::Schedule schedule;
 emulator::Counters total;
+emulator::Traffic traffic[emulator::kPhases];
 
 // The compiled tiles, to bound the compiler's time: every path of the kernels, every swizzle, both types. 512: of two
 // launches.
@@ -58,6 +59,8 @@ void run_grid(int cluster_size, std::int64_t grid, int shared_bytes, Run run) {
         emulator::first_block = first;
         cluster.run([&](int, char* shared) { run(shared); });
         total += cluster.counters;
+        for (int phase = 0; phase < emulator::kPhases; ++phase)
+            traffic[phase].add_blocks(cluster.traffic(phase));
     }
 }
 
@@ -131,7 +134,8 @@ LOGE_INSTANTIATE_TWO(64)
 int main(int argc, char** argv) {
     emulator::compute(argc, argv, loge::sm90::kBlockM, [](const loge::BackwardParams& p, emulator::Options options) {
         const int bits = options.schedule;
-        schedule = {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0, (bits & 16) != 0};
+        schedule = {(bits & 1) != 0, (bits & 2) != 0,  (bits & 4) != 0,
+                    (bits & 8) != 0, (bits & 16) != 0, (bits & 32) != 0};
         loge::Plan plan = loge::sm90_prepare(p, 0);
         if (options.rows != 0) loge::sm90_cut(p, plan, {options.rows, __builtin_ctz(options.splits)});
         // Two blocks or pairs of them, so that each has tiles to take in turn.
@@ -140,6 +144,12 @@ int main(int argc, char** argv) {
         loge::BackwardParams with_scratch = p;
         with_scratch.scratch = scratch.data;
         loge::sm90_backward(with_scratch, plan, 0, nullptr);
+        for (const emulator::Traffic& t : traffic)
+            std::fprintf(stderr,
+                         "loaded=%lld stored=%lld added=%lld pushed=%lld shared=%lld n16=%lld n64=%lld n128=%lld "
+                         "n256=%lld waits=%lld\n",
+                         t.loaded, t.stored, t.added, t.pushed, t.shared, t.products[0], t.products[1], t.products[2],
+                         t.products[3], t.waits);
         std::fprintf(stderr, "loads=%lld stores=%lld products=%lld reductions=%lld conflicts=%lld pushes=%lld\n",
                      total.loads, total.stores, total.products, total.reductions, total.conflicts, total.pushes);
     });

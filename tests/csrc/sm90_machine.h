@@ -7,6 +7,7 @@
 
 #include <cuda.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -50,6 +51,7 @@ struct Schedule {
     bool late_products;  // wgmma reads its operands when it is waited for and nobody can run
     bool late_stores;    // TMA reads shared memory when it is waited for
     bool late_pushes;    // what is pushed to another block comes when nobody can run
+    bool counts_alone;   // nothing is moved or multiplied
 };
 
 struct Counters {
@@ -58,6 +60,23 @@ struct Counters {
     void operator+=(const Counters& other) {
         loads += other.loads, stores += other.stores, products += other.products;
         reductions += other.reductions, conflicts += other.conflicts, pushes += other.pushes;
+    }
+};
+
+// What the time of a phase follows from, of all blocks: bytes that TMA reads from and writes to L2, within the
+// matrices, and once where several blocks get them; bytes added there; bytes pushed to other blocks. Of the busiest
+// block: bytes through its shared memory, products by their width (16, 64, 128, 256), and how often a consumer looks at
+// a barrier.
+inline constexpr int kPhases = 4;
+struct Traffic {
+    long long loaded = 0, stored = 0, added = 0, pushed = 0;
+    long long shared = 0, products[4] = {}, waits = 0;
+
+    void add_blocks(const Traffic& other) {
+        loaded += other.loaded, stored += other.stored, added += other.added, pushed += other.pushed;
+        if (other.shared < shared) return;
+        shared = other.shared, waits = other.waits;
+        std::copy(other.products, other.products + 4, products);
     }
 };
 
@@ -111,6 +130,15 @@ class Cluster {
     int thread() const { return fibers_.running() % kThreads; }
     int block() const { return fibers_.running() / kThreads; }
 
+    void enter(int phase) { self().phase = phase; }
+    // Of a phase, over the blocks.
+    Traffic traffic(int phase) const {
+        Traffic total;
+        for (const Block& block : blocks_)
+            total.add_blocks(block.traffic[phase]);
+        return total;
+    }
+
     // mbarriers
 
     void barrier_init(std::uint64_t* at, int arrivals) {
@@ -124,6 +152,7 @@ class Cluster {
     void remote_arrive(std::uint32_t address) { arrive(find(remote_barrier(address)), 0); }
     void barrier_wait(std::uint64_t* at, std::uint32_t parity) {
         Barrier& barrier = find(at);
+        if (thread() == 0) ++here().waits;
         while ((barrier.phase & 1) == parity) {
             barrier.waiting.push_back(fibers_.running());
             fibers_.suspend();
@@ -138,18 +167,24 @@ class Cluster {
     // To the blocks whose bits are set.
     void load(const CUtensorMap& map, std::uint64_t* barrier, unsigned blocks, char* shared, int column, int row) {
         ++counters.loads;
+        const TensorMap& box = reinterpret_cast<const TensorMap&>(map);
+        here().loaded += 2 * overlap(row, box.box_rows, box.rows) * overlap(column, box.box_columns, box.columns);
         if (blocks >> blocks_.size() != 0) fail("a load to blocks that are not in the cluster", blocks);
         for (int i = 0; i < static_cast<int>(blocks_.size()); ++i) {
             if ((blocks >> i & 1) == 0) continue;
             std::uint64_t* const there = counterpart(barrier, i);
             find(there);
             loads_.push_back({&map, i, there, counterpart(shared, i), column, row});
+            blocks_[i].traffic[self().phase].shared += 2 * box.box_rows * box.box_columns;
             if (!schedule_.late_loads) land_a_load();
         }
     }
     // A bulk group of its own.
     void store(const CUtensorMap& map, const char* shared, int column, int row) {
         ++counters.stores;
+        const TensorMap& box = reinterpret_cast<const TensorMap&>(map);
+        here().stored += 2 * overlap(row, box.box_rows, box.rows) * overlap(column, box.box_columns, box.columns);
+        here().shared += 2 * box.box_rows * box.box_columns;
         const Store made{&map, shared, column, row};
         if (schedule_.late_stores)
             self().stores.push_back(made);
@@ -175,7 +210,11 @@ class Cluster {
             fail("the threads of a warpgroup multiply different things");
         issued.acc[fibers_.running() % kWarpgroupThreads] = acc;
         issued.a[fibers_.running() % kWarpgroupThreads] = static_cast<const std::uint16_t*>(a_registers);
-        if (++issued.arrived == kWarpgroupThreads && !schedule_.late_products) complete(warpgroup, 1);
+        if (++issued.arrived == kWarpgroupThreads) {
+            here().shared += 32 * (made.columns + (made.a_in_registers ? 0 : 64));
+            ++here().products[made.columns == 16 ? 0 : made.columns == 64 ? 1 : made.columns == 128 ? 2 : 3];
+            if (!schedule_.late_products) complete(warpgroup, 1);
+        }
     }
     void product_fence() { self().fenced = true; }
     void product_commit() { self().groups.push_back(self().issued); }
@@ -234,6 +273,7 @@ class Cluster {
     void stmatrix(char* row, const std::uint32_t* registers) {
         if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) fail("stmatrix to a misaligned row");
         self().unfenced = self().wrote = true;
+        here().shared += 16;
         together(2, {registers, row}, [this](auto& lanes) {
             for (int matrix = 0; matrix < 4; ++matrix) {
                 unsigned banks = 0;
@@ -260,6 +300,8 @@ class Cluster {
     void push(std::uint32_t address, std::uint32_t barrier, const void* value) {
         if (address / kWindow != barrier / kWindow) fail("a push and its barrier are in different blocks");
         ++counters.pushes;
+        here().pushed += 16;
+        blocks_[address / kWindow].traffic[self().phase].shared += 32;  // it comes, and is read
         Push made{static_cast<int>(address / kWindow), remote(address), remote_barrier(barrier), {}};
         std::memcpy(made.value.data(), value, 16);
         pushes_.push_back(made);
@@ -271,6 +313,7 @@ class Cluster {
         if (blocks_[block()].counted) fail("an addition after the block has counted itself as finished");
         self().wrote = true;
         ++counters.reductions;
+        here().added += 16;
         for (int i = 0; i < 4; ++i)
             pointer[i] += v[i];
     }
@@ -310,6 +353,7 @@ class Cluster {
         std::deque<Store> stores;
         std::vector<long long> groups;  // products issued when each group was committed
         long long issued = 0;
+        int phase = 0;
         bool fenced = false, unfenced = false, wrote = false;
     };
     struct Lane {
@@ -337,12 +381,18 @@ class Cluster {
     struct Block {
         std::unique_ptr<char, Free> window;
         std::array<std::vector<int>, 16> named;
-        int ended = 0;                   // threads
+        int ended = 0;  // threads
+        Traffic traffic[kPhases];
         bool counted = false;            // as finished
         bool said = false, any = false;  // of named_any: so far, and by all
     };
 
     Thread& self() { return threads_[fibers_.running()]; }
+    Traffic& here() { return blocks_[block()].traffic[self().phase]; }
+    // How much of [begin, begin + count) lies before `size`.
+    static std::int64_t overlap(std::int64_t begin, std::int64_t count, std::int64_t size) {
+        return std::max<std::int64_t>(0, std::min(count, size - begin));
+    }
     Warpgroup& my_warpgroup() { return warpgroups_[fibers_.running() / kWarpgroupThreads]; }
 
     Barrier& find(std::uint64_t* at) {
@@ -382,7 +432,7 @@ class Cluster {
         must_live(load.block);
         const TensorMap& map = reinterpret_cast<const TensorMap&>(*load.map);
         const std::int64_t width = map.box_columns;
-        for (int i = 0; i < map.box_rows; ++i)
+        for (int i = 0; i < map.box_rows && !schedule_.counts_alone; ++i)
             for (int j = 0; j < width; j += 8) {
                 char* target = swizzled(load.shared, map, i, j);
                 const std::int64_t row = load.row + std::int64_t{i}, column = load.column + std::int64_t{j};
@@ -410,6 +460,7 @@ class Cluster {
     }
 
     void perform(const Store& store) {
+        if (schedule_.counts_alone) return;
         const TensorMap& map = reinterpret_cast<const TensorMap&>(*store.map);
         for (int i = 0; i < map.box_rows; ++i)
             for (int j = 0; j < map.box_columns; j += 8) {
@@ -434,7 +485,8 @@ class Cluster {
             if (warpgroup.products.empty() || warpgroup.products.front().arrived != kWarpgroupThreads)
                 fail("a product not all threads have issued");
             const Issued& issued = warpgroup.products.front();
-            if (issued.product.dtype == loge::DType::kBFloat16)
+            if (schedule_.counts_alone) {
+            } else if (issued.product.dtype == loge::DType::kBFloat16)
                 multiply<loge::DType::kBFloat16>(issued, window);
             else
                 multiply<loge::DType::kFloat16>(issued, window);

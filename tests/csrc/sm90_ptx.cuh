@@ -54,6 +54,11 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
 
 namespace loge::sm90 {
 
+enum class Phase { kWalkN, kExchange, kWalkK, kExpand };
+inline void enter(Phase phase) {
+    emulator::cluster->enter(static_cast<int>(phase));
+}
+
 inline bool elect_one() {
     return threadIdx.x % 32 == 0;
 }

@@ -19,10 +19,15 @@ import torch
 from toolchain import HOST_SOURCES, SOURCES, WARNINGS, build, cute_options, needs_compiler
 from torch import Tensor
 
+from loge_kernels.triton_kernels import cost_sm90
+from loge_kernels.triton_kernels.phases import Flags
+from loge_kernels.triton_kernels.rates import DEFAULT, WGMMA_LEAST
+
 pytestmark = needs_compiler
 
 BLOCK_M = {"sm80": 64, "sm90": 128}
 LAST_FIRST, LATE_LOADS, LATE_PRODUCTS, LATE_STORES, LATE_PUSHES = 1, 2, 4, 8, 16  # bits of Case.schedule for sm90
+COUNTS_ALONE = 32  # nothing is moved or multiplied
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,20 @@ def with_gap(tensor: Tensor, gap: int) -> bytes:
     return raw(wide.flatten()[: wide.numel() - gap])
 
 
+def call(emulator: Emulator, case: Case, operands: bytes) -> tuple[bytes, list[dict[str, int]]]:
+    """What the emulator gives, and the lines of what it has counted."""
+    c = case
+    numbers = [c.M, c.N, c.K, c.R, c.P, c.N + c.dy_gap, c.K + c.x_gap, int(c.dtype == torch.bfloat16)]
+    numbers += [int(c.deterministic), *map(int, c.need), c.scaling, c.schedule, c.cluster, int(c.rounded)]
+    environment = {"ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
+    command = [str(emulator.program), *map(str, numbers)]
+    done = subprocess.run(command, input=operands, capture_output=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    # Above them ASan says that it is new to swapcontext.
+    lines = [line for line in done.stderr.decode().splitlines() if line.count("=") > 1 and not line.startswith("=")]
+    return done.stdout, [{key: int(value) for key, value in (i.split("=") for i in line.split())} for line in lines]
+
+
 def run(emulator: Emulator, case: Case) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The gradients, compared with those of the formula in float64, and what was counted."""
     c = case
@@ -94,23 +113,17 @@ def run(emulator: Emulator, case: Case) -> tuple[dict[str, Tensor], dict[str, in
     parts = [with_gap(dy, c.dy_gap), with_gap(x, c.x_gap) if need_dA else b"", raw(xa) if need_dB else b""]
     parts += [raw(left), raw(right), raw(lora_A)] if need_dx else []
     parts += [raw(lora_B)] if need_dx or need_dA else []
-    numbers = [c.M, c.N, c.K, c.R, c.P, c.N + c.dy_gap, c.K + c.x_gap, int(c.dtype == torch.bfloat16)]
-    numbers += [int(c.deterministic), *map(int, c.need), c.scaling, c.schedule, c.cluster, int(c.rounded)]
-    environment = {"ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
-    command = [str(emulator.program), *map(str, numbers)]
-    done = subprocess.run(command, input=b"".join(parts), capture_output=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    items = done.stderr.decode().splitlines()[-1].split()  # above it ASan says that it is new to swapcontext
-    counts = {key: int(value) for key, value in (item.split("=") for item in items)}
+    output, lines = call(emulator, c, b"".join(parts))
+    counts = lines[-1]
 
     slabs = -(-c.M // BLOCK_M[emulator.kernel]) if c.deterministic else 1
     shapes = {"dx": (c.M, c.K), "dA": (c.P, c.K), "dB": (c.N, c.P)}
     wanted = {name: shape for (name, shape), needed in zip(shapes.items(), c.need, strict=True) if needed}
     sizes = {name: int(np.prod(shape)) for name, shape in wanted.items()}
     halves = sum(size for name, size in sizes.items() if c.rounded or name == "dx")
-    rounded = torch.from_numpy(np.frombuffer(done.stdout, np.int16, halves).copy()).view(c.dtype)
+    rounded = torch.from_numpy(np.frombuffer(output, np.int16, halves).copy()).view(c.dtype)
     # A set of sums for each slab, dA and then dB.
-    sums = torch.from_numpy(np.frombuffer(done.stdout, np.float32, offset=2 * halves).copy())
+    sums = torch.from_numpy(np.frombuffer(output, np.float32, offset=2 * halves).copy())
     sums = sums.view(slabs, -1).sum(0) if sums.numel() else sums
     got = {}
     for name, size in sizes.items():
@@ -241,6 +254,52 @@ def test_sm90(sm90: Emulator, case: Case) -> None:
     assert counts["products"] > 0
     assert (counts["stores"] > 0) == case.need[0]
     assert (counts["reductions"] == 0) == (case.deterministic or case.need[1:] == (False, False))
+
+
+COUNTED = [
+    # One cluster: of each pair or slab of a larger problem it is as much.
+    Case(256, 2048, 1024, 64, 16, cluster="2x2"),
+    Case(256, 1024, 2048, 256, 64, dtype=BF16, cluster="2x4"),
+    Case(128, 1024, 1024, 256, 64, dtype=BF16, cluster="1x2"),
+    Case(256, 1024, 1024, 128, 0, need=(True, False, False), cluster="2x2"),
+    Case(256, 1024, 2048, 512, 16, cluster="2x1"),
+    Case(256, 1024, 2048, 512, 64, dtype=BF16, cluster="2x2"),
+]
+
+
+@pytest.mark.parametrize("case", COUNTED, ids=str)
+def test_the_cost_model_counts_what_the_kernels_do(sm90: Emulator, case: Case) -> None:
+    """Bytes of L2 and between blocks, products and bytes of shared memory, phase by phase, of Hopper's own code."""
+    c = replace(case, schedule=COUNTS_ALONE)
+    zeros = bytes(2 * (c.M * (c.N + c.K * c.need[1] + c.P * c.need[2]) + (c.N + c.K) * (c.R + c.P)))
+    phases = dict(zip(("walk N", "exchange", "walk K", "expand"), call(sm90, c, zeros)[1], strict=False))
+    rows, splits = map(int, c.cluster.split("x"))
+    # As many multiprocessors as the emulator takes for the second launch: two clusters.
+    device = replace(DEFAULT, sms=2 * rows)
+    model = cost_sm90.Problem(c.M, c.N, c.K, c.R, c.P, Flags(*c.need), device, rows, splits)
+    steps_n, steps_k = (-(-size // 64) // splits for size in (c.N, c.K))
+    in_turn = -(-c.K // 256) // 2
+    # Values of a row that pass through shared memory once a walk, not once a step: xa and, on its way out, T; T_P; T.
+    t_stored = 2 * (256 // splits + model.adapter) * model.two
+    once = {
+        "walk N": model.adapter * c.need[2] + t_stored,
+        "walk K": model.adapter * c.need[1],
+        "expand": model.t_width,
+    }
+    found = [("walk N", model.walk_n(), model.step_n(), steps_n)]
+    if splits > 1:
+        found.append(("exchange", model.exchange(), None, 0))
+    if c.R > 256:
+        found.append(("expand", model.expand(), model.tile(), in_turn))
+    else:
+        found.append(("walk K", model.walk_k(), model.step_k(), steps_k))
+    for name, phase, step, steps in found:
+        counted = phases[name]
+        assert sum(counted[key] for key in ("loaded", "stored", "added", "pushed")) == phase.l2_bytes, name
+        if step is not None:
+            cycles = sum(counted[f"n{width}"] * max(width // 2, WGMMA_LEAST) for width in (16, 64, 128, 256))
+            assert cycles == steps * step.tensor, name
+            assert counted["shared"] == steps * step.shared + 2 * 128 * once[name], name
 
 
 @pytest.mark.parametrize(("kernel", "cluster"), [("sm80", "1x1"), ("sm90", "1x2"), ("sm90", "2x2")])
