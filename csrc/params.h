@@ -15,7 +15,7 @@ namespace loge {
 
 enum class DType : std::int32_t { kFloat16 = 0, kBFloat16 = 1 };
 
-inline constexpr std::int64_t kMaxRank = 256;
+inline constexpr std::int64_t kMaxRank = 256;  // of a kernel that names no other
 inline constexpr std::int64_t kMaxAdapter = 64;
 // What TMA, cp.async and vector stores move at a time; every row of every operand starts on such a boundary.
 inline constexpr std::int64_t kAlignmentBytes = 16;
@@ -39,6 +39,7 @@ struct BackwardParams {
     void* dA_rounded;    // [P, K]
     void* dB_rounded;    // [N, P]
     unsigned* finished;  // zeros, one for each block of a cluster: slabs that have added; null: nothing is rounded
+    void* scratch;       // of a plan that has some
     std::int64_t slab_stride;  // 0 unless deterministic
     std::int64_t M, N, K;
     std::int64_t dy_stride, x_stride;
@@ -63,18 +64,31 @@ struct Plan {
     std::int32_t threads;       // of a block
     std::int64_t slabs;         // ceil(M / block_m)
     std::int64_t grid;          // blocks
+    // Of kernels that take two launches; zeros for the others.
+    std::int32_t block_r;  // columns of T that a block of the first launch computes
+    struct {
+        std::int32_t stages, shared_bytes;
+        std::int64_t grid;
+    } second;
+    std::int64_t scratch;  // elements of 4 bytes that the blocks hand each other
+    // The kernel adds up dA and dB itself, in an order that the plan fixes: deterministic or not, it does the same.
+    bool ordered;
 };
 
 // The one workspace of a call, in elements of 4 bytes: a set of sums, dA [P, K] and dB [N, P], those that are wanted,
 // and then the counters; or a set for each slab, when deterministic.
 struct Workspace {
-    std::int64_t dB;    // where dB starts in a set
-    std::int64_t set;   // elements of a set
-    std::int64_t size;  // 0 where neither is wanted
+    std::int64_t dB;     // where dB starts in a set
+    std::int64_t set;    // elements of a set
+    std::int64_t sets;   // that the caller adds up; 0: the one set is the result
+    std::int64_t zeros;  // from here on it is to be cleared
+    std::int64_t size;   // 0 where neither is wanted
 };
 inline Workspace workspace_of(const BackwardParams& p, const Plan& plan) {
     const std::int64_t dB = p.dA != nullptr ? p.P * p.K : 0, set = dB + (p.dB != nullptr ? p.N * p.P : 0);
-    return {dB, set, p.deterministic ? plan.slabs * set : set == 0 ? 0 : set + kMaxCluster};
+    if (plan.ordered) return {dB, set, 0, set, set + plan.grid + plan.second.grid};
+    if (p.deterministic) return {dB, set, plan.slabs, plan.slabs * set, plan.slabs * set};
+    return {dB, set, 0, 0, set == 0 ? 0 : set + kMaxCluster};
 }
 
 }  // namespace loge
