@@ -25,13 +25,13 @@ class Expand {
     using Gradient = float[kAdapter > 0 ? Tiles::kFragments : 1][4];
 
  public:
-    LOGE_SM80_DEVICE Expand(const Arguments& arguments, std::int64_t block, Machine& machine)
+    LOGE_SM80_DEVICE Expand(const Arguments& arguments, int block, Machine& machine)
         : a(arguments),
           p(arguments.problem),
           m(machine),
           block_(block),
-          lane_(machine.thread() % 32),
-          warp_(machine.thread() / 32),
+          lane_(machine.thread() & 31),
+          warp_(static_cast<unsigned>(machine.thread()) / 32),
           stages_(arguments.expand_stages),
           depth_(arguments.rank > 0 ? arguments.rank + arguments.adapter : 0),
           // x of the next slab is asked for at the second part of a slab and must be there at its first: `stages`
@@ -42,40 +42,39 @@ class Expand {
     LOGE_SM80_DEVICE void run() {
         if constexpr (kAdapter > 0)
             if (p.dB != nullptr) add_up_dB();
-        const std::int64_t end = a.expand.begin(block_ + 1);
-        std::int64_t at = a.expand.begin(block_);
-        while (at < end) {
-            const std::int64_t column = at / a.slabs, slab = at % a.slabs;
-            const std::int64_t rest = end - at, left = a.slabs - slab;
-            const std::int64_t count = rest < left ? rest : left;
-            walk(column, slab, count);
-            at += count;
+        const std::int64_t begin = a.expand.begin(block_);
+        int column = static_cast<int>(begin / a.slabs), slab = static_cast<int>(begin % a.slabs);
+        for (;;) {
+            const std::int64_t rest = a.expand.begin(block_ + 1) - (std::int64_t{column} * a.slabs + slab);
+            if (rest <= 0) return;
+            const int left = a.slabs - slab;
+            walk(column, slab, rest < left ? static_cast<int>(rest) : left);
+            ++column, slab = 0;
         }
     }
 
  private:
     // `count` slabs of columns [kWidth * column, .. + kWidth) from `slab` on.
-    LOGE_SM80_DEVICE void walk(std::int64_t column, std::int64_t slab, std::int64_t count) {
-        column_ = column * kWidth;
+    LOGE_SM80_DEVICE void walk(int column, int slab, int count) {
+        column_ = std::int64_t{column} * kWidth;
         slab_ = slab, end_ = slab + count;
         Gradient dA = {};
         m.sync();  // every warp has read the last stages of the walk before
         load_factors();
         load_x(slab);
-        int part = 0, next_part = 0;  // of a slab: of the products, and of the loads that are ahead of them
-        std::int64_t next_slab = slab;
+        int next_slab = slab, next_part = 0;  // of the loads that are ahead of the products
         for (int i = 0; i < stages_ - 1; ++i) {
             load_t(i, next_slab, next_part);
             m.commit();
             advance(next_slab, next_part);
         }
-        int stage = 0, next = stages_ - 1;
+        int stage = 0;
         for (; slab_ < end_; ++slab_) {
             Out out = {};
-            for (part = 0; part < parts_; ++part) {
+            for (int part = 0; part < parts_; ++part) {
                 m.wait(stages_ - 2);
                 m.sync();
-                load_t(next, next_slab, next_part);
+                load_t(stage == 0 ? stages_ - 1 : stage - 1, next_slab, next_part);
                 advance(next_slab, next_part);
                 if (part == 1) load_x(slab_ + 1);
                 m.commit();
@@ -83,7 +82,6 @@ class Expand {
                     if (part == 0 && p.dA != nullptr) gradient(dA);
                 expand(Tiles::kFirstStage + stage * Tiles::kStageBytes, part * kDepth, out);
                 stage = stage + 1 == stages_ ? 0 : stage + 1;
-                next = next + 1 == stages_ ? 0 : next + 1;
             }
             if (p.dx != nullptr) write_dx(out);
         }
@@ -91,7 +89,7 @@ class Expand {
             if (p.dA != nullptr) finish(column, count, dA);
     }
 
-    LOGE_SM80_DEVICE void advance(std::int64_t& slab, int& part) const {
+    LOGE_SM80_DEVICE void advance(int& slab, int& part) const {
         part = part + 1 == parts_ ? 0 : part + 1;
         slab += part == 0;
     }
@@ -111,16 +109,16 @@ class Expand {
         }
     }
 
-    LOGE_SM80_DEVICE void load_t(int stage, std::int64_t slab, int part) {
+    LOGE_SM80_DEVICE void load_t(int stage, int slab, int part) {
         if (slab < end_ && part * kDepth < depth_)
             load_tile<kBlockM, kDepth>(m, Tiles::kFirstStage + stage * Tiles::kStageBytes, a.t, a.rank + a.adapter,
-                                       p.M, depth_, slab * kBlockM, part * kDepth);
+                                       p.M, depth_, std::int64_t{slab} * kBlockM, part * kDepth);
     }
 
-    LOGE_SM80_DEVICE void load_x(std::int64_t slab) {
+    LOGE_SM80_DEVICE void load_x(int slab) {
         if constexpr (kAdapter > 0) {
             if (p.dA == nullptr || slab >= end_) return;
-            const std::int64_t row = slab * kBlockM, stride = a.rank + a.adapter;
+            const std::int64_t row = std::int64_t{slab} * kBlockM, stride = a.rank + a.adapter;
             load_tile<kBlockM, kWidth>(m, Tiles::kX, p.x, p.x_stride, p.M, p.K, row, column_);
             load_tile<kBlockM, kAdapter>(m, Tiles::kTP, a.t, stride, p.M, stride, row, a.rank);
         }
@@ -139,15 +137,16 @@ class Expand {
     }
 
     LOGE_SM80_DEVICE void multiply(int t, int k, int row, Out& out) {
+        const int rows = fragment<kDepth>(t, a_corner(lane_), warp_ / Grid::kAcross * Grid::kRows, 0);
+        const int columns = fragment<kWidth>(factors_, b_wide_corner(lane_), 0, warp_ % Grid::kAcross * kColumnTiles);
         std::uint32_t of_t[kRowTiles][4];  // (16, 16) each
         LOGE_SM80_UNROLL
         for (int i = 0; i < kRowTiles; ++i)
-            fetch<false, kDepth>(m, of_t[i], t, a_corner(lane_), warp_ / Grid::kAcross * Grid::kRows + 16 * i,
-                                 k / kChunk);
+            m.template ldmatrix<false>(of_t[i], below<kDepth>(beside(rows, k / kChunk), 16 * i));
         LOGE_SM80_UNROLL
         for (int j = 0; j < kColumnTiles; j += 2) {
             std::uint32_t b[4];  // right or lora_A (16, 16)
-            fetch<true, kWidth>(m, b, factors_, b_wide_corner(lane_), row, warp_ % Grid::kAcross * kColumnTiles + j);
+            m.template ldmatrix<true>(b, below<kWidth>(beside(columns, j), row));
             LOGE_SM80_UNROLL
             for (int i = 0; i < kRowTiles; ++i) {
                 m.template mma<kType>(out[i][j], of_t[i], b);
@@ -158,18 +157,20 @@ class Expand {
 
     // dA += T_P^T x of one slab.
     LOGE_SM80_DEVICE void gradient(Gradient& dA) {
+        const int rows = fragment<kAdapter>(Tiles::kTP, a_transposed_corner(lane_), 0, 0);
+        const int columns = fragment<kWidth>(Tiles::kX, b_tall_corner(lane_), 0, warp_ * Tiles::kXTiles);
         LOGE_SM80_UNROLL
         for (int k32 = 0; k32 < kBlockM; k32 += 32) {
             std::uint32_t b[Tiles::kXTiles][4];  // x (32, 8) per tile
             LOGE_SM80_UNROLL
             for (int j = 0; j < Tiles::kXTiles; ++j)
-                fetch<true, kWidth>(m, b[j], Tiles::kX, b_tall_corner(lane_), k32, warp_ * Tiles::kXTiles + j);
+                m.template ldmatrix<true>(b[j], below<kWidth>(beside(columns, j), k32));
             LOGE_SM80_UNROLL
             for (int k16 = 0; k16 < 2; ++k16) {
                 LOGE_SM80_UNROLL
                 for (int i = 0; i < kAdapter / 16; ++i) {
                     std::uint32_t transposed[4];  // T_P^T (16, 16)
-                    fetch<true, kAdapter>(m, transposed, Tiles::kTP, a_transposed_corner(lane_), k32 + 16 * k16, 2 * i);
+                    m.template ldmatrix<true>(transposed, below<kAdapter>(beside(rows, 2 * i), k32 + 16 * k16));
                     LOGE_SM80_UNROLL
                     for (int j = 0; j < Tiles::kXTiles; ++j)
                         m.template mma<kType>(dA[i * Tiles::kXTiles + j], transposed, b[j] + 2 * k16);
@@ -184,13 +185,13 @@ class Expand {
             LOGE_SM80_UNROLL
             for (int j = 0; j < kColumnTiles; j += 2)
                 write_rows<kType>(m, p.dx, p.K, p.M, p.K,
-                                  slab_ * kBlockM + warp_ / Grid::kAcross * Grid::kRows + 16 * i,
-                                  column_ + warp_ % Grid::kAcross * Grid::kColumns + 8 * j, out[i][j], out[i][j + 1],
-                                  1.0f);
+                                  std::int64_t{slab_} * kBlockM + warp_ / Grid::kAcross * Grid::kRows + 16 * i,
+                                  column_ + warp_ % Grid::kAcross * Grid::kColumns + 8 * j, lane_, out[i][j],
+                                  out[i][j + 1], 1.0f);
         }
     }
 
-    LOGE_SM80_DEVICE void finish(std::int64_t column, std::int64_t count, Gradient& dA) {
+    LOGE_SM80_DEVICE void finish(std::int64_t column, int count, Gradient& dA) {
         if (count < a.slabs) {
             const Sharing sharing{a.expand.owner(column * a.slabs), a.expand.owner((column + 1) * a.slabs - 1), block_};
             if (!add_up(m, dA, a.dA_parts, sharing, a.dA_counters)) return;
@@ -209,35 +210,38 @@ class Expand {
     // they lay in C [16, 8]: all blocks of this launch take their share.
     LOGE_SM80_DEVICE void add_up_dB() {
         const int fragments = a.step_n / 16 * (kAdapter / 8);  // of a step
-        const std::int64_t total = a.steps * fragments * 32;
-        for (std::int64_t index = block_ * kThreads + m.thread(); index < total; index += a.expand.blocks * kThreads) {
-            const std::int64_t step = index / (fragments * 32);
+        const std::int64_t total = std::int64_t{a.steps} * fragments * 32;
+        for (std::int64_t index = std::int64_t{block_} * kThreads + m.thread(); index < total; index += a.expand.blocks * kThreads) {
+            const int step = static_cast<int>(index / (fragments * 32));
             const int rest = static_cast<int>(index % (fragments * 32)), fragment = rest / 32;
             float sum[4];
             add_up_step(step, a.dB_parts + rest * 4, std::int64_t{fragments} * 128, sum);
-            write_gradient<kType>(m, p.dB, p.dB_rounded, p.N, p.P, step * a.step_n + fragment / (kAdapter / 8) * 16,
+            write_gradient<kType>(m, p.dB, p.dB_rounded, p.N, p.P, std::int64_t{step} * a.step_n + fragment / (kAdapter / 8) * 16,
                                   fragment % (kAdapter / 8) * 8, rest % 32, sum, p.scaling);
         }
     }
 
     // The sum over the blocks that have come by `step` of N: each keeps its steps, `size` elements each, in the order of
     // its share.
-    LOGE_SM80_DEVICE void add_up_step(std::int64_t step, const float* parts, std::int64_t size, float (&sum)[4]) {
+    LOGE_SM80_DEVICE void add_up_step(int step, const float* parts, std::int64_t size, float (&sum)[4]) {
         constexpr int kInFlight = 4;
-        const std::int64_t each = a.project.total / a.project.blocks, more = a.project.total % a.project.blocks;
-        const std::int64_t round = each % a.steps, round_more = (each + 1) % a.steps, limit = a.slabs * a.steps;
-        std::int64_t begin = 0, begin_step = 0;  // of the block's share, and of N
+        const std::int64_t each = a.project.each, limit = std::int64_t{a.slabs} * a.steps;
+        const int more = a.project.more;
+        const int round = static_cast<int>(each % a.steps), round_more = static_cast<int>((each + 1) % a.steps);
+        std::int64_t begin = 0;  // of the block's share
+        int begin_step = 0;      // of N
         LOGE_SM80_UNROLL
         for (int r = 0; r < 4; ++r)
             sum[r] = 0.0f;
-        for (std::int64_t first = 0; first < a.dB_blocks; first += kInFlight) {
+        for (int first = 0; first < a.dB_blocks; first += kInFlight) {
             float v[kInFlight][4] = {};
             LOGE_SM80_UNROLL
             for (int i = 0; i < kInFlight; ++i) {
-                const std::int64_t block = first + i, share = each + (block < more);
-                const std::int64_t after = step - begin_step + (step < begin_step ? a.steps : 0);
+                const int block = first + i;
+                const std::int64_t share = each + (block < more);
+                const int after = step - begin_step + (step < begin_step ? a.steps : 0);
                 if (block < a.dB_blocks && after < share && begin + after < limit)
-                    m.read_sums(v[i], parts + (block * a.dB_steps + after) * size);
+                    m.read_sums(v[i], parts + (std::int64_t{block} * a.dB_steps + after) * size);
                 begin += share;
                 begin_step += block < more ? round_more : round;
                 begin_step -= begin_step < a.steps ? 0 : a.steps;
@@ -254,11 +258,13 @@ class Expand {
     const Arguments& a;
     const BackwardParams& p;
     Machine& m;
-    const std::int64_t block_;
-    const int lane_, warp_, stages_;
+    const int block_, lane_;
+    const unsigned warp_;
+    const int stages_;
     const int depth_, parts_;  // columns of T that dX takes, and the steps of a slab
     const int factors_;        // where they lie
-    std::int64_t column_ = 0, slab_ = 0, end_ = 0;
+    std::int64_t column_ = 0;
+    int slab_ = 0, end_ = 0;
 };
 
 }  // namespace loge::sm80

@@ -52,12 +52,13 @@ inline Arguments arguments_of(const BackwardParams& p, const Plan& plan) {
     a.adapter = p.dx != nullptr || p.dA != nullptr ? p.P : 0;
     a.project_stages = plan.stages, a.expand_stages = plan.second.stages;
     a.step_n = plan.block_n;
-    a.slabs = plan.slabs, a.steps = tiles_of(p.N, plan.block_n);
+    a.slabs = static_cast<std::int32_t>(plan.slabs);
+    a.steps = static_cast<std::int32_t>(tiles_of(p.N, plan.block_n));
     const std::int64_t across = plan.block_r == 0 ? 1 : tiles_of(a.rank, plan.block_r);
-    a.project = {a.slabs * across * a.steps, plan.grid};
-    a.expand = {(p.dx != nullptr || p.dA != nullptr ? tiles_of(p.K, plan.block_k) : 0) * a.slabs, plan.second.grid};
-    a.dB_blocks = a.project.owner(a.slabs * a.steps - 1) + 1;
-    a.dB_steps = std::min(a.project.most(), a.steps);
+    a.project = cut(plan.slabs * across * a.steps, plan.grid);
+    a.expand = cut((p.dx || p.dA ? tiles_of(p.K, plan.block_k) : 0) * plan.slabs, plan.second.grid);
+    a.dB_blocks = static_cast<std::int32_t>(a.project.owner(plan.slabs * a.steps - 1) + 1);
+    a.dB_steps = static_cast<std::int32_t>(std::min<std::int64_t>(a.project.most(), a.steps));
     return a;
 }
 

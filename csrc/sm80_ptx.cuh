@@ -15,6 +15,12 @@ class PtxMachine {
         : base_(static_cast<std::uint32_t>(__cvta_generic_to_shared(shared))) {}
 
     __device__ __forceinline__ int thread() const { return static_cast<int>(threadIdx.x); }
+    // The same, read again: a value kept from the kernel's start to its end costs spills where registers are scarce.
+    __device__ __forceinline__ int thread_anew() const {
+        int thread;
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+        return thread;
+    }
     __device__ __forceinline__ void sync() const { __syncthreads(); }
 
     // 16 bytes of global memory to shared memory, or zeros.

@@ -32,6 +32,17 @@ LOGE_SM80_HD constexpr int tile_offset(int row, int chunk) {
     return (row * kChunks + (chunk ^ (row / (8 / kSpan) & (kSpan - 1)))) * 16;
 }
 
+// From the offset of a chunk to those of others, so that a thread keeps one address of a tile: `chunks` further on in its
+// row, where the chunk's index has these bits clear and the tile begins at a multiple of 128 bytes; and `rows`, a
+// multiple of 8, below.
+LOGE_SM80_HD constexpr int beside(int offset, int chunks) {
+    return offset ^ chunks * 16;
+}
+template <int kColumns>
+LOGE_SM80_HD constexpr int below(int offset, int rows) {
+    return offset + rows * kColumns * kElementBytes;
+}
+
 // Where lane 0 .. 31 points ldmatrix.x4, relative to the corner of a fragment: a row and a chunk of the stored tile.
 struct Corner {
     int row, chunk;
@@ -75,18 +86,21 @@ struct Warps {
 
 // Work that stands in line, cut into as many equal shares as there are blocks, and how a share's end meets a tile's.
 struct Cut {
-    std::int64_t total, blocks;
+    std::int64_t total, each;  // the first `more` blocks have one more than the others
+    std::int32_t blocks, more;
 
     LOGE_SM80_HD constexpr std::int64_t begin(std::int64_t block) const {
-        const std::int64_t more = total % blocks;
-        return total / blocks * block + (block < more ? block : more);
+        return each * block + (block < more ? block : more);
     }
     LOGE_SM80_HD constexpr std::int64_t owner(std::int64_t at) const {
-        const std::int64_t each = total / blocks, more = total % blocks;
-        return at < more * (each + 1) ? at / (each + 1) : more + (at - more * (each + 1)) / each;
+        const std::int64_t longer = more * (each + 1);
+        return at < longer ? at / (each + 1) : more + (at - longer) / each;
     }
-    LOGE_SM80_HD constexpr std::int64_t most() const { return (total + blocks - 1) / blocks; }
+    constexpr std::int64_t most() const { return each + (more > 0); }
 };
+constexpr Cut cut(std::int64_t total, std::int64_t blocks) {
+    return {total, total / blocks, static_cast<std::int32_t>(blocks), static_cast<std::int32_t>(total % blocks)};
+}
 
 // The blocks among which a tile is cut. A block has at most two tiles that are not all its own, the one that its share
 // begins in and the one that it ends in: so many places for parts of sums has it, and is the first of one tile alone.

@@ -20,40 +20,40 @@
 namespace loge::sm80 {
 
 // Columns [column, column + kColumns) of rows [row, row + kRows) of a matrix [rows, columns], into a tile of shared
-// memory; zeros beyond the matrix.
+// memory; zeros beyond the matrix. A thread takes one chunk of every kStride-th row: its address, which may lie beyond
+// the matrix where nothing is read, and its offset only grow.
 template <int kRows, int kColumns, class Machine>
 LOGE_SM80_DEVICE void load_tile(Machine& machine, int tile, const void* matrix, std::int64_t stride, std::int64_t rows,
                                 std::int64_t columns, std::int64_t row, std::int64_t column) {
-    constexpr int kChunks = kColumns / kChunk;
-    constexpr int kTotal = kRows * kChunks;
+    constexpr int kChunks = kColumns / kChunk, kStride = kThreads / kChunks;
+    static_assert(kThreads % kChunks == 0 && kStride % 8 == 0, "the permutation of a row's chunks repeats");
+    const auto thread = static_cast<unsigned>(machine.thread());
+    const int i = thread / kChunks, j = thread % kChunks;
+    auto source = reinterpret_cast<std::uintptr_t>(matrix) +
+                        static_cast<std::uintptr_t>((row + i) * stride + column + j * kChunk) * kElementBytes;
+    const int target = tile + tile_offset<kColumns>(i, j);
+    const std::int64_t rest = rows - row - i;
+    const int left = column + j * kChunk >= columns || rest < 0 ? 0 : rest < kRows ? static_cast<int>(rest) : kRows;
     LOGE_SM80_UNROLL
-    for (int first = 0; first < kTotal; first += kThreads) {
-        const int index = first + machine.thread();
-        if (kTotal % kThreads == 0 || index < kTotal) {
-            const int i = index / kChunks, j = index % kChunks;
-            const bool inside = row + i < rows && column + j * kChunk < columns;
-            const std::int64_t element = inside ? (row + i) * stride + column + j * kChunk : 0;
-            machine.copy_async(tile + tile_offset<kColumns>(i, j),
-                               static_cast<const char*>(matrix) + element * kElementBytes, inside);
-        }
+    for (int down = 0; down < kRows; down += kStride) {
+        if (kRows % kStride == 0 || i + down < kRows)
+            machine.copy_async(below<kColumns>(target, down), reinterpret_cast<const void*>(source), down < left);
+        source += static_cast<std::uintptr_t>(kStride * stride) * kElementBytes;
     }
 }
 
-// Four 8x8 matrices of a tile, `row` rows and `chunk` chunks from its corner.
-template <bool kTranspose, int kColumns, class Machine>
-LOGE_SM80_DEVICE void fetch(Machine& machine, std::uint32_t (&registers)[4], int tile, Corner corner, int row,
-                            int chunk) {
-    machine.template ldmatrix<kTranspose>(registers,
-                                          tile + tile_offset<kColumns>(row + corner.row, chunk + corner.chunk));
+// Offset at which this lane reads a fragment that lies `row` rows and `chunk` chunks from its tile's corner.
+template <int kColumns>
+LOGE_SM80_DEVICE int fragment(int tile, Corner corner, int row, int chunk) {
+    return tile + tile_offset<kColumns>(row + corner.row, chunk + corner.chunk);
 }
 
 // Accumulators of C [16, 16], two tiles side by side, scaled and rounded, to `row` and `column` of a matrix [rows,
 // columns]. Neighbours swap halves, so that four lanes write the 32 bytes of a sector.
 template <DType kType, class Machine>
 LOGE_SM80_DEVICE void write_rows(Machine& machine, void* matrix, std::int64_t stride, std::int64_t rows,
-                                 std::int64_t columns, std::int64_t row, std::int64_t column, const float (&left)[4],
-                                 const float (&right)[4], float scale) {
-    const int lane = machine.thread() % 32;
+                                 std::int64_t columns, std::int64_t row, std::int64_t column, int lane,
+                                 const float (&left)[4], const float (&right)[4], float scale) {
     const bool odd = (lane & 1) != 0;
     LOGE_SM80_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -92,8 +92,9 @@ LOGE_SM80_DEVICE void write_gradient(Machine& machine, float* sums, void* rounde
 template <int kCount, class Machine>
 LOGE_SM80_DEVICE bool add_up(Machine& machine, float (&c)[kCount][4], float* parts, const Sharing& sharing,
                              unsigned* counters) {
+    const int thread = machine.thread_anew();
     const auto place = [&](std::int64_t block) {
-        return parts + sharing.place(block) * kCount * kFragmentFloats + machine.thread() * 4;
+        return parts + sharing.place(block) * kCount * kFragmentFloats + thread * 4;
     };
     float* const mine = place(sharing.mine);
     LOGE_SM80_UNROLL
@@ -101,7 +102,7 @@ LOGE_SM80_DEVICE bool add_up(Machine& machine, float (&c)[kCount][4], float* par
         machine.write_sums(mine + i * kFragmentFloats, c[i]);
     machine.sync();
     const auto others = static_cast<unsigned>(sharing.last - sharing.first);
-    const bool last = machine.thread() == 0 && machine.count(counters + sharing.first) == others;
+    const bool last = thread == 0 && machine.count(counters + sharing.first) == others;
     if (!machine.any(last)) return false;
     LOGE_SM80_UNROLL
     for (int i = 0; i < kCount; ++i) {

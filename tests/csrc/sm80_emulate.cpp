@@ -17,7 +17,7 @@ emulator::Counters total;
 template <class Run>
 void launch(const loge::Plan& plan, long long grid, int shared_bytes, int schedule, Run run) {
     for (long long i = 0; i < grid; ++i) {
-        const long long index = schedule != 0 ? grid - 1 - i : i;
+        const int index = static_cast<int>(schedule != 0 ? grid - 1 - i : i);
         emulator::Block block(plan.threads, shared_bytes,
                               schedule != 0 ? emulator::Schedule::kLate : emulator::Schedule::kEager);
         block.run([&](emulator::Machine& machine) { run(machine, index); });
@@ -34,12 +34,12 @@ void backward(const loge::BackwardParams& p, const loge::Plan& plan, int schedul
     using namespace loge::sm80;
     const Arguments a = arguments_in(p, plan);
     with_project(plan.block_r, adapter_tile(p.P), [&](auto columns, auto adapter) {
-        launch(plan, plan.grid, plan.shared_bytes, schedule, [&](Machine& machine, long long block) {
+        launch(plan, plan.grid, plan.shared_bytes, schedule, [&](Machine& machine, int block) {
             Project<kType, columns(), adapter(), Machine>(a, block, machine).run();
         });
     });
     with_expand(plan.block_k, adapter_tile(p.P), [&](auto width, auto adapter) {
-        launch(plan, plan.second.grid, plan.second.shared_bytes, schedule, [&](Machine& machine, long long block) {
+        launch(plan, plan.second.grid, plan.second.shared_bytes, schedule, [&](Machine& machine, int block) {
             Expand<kType, width(), adapter(), Machine>(a, block, machine).run();
         });
     });

@@ -33,6 +33,7 @@ class Machine {
  public:
     Machine(Block& block, int thread) : block_(block), thread_(thread) {}
     int thread() const { return thread_; }
+    int thread_anew() const { return thread_; }
     void sync();
     void copy_async(int offset, const void* source, bool valid);
     void commit();
