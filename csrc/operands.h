@@ -55,6 +55,7 @@ inline std::string problem_why_not(const BackwardParams& p, std::int64_t max_ran
         {"dx", p.dx, need_dx},
         {"workspace", p.dA, need_dA},
         {"workspace", p.dB, need_dB},
+        {"scratch", p.scratch, p.scratch != nullptr},
         {"dA", p.dA_rounded, p.dA_rounded != nullptr},
         {"dB", p.dB_rounded, p.dB_rounded != nullptr},
     };

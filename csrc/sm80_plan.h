@@ -125,7 +125,8 @@ inline Plan sm80_plan(const BackwardParams& p, int sms, int shared_bytes = sm80:
     const std::int64_t columns = p.dx != nullptr || p.dA != nullptr ? tiles_of(p.K, plan.block_k) : 0;
     const std::int64_t sums = p.dB != nullptr ? tiles_of(steps * plan.block_n * adapter, kFragmentFloats) : 0;
     plan.second.grid = std::clamp<std::int64_t>(std::max(columns * plan.slabs, sums), 1, sms);
-    plan.scratch = scratch_of(arguments_of(p, plan), plan).size;
+    const Scratch scratch = scratch_of(arguments_of(p, plan), plan);
+    plan.scratch = scratch.size, plan.parts = scratch.size - scratch.t_parts;
     return plan;
 }
 
