@@ -1,16 +1,17 @@
 """The cost model of the CUDA kernels (`csrc/`): the counts of their plans, and the time they predict.
 
-Constants and cuts are those of `csrc/sm90_tiles.h`, `sm90_plan.h` and `sm80_tiles.h`; `tests/kernels` compares the
-plans with the extension's own where it is built.
+Constants and cuts are those of `csrc/sm90_tiles.h` and `sm90_plan.h`; Ampere's are in `cost_sm80`. `tests/kernels`
+compares the plans with the extension's own where it is built.
 """
 
 from __future__ import annotations
 
+from . import cost_sm80
 from .cost_model import finishing
 from .phases import Estimate, Flags, Phase, Step, cdiv, l2_traffic, passes, product_cycles, walk
 from .rates import CLUSTER_BYTES, EXCHANGE_US, SHARED_BYTES, WGMMA_LEAST, DeviceSpec
 
-MAX_RANK = 256
+MAX_RANK = 256  # of Hopper's kernel
 MAX_ADAPTER = 64
 _STEP = 64  # columns of dY, x and dX per step
 _MAX_CLUSTER = 8
@@ -40,8 +41,9 @@ def why_not(N: int, K: int, R: int, P: int, itemsize: int, flags: Flags, capabil
         return "no dropout mask is regenerated"
     if N % 8 or K % 8:
         return f"N={N}, K={K}: multiples of 8 only"
-    if flags.need_dx and (R % 8 or not 8 <= R <= MAX_RANK):
-        return f"R={R} is not a multiple of 8 in 8 .. {MAX_RANK}"
+    most = MAX_RANK if capability == (9, 0) else cost_sm80.MAX_RANK
+    if flags.need_dx and (R % 8 or not 8 <= R <= most):
+        return f"R={R} is not a multiple of 8 in 8 .. {most}"
     if P % 8 or P > MAX_ADAPTER or (P == 0 and (flags.need_dA or flags.need_dB)):
         return f"P={P} is not a multiple of 8 in 8 .. {MAX_ADAPTER}"
     return None
@@ -69,17 +71,17 @@ def sm90_cluster(M: int, N: int, K: int, sms: int, second_walk: bool = True) -> 
 def estimate_cuda(
     M: int, N: int, K: int, R: int, P: int, flags: Flags, device: DeviceSpec, itemsize: int = 2
 ) -> Estimate:
-    """The kernel that runs on this device: Hopper's, or Ampere's on everything else."""
-    hopper = device.capability == (9, 0)
-    rows = 128 if hopper else 64
-    slabs = cdiv(M, rows)
+    """The kernels that run on this device: Hopper's, or Ampere's on everything else."""
+    if device.capability != (9, 0):
+        phases = cost_sm80.phases(M, N, K, R, P, flags, device, itemsize)
+        return Estimate(kernel_for(device.capability), phases, None, *cost_sm80.occupancy(M, N, R, P, flags, device))
+    slabs = cdiv(M, 128)
     rank, adapter = rank_tile(R if flags.need_dx else 0), adapter_tile(P)
     need_t_p = (flags.need_dx or flags.need_dA) and P > 0
     second = flags.need_dx or flags.need_dA
-    cluster, rounds = sm90_cluster(M, N, K, device.sms, second) if hopper else (1, cdiv(slabs, device.sms))
+    cluster, rounds = sm90_cluster(M, N, K, device.sms, second)
     blocks = slabs * cluster
-    resident = 1 if hopper or rank + adapter > 144 else 2
-    over_n, over_k = (_sm90_steps if hopper else _sm80_steps)(device, rank, adapter, flags, need_t_p)
+    over_n, over_k = _sm90_steps(device, rank, adapter, flags, need_t_p)
 
     real_r = R if flags.need_dx else 0
     dB, dA = slabs * N * P * 4 * flags.need_dB, slabs * K * P * 4 * flags.need_dA
@@ -95,8 +97,7 @@ def estimate_cuda(
             hbm=(M * N + N * (real_r + P) + M * P) * itemsize + dB * (not added),
             l2=l2_traffic(loaded, dB * (not added), dB * added),
             l2_bytes=loaded + dB,
-            flops=2 * slabs * rows * N * (rank + adapter * (need_t_p + flags.need_dB)),
-            resident=resident,
+            flops=2 * slabs * 128 * N * (rank + adapter * (need_t_p + flags.need_dB)),
             rounds=rounds,
         )
     ]
@@ -115,7 +116,7 @@ def estimate_cuda(
                 hbm=dX + (M * K * flags.need_dA + (real_r + P) * K) * itemsize + dA * (not added),
                 l2=l2_traffic(loaded, dX + dA * (not added), dA * added),
                 l2_bytes=loaded + dX + dA,
-                flops=2 * slabs * rows * K * ((rank + adapter) * flags.need_dx + adapter * flags.need_dA),
+                flops=2 * slabs * 128 * K * ((rank + adapter) * flags.need_dx + adapter * flags.need_dA),
                 rounds=rounds,
                 kernels=0,
             )
@@ -124,7 +125,7 @@ def estimate_cuda(
     phases.append(finishing(N, K, P, without_bias, device, itemsize, slabs))
     if flags.need_dbias:
         phases.append(passes("db", device, M * N * itemsize))
-    waves = slabs / (device.sms * resident / cluster)
+    waves = slabs / (device.sms / cluster)
     return Estimate(kernel_for(device.capability), tuple(phases), None, blocks, waves)
 
 
@@ -154,15 +155,3 @@ def _sm90_steps(device: DeviceSpec, rank: int, adapter: int, flags: Flags, need_
     staged = 2 * 128 * _STEP * flags.need_dx
     operands = 2 * (rank + adapter) * _STEP * flags.need_dx + (_STEP + adapter) * 128 * flags.need_dA
     return Step(tensor_n, shared_n), Step(tensor_k, 2 * (fill_k + staged + operands))
-
-
-def _sm80_steps(device: DeviceSpec, rank: int, adapter: int, flags: Flags, need_t_p: bool) -> tuple[Step, Step]:
-    """A step of 64 columns of a slab of 64 rows: eight warps, 2 by 4, so that the tile of dY is read by four of them
-    and the factors' by two; over K, T and the factors the same way, and dX staged."""
-    skinny = product_cycles(device, 2, 64, adapter, _STEP)
-    tensor_n = product_cycles(device, 2, 64, rank, _STEP) + skinny * (need_t_p + flags.need_dB)
-    shared_n = 2 * _STEP * ((64 + rank + adapter) + 4 * 64 + 2 * rank + 2 * (64 + adapter))
-    tensor_k = (product_cycles(device, 2, 64, _STEP, rank) + skinny) * flags.need_dx + skinny * flags.need_dA
-    t_reads = 4 * 64 // (2 if rank + adapter > 144 else 1)  # its tiles of dX are 128 columns wide there
-    shared_k = 2 * ((rank + adapter) * (_STEP + t_reads + 2 * _STEP) * flags.need_dx + 3 * 64 * _STEP)
-    return Step(tensor_n, shared_n), Step(tensor_k, shared_k)

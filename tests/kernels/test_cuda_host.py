@@ -19,6 +19,8 @@ from toolchain import COMPILER, HOST_SOURCES, SOURCES, cuda_include, needs_compi
 
 from loge_kernels.backend import cuda as cuda_backend
 from loge_kernels.backend.problem import BackwardProblem
+from loge_kernels.triton_kernels import cost_sm80
+from loge_kernels.triton_kernels.phases import Flags
 
 pytestmark = needs_compiler
 SIZES = {"M": 300, "N": 256, "K": 192, "R": 64, "P": 16}
@@ -153,6 +155,23 @@ def test_a_call_on_ampere_is_one_memset_of_counters_and_two_kernels(
     assert gradients.dA.dtype == gradients.dB.dtype == lora_dtype
     if lora_dtype == torch.float32:  # what is kept of the workspace is the sums and the counters
         assert gradients.dA.untyped_storage().nbytes() <= 4 * SIZES["P"] * (SIZES["N"] + SIZES["K"]) + 4 * 2 * 132
+
+
+@pytest.mark.parametrize("R", [8, 72, 200, 256, 320, 512])
+@pytest.mark.parametrize("P", [8, 64])
+def test_the_cost_model_has_amperes_own_plan(extension: ModuleType, R: int, P: int) -> None:
+    for M, N, K, needs in (
+        (1, 72, 136, {}),
+        (500, 4096, 4096, {}),
+        (8192, 1024, 4096, {"need_dA": False}),
+        (16384, 14336, 4096, {"need_dx": False, "need_dA": False}),
+    ):
+        sizes = {"M": M, "N": N, "K": K, "R": R, "P": P}
+        if P == 64 and M * N > 1 << 27:
+            continue  # too much of dB
+        plan, cut = extension.plan("sm80", **sizes, **needs), cost_sm80.plan(*sizes.values(), Flags(**needs), 108)
+        assert (plan.block_n, plan.block_r, plan.block_k) == (cut.step, cut.columns, cut.width)
+        assert (plan.grid, plan.second_grid) == (cut.project_blocks, cut.expand_blocks)
 
 
 @pytest.mark.parametrize("R", [64, 128, 256])
