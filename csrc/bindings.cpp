@@ -31,7 +31,7 @@ struct Kernel {
     std::string (*why_not)(const BackwardParams&);
     // For a device that cannot be asked, whose blocks may have so many bytes of shared memory; 0: as the kernel's own.
     Plan (*expect)(const BackwardParams&, int sm_count, int shared_bytes);
-    Plan (*prepare)(const BackwardParams&, int device);   // on the current device
+    Plan (*prepare)(const BackwardParams&, int device);  // on the current device
     void (*backward)(const BackwardParams&, const Plan&, int device, void* stream);
 };
 
@@ -121,9 +121,10 @@ Call plan(const std::string& name, std::int64_t M, std::int64_t N, std::int64_t 
     if (call.workspace.sets > 0) p.slab_stride = call.workspace.set;
     const std::int64_t apart = 4 * (call.workspace.sets * call.workspace.set + call.parts);
     if (apart > loge::kMaxWorkspaceBytes)
-        refuse(call, (call.ordered ? "blocks keep sums of their own: " : "without atomics each slab has dA and dB of its own: ") +
-                         std::to_string(apart >> 20) + " MiB, where " +
-                         std::to_string(loge::kMaxWorkspaceBytes >> 20) + " are allowed");
+        refuse(call, (call.ordered ? "blocks keep sums of their own: "
+                                   : "without atomics each slab has dA and dB of its own: ") +
+                         std::to_string(apart >> 20) + " MiB, where " + std::to_string(loge::kMaxWorkspaceBytes >> 20) +
+                         " are allowed");
     return call;
 }
 
@@ -134,8 +135,8 @@ T* pointer(std::uintptr_t address) {
 
 void launch(const Call& call, std::uintptr_t dy, std::uintptr_t x, std::uintptr_t xa, std::uintptr_t left,
             std::uintptr_t right, std::uintptr_t lora_A, std::uintptr_t lora_B, std::uintptr_t dx, std::uintptr_t dA,
-            std::uintptr_t dB, std::uintptr_t workspace, std::uintptr_t scratch, std::int64_t dy_stride, std::int64_t x_stride, float scaling,
-            std::uintptr_t stream) {
+            std::uintptr_t dB, std::uintptr_t workspace, std::uintptr_t scratch, std::int64_t dy_stride,
+            std::int64_t x_stride, float scaling, std::uintptr_t stream) {
     BackwardParams p = call.problem;
     p.dy = pointer(dy), p.x = pointer(x), p.xa = pointer(xa), p.left = pointer(left), p.right = pointer(right);
     p.lora_A = pointer(lora_A), p.lora_B = pointer(lora_B);
@@ -193,15 +194,15 @@ PYBIND11_MODULE(_C, module) {
         .def_readonly("scratch", &Call::scratch)
         .def_property_readonly("sets", [](const Call& call) { return call.workspace.sets; })
         .def_property_readonly("workspace", [](const Call& call) { return call.workspace.size; })
-        .def(
-            "launch", &launch,
-            "launch(dy, x, xa, left, right, lora_A, lora_B, dx, dA, dB, workspace, scratch, dy_stride, x_stride, "
-            "scaling, stream): one memset, and one kernel or two. All but the last four are addresses, 0 for what is "
-            "not wanted or not read. `workspace` has Plan.workspace elements of float32: the sums dA [P, K] and dB "
-            "[N, P], one after the other, those that are wanted. They are the result, or are rounded to dA and dB where "
-            "these are given. Where Plan.sets is not 0, as many sets of sums lie there, to be added up. `scratch`, of "
-            "Plan.scratch elements, is done with when the kernels are. "
-            "ValueError names the argument at fault and its value; CudaError the call that CUDA refused.");
+        .def("launch", &launch,
+             "launch(dy, x, xa, left, right, lora_A, lora_B, dx, dA, dB, workspace, scratch, dy_stride, x_stride, "
+             "scaling, stream): one memset, and one kernel or two. All but the last four are addresses, 0 for what is "
+             "not wanted or not read. `workspace` has Plan.workspace elements of float32: the sums dA [P, K] and dB "
+             "[N, P], one after the other, those that are wanted. They are the result, or are rounded to dA and dB "
+             "where "
+             "these are given. Where Plan.sets is not 0, as many sets of sums lie there, to be added up. `scratch`, of "
+             "Plan.scratch elements, is done with when the kernels are. "
+             "ValueError names the argument at fault and its value; CudaError the call that CUDA refused.");
     module.def(
         "plan", &plan,
         "The Plan of `kernel`. ValueError names what the kernel cannot take. On `device` it asks CUDA what fits "

@@ -40,15 +40,14 @@ int attribute(cudaDeviceAttr which, const char* name, int device) {
 }  // namespace
 
 Plan sm80_prepare(const BackwardParams& problem, int device) {
-    const Plan plan = sm80_plan(
-        problem, attribute(cudaDevAttrMultiProcessorCount, "MultiProcessorCount", device),
-        attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "MaxSharedMemoryPerBlockOptin", device));
+    const Plan plan =
+        sm80_plan(problem, attribute(cudaDevAttrMultiProcessorCount, "MultiProcessorCount", device),
+                  attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "MaxSharedMemoryPerBlockOptin", device));
     with_project(problem, plan, [&](auto dtype, auto columns, auto adapter) {
         sm80::prepare_project<dtype(), columns(), adapter()>(plan);
     });
-    with_expand(problem, plan, [&](auto dtype, auto width, auto adapter) {
-        sm80::prepare_expand<dtype(), width(), adapter()>(plan);
-    });
+    with_expand(problem, plan,
+                [&](auto dtype, auto width, auto adapter) { sm80::prepare_expand<dtype(), width(), adapter()>(plan); });
     return plan;
 }
 

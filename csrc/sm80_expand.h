@@ -111,8 +111,8 @@ class Expand {
 
     LOGE_SM80_DEVICE void load_t(int stage, int slab, int part) {
         if (slab < end_ && part * kDepth < depth_)
-            load_tile<kBlockM, kDepth>(m, Tiles::kFirstStage + stage * Tiles::kStageBytes, a.t, a.rank + a.adapter,
-                                       p.M, depth_, std::int64_t{slab} * kBlockM, part * kDepth);
+            load_tile<kBlockM, kDepth>(m, Tiles::kFirstStage + stage * Tiles::kStageBytes, a.t, a.rank + a.adapter, p.M,
+                                       depth_, std::int64_t{slab} * kBlockM, part * kDepth);
     }
 
     LOGE_SM80_DEVICE void load_x(int slab) {
@@ -211,18 +211,20 @@ class Expand {
     LOGE_SM80_DEVICE void add_up_dB() {
         const int fragments = a.step_n / 16 * (kAdapter / 8);  // of a step
         const std::int64_t total = std::int64_t{a.steps} * fragments * 32;
-        for (std::int64_t index = std::int64_t{block_} * kThreads + m.thread(); index < total; index += a.expand.blocks * kThreads) {
+        for (std::int64_t index = std::int64_t{block_} * kThreads + m.thread(); index < total;
+             index += a.expand.blocks * kThreads) {
             const int step = static_cast<int>(index / (fragments * 32));
             const int rest = static_cast<int>(index % (fragments * 32)), fragment = rest / 32;
             float sum[4];
             add_up_step(step, a.dB_parts + rest * 4, std::int64_t{fragments} * 128, sum);
-            write_gradient<kType>(m, p.dB, p.dB_rounded, p.N, p.P, std::int64_t{step} * a.step_n + fragment / (kAdapter / 8) * 16,
+            write_gradient<kType>(m, p.dB, p.dB_rounded, p.N, p.P,
+                                  std::int64_t{step} * a.step_n + fragment / (kAdapter / 8) * 16,
                                   fragment % (kAdapter / 8) * 8, rest % 32, sum, p.scaling);
         }
     }
 
-    // The sum over the blocks that have come by `step` of N: each keeps its steps, `size` elements each, in the order of
-    // its share.
+    // The sum over the blocks that have come by `step` of N: each keeps its steps, `size` elements each, in the order
+    // of its share.
     LOGE_SM80_DEVICE void add_up_step(int step, const float* parts, std::int64_t size, float (&sum)[4]) {
         constexpr int kInFlight = 4;
         const std::int64_t each = a.project.each, limit = std::int64_t{a.slabs} * a.steps;

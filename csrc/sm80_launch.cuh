@@ -62,12 +62,12 @@ void prepare_expand(const Plan& plan) {
 }
 template <DType kType, int kWidth, int kAdapter>
 void launch_expand(const Arguments& arguments, const Plan& plan, void* stream) {
-    launch(expand_kernel<kType, kWidth, kAdapter>, "sm80 expand", arguments, plan.second.grid,
-           plan.second.shared_bytes, stream);
+    launch(expand_kernel<kType, kWidth, kAdapter>, "sm80 expand", arguments, plan.second.grid, plan.second.shared_bytes,
+           stream);
 }
 
-#define LOGE_SM80_PROJECT_INSTANCE(kType, kColumns, kAdapter)                \
-    template void prepare_project<kType, kColumns, kAdapter>(const Plan&);   \
+#define LOGE_SM80_PROJECT_INSTANCE(kType, kColumns, kAdapter)              \
+    template void prepare_project<kType, kColumns, kAdapter>(const Plan&); \
     template void launch_project<kType, kColumns, kAdapter>(const Arguments&, const Plan&, void*);
 #define LOGE_SM80_EXPAND_INSTANCE(kType, kWidth, kAdapter)              \
     template void prepare_expand<kType, kWidth, kAdapter>(const Plan&); \

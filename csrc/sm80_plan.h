@@ -64,9 +64,7 @@ inline Arguments arguments_of(const BackwardParams& p, const Plan& plan) {
 
 inline Scratch scratch_of(const Arguments& a, const Plan& plan) {
     const int adapter = adapter_tile(a.problem.P);
-    const auto fragments = [](auto columns, auto kAdapter) {
-        return ProjectTiles<columns(), kAdapter()>::kFragments;
-    };
+    const auto fragments = [](auto columns, auto kAdapter) { return ProjectTiles<columns(), kAdapter()>::kFragments; };
     return scratch_of(a, with_project(plan.block_r, adapter, fragments), adapter / 16 * plan.block_k / 64, adapter);
 }
 

@@ -138,12 +138,12 @@ class Project {
         }
     }
 
-    // dB += dY^T xa of one step, without its scale: onto what the block has of these rows of dB already. It keeps them in
-    // the order of its share.
+    // dB += dY^T xa of one step, without its scale: onto what the block has of these rows of dB already. It keeps them
+    // in the order of its share.
     LOGE_SM80_DEVICE void gradient(int dy) {
         const int tile = warp_ % Tiles::kStrips * (kAdapter / 8) + warp_ / Tiles::kStrips * Tiles::kGradientTiles;
-        float* const place = a.dB_parts + (std::int64_t{block_} * a.dB_steps + kept_) * (kStepN * kAdapter) +
-                             (tile * 32 + lane_) * 4;
+        float* const place =
+            a.dB_parts + (std::int64_t{block_} * a.dB_steps + kept_) * (kStepN * kAdapter) + (tile * 32 + lane_) * 4;
         float before[Tiles::kGradientTiles][4] = {}, sum[Tiles::kGradientTiles][4] = {};
         if (again_) {
             LOGE_SM80_UNROLL
@@ -151,8 +151,8 @@ class Project {
                 m.read_sums(before[j], place + 128 * j);
         }
         const int rows = fragment<kStepN>(dy, a_transposed_corner(lane_), 0, 2 * (warp_ % Tiles::kStrips));
-        const int columns = fragment<kAdapter>(Tiles::kXa, b_tall_corner(lane_), 0,
-                                               warp_ / Tiles::kStrips * Tiles::kGradientTiles);
+        const int columns =
+            fragment<kAdapter>(Tiles::kXa, b_tall_corner(lane_), 0, warp_ / Tiles::kStrips * Tiles::kGradientTiles);
         LOGE_SM80_UNROLL
         for (int k32 = 0; k32 < kBlockM; k32 += 32) {
             std::uint32_t b[Tiles::kGradientTiles][4];  // xa (32, 8) per tile

@@ -16,10 +16,10 @@ inline constexpr int kBlockM = 128;  // rows of a slab
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kMaxStages = 4;
-inline constexpr int kChunk = 8;                         // elements of 16 bits in the 16 bytes that cp.async moves
-inline constexpr int kElementBytes = 2;                  // float16 and bfloat16
-inline constexpr int kSharedBytes = 166912;              // that one block may use on sm_80
-inline constexpr int kFragmentFloats = kThreads * 4;     // C [16, 8] of every warp, as it lies among the parts
+inline constexpr int kChunk = 8;                           // elements of 16 bits in the 16 bytes that cp.async moves
+inline constexpr int kElementBytes = 2;                    // float16 and bfloat16
+inline constexpr int kSharedBytes = 166912;                // that one block may use on sm_80
+inline constexpr int kFragmentFloats = kThreads * 4;       // C [16, 8] of every warp, as it lies among the parts
 inline constexpr int kRowBytes = kBlockM * kElementBytes;  // of a column of a slab
 
 // Byte offset of a 16-byte chunk in a row-major tile of kColumns. The chunks of a row are permuted so that the same
@@ -32,8 +32,8 @@ LOGE_SM80_HD constexpr int tile_offset(int row, int chunk) {
     return (row * kChunks + (chunk ^ (row / (8 / kSpan) & (kSpan - 1)))) * 16;
 }
 
-// From the offset of a chunk to those of others, so that a thread keeps one address of a tile: `chunks` further on in its
-// row, where the chunk's index has these bits clear and the tile begins at a multiple of 128 bytes; and `rows`, a
+// From the offset of a chunk to those of others, so that a thread keeps one address of a tile: `chunks` further on in
+// its row, where the chunk's index has these bits clear and the tile begins at a multiple of 128 bytes; and `rows`, a
 // multiple of 8, below.
 LOGE_SM80_HD constexpr int beside(int offset, int chunks) {
     return offset ^ chunks * 16;
@@ -79,7 +79,7 @@ struct Warps {
     static constexpr int kRows = kWidth == 64 ? 32 : 64;
     static constexpr int kAcross = kWidth == 64 ? 2 : 4;
     static constexpr int kColumns = kWidth / kAcross;
-    static constexpr int kRowTiles = kRows / 16;       // of C [16, 8]
+    static constexpr int kRowTiles = kRows / 16;  // of C [16, 8]
     static constexpr int kColumnTiles = kColumns / 8;
     static_assert(kBlockM / kRows * kAcross == kWarps);
 };
@@ -141,8 +141,8 @@ template <int kWidth, int kAdapter>
 struct ExpandTiles {
     static constexpr int kDepth = kWidth + kAdapter > 160 ? 32 : 64;  // columns of T per step
     using Grid = Warps<kWidth>;
-    static constexpr int kXTiles = kWidth / 64;                          // n8 tiles of a warp's part of dA
-    static constexpr int kFragments = kAdapter / 16 * kXTiles;           // a warp's C [16, 8] of dA
+    static constexpr int kXTiles = kWidth / 64;                 // n8 tiles of a warp's part of dA
+    static constexpr int kFragments = kAdapter / 16 * kXTiles;  // a warp's C [16, 8] of dA
 
     static constexpr int kX = 0;
     static constexpr int kTP = kAdapter > 0 ? kWidth * kRowBytes : 0;

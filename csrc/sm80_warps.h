@@ -30,7 +30,7 @@ LOGE_SM80_DEVICE void load_tile(Machine& machine, int tile, const void* matrix, 
     const auto thread = static_cast<unsigned>(machine.thread());
     const int i = thread / kChunks, j = thread % kChunks;
     auto source = reinterpret_cast<std::uintptr_t>(matrix) +
-                        static_cast<std::uintptr_t>((row + i) * stride + column + j * kChunk) * kElementBytes;
+                  static_cast<std::uintptr_t>((row + i) * stride + column + j * kChunk) * kElementBytes;
     const int target = tile + tile_offset<kColumns>(i, j);
     const std::int64_t rest = rows - row - i;
     const int left = column + j * kChunk >= columns || rest < 0 ? 0 : rest < kRows ? static_cast<int>(rest) : kRows;

@@ -1,4 +1,4 @@
-"""The cost model of the Ampere kernels, two launches of persistent blocks: the cuts and counts of `csrc/sm80_plan.h`."""
+"""The cost model of the Ampere kernels, two launches of persistent blocks: cuts and counts of `csrc/sm80_plan.h`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _DRAW = 40  # bytes a cycle that a multiprocessor draws from L2 while few do
 
 
 class Cut(NamedTuple):
-    """How a problem is cut: tiles [128, columns] of T, `across` side by side, walked in steps of N; tiles [128, width] of
-    dX; and the blocks of either launch."""
+    """How a problem is cut: tiles [128, columns] of T, `across` side by side, walked in steps of N; tiles [128, width]
+    of dX; and the blocks of either launch."""
 
     columns: int
     across: int
@@ -160,5 +160,3 @@ def _expand_tile(device: DeviceSpec, cut: Cut, depth: int, flags: Flags) -> Step
     fragments += (8 * (cut.adapter // 16) + 4 * (cut.width // 64)) * flags.need_dA
     fill = 256 * (depth * flags.need_dx + (cut.width + cut.adapter) * flags.need_dA)
     return Step(tensor, fill + fragments * _WARPS * _FRAGMENT)
-
-

@@ -122,8 +122,8 @@ Compiled compiled() {
 
 }  // namespace sm90
 
-#define LOGE_PROJECT_TYPE(kType, kColumns, kAdapter)                                                   \
-    template void sm80::prepare_project<kType, kColumns, kAdapter>(const Plan&);                       \
+#define LOGE_PROJECT_TYPE(kType, kColumns, kAdapter)                                                           \
+    template void sm80::prepare_project<kType, kColumns, kAdapter>(const Plan&);                               \
     template void sm80::launch_project<kType, kColumns, kAdapter>(const sm80::Arguments&, const Plan&, void*); \
     template sm90::Compiled sm90::compiled<kType, kColumns, kAdapter>();
 #define LOGE_EXPAND_TYPE(kType, kWidth, kAdapter)                             \

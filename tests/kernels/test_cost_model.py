@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loge_kernels import triton_kernels as tk
-from loge_kernels.triton_kernels import cost_cuda, cost_exact, cost_sm80
+from loge_kernels.triton_kernels import cost_cuda, cost_exact
 from loge_kernels.triton_kernels.configs import best_entry, padded, shipped
 from loge_kernels.triton_kernels.cost_exact import estimate_exact
 from loge_kernels.triton_kernels.cost_model import Flags, estimate_one_launch, estimate_two_launch
