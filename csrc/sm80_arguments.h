@@ -32,7 +32,7 @@ inline std::int64_t tiles_of(std::int64_t size, std::int64_t tile) {
 struct Scratch {
     std::int64_t t_parts, dB_parts, dA_parts, size;
 };
-inline Scratch scratch_of(const Arguments& a, int t_fragments, int dA_fragments, int adapter_tile) {
+inline Scratch scratch_of(const Arguments& a, int t_fragments, int dA_fragments) {
     const auto parts = [](std::int64_t tiles, const Cut& cut, std::int64_t fragments) {
         return tiles % cut.blocks == 0 ? 0 : 2 * std::int64_t{cut.blocks} * fragments * kFragmentFloats;
     };
@@ -40,7 +40,7 @@ inline Scratch scratch_of(const Arguments& a, int t_fragments, int dA_fragments,
     Scratch s{};
     s.t_parts = tiles_of(p.M * (a.rank + a.adapter), 8) * 4;
     s.dB_parts = s.t_parts + (a.rank + a.adapter > 0 ? parts(a.project.total / a.steps, a.project, t_fragments) : 0);
-    s.dA_parts = s.dB_parts + (p.dB != nullptr ? std::int64_t{a.dB_blocks} * a.dB_steps * a.step_n * adapter_tile : 0);
+    s.dA_parts = s.dB_parts + (p.dB != nullptr ? std::int64_t{a.dB_blocks} * a.dB_steps * a.step_n * p.P : 0);
     s.size = s.dA_parts + (p.dA != nullptr ? parts(a.expand.total / a.slabs, a.expand, dA_fragments) : 0);
     return s;
 }

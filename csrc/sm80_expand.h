@@ -209,7 +209,7 @@ class Expand {
     // dB = s times the sum of what the blocks of the first launch have kept, in their order. Four values at a time, as
     // they lay in C [16, 8]: all blocks of this launch take their share.
     LOGE_SM80_DEVICE void add_up_dB() {
-        const int fragments = a.step_n / 16 * (kAdapter / 8);  // of a step
+        const int tiles = p.P / 8, fragments = a.step_n / 16 * tiles;  // of a row of them, and of a step
         const std::int64_t total = std::int64_t{a.steps} * fragments * 32;
         for (std::int64_t index = std::int64_t{block_} * kThreads + m.thread(); index < total;
              index += a.expand.blocks * kThreads) {
@@ -218,15 +218,15 @@ class Expand {
             float sum[4];
             add_up_step(step, a.dB_parts + rest * 4, std::int64_t{fragments} * 128, sum);
             write_gradient<kType>(m, p.dB, p.dB_rounded, p.N, p.P,
-                                  std::int64_t{step} * a.step_n + fragment / (kAdapter / 8) * 16,
-                                  fragment % (kAdapter / 8) * 8, rest % 32, sum, p.scaling);
+                                  std::int64_t{step} * a.step_n + fragment / tiles * 16,
+                                  fragment % tiles * 8, rest % 32, sum, p.scaling);
         }
     }
 
     // The sum over the blocks that have come by `step` of N: each keeps its steps, `size` elements each, in the order
     // of its share.
     LOGE_SM80_DEVICE void add_up_step(int step, const float* parts, std::int64_t size, float (&sum)[4]) {
-        constexpr int kInFlight = 4;
+        constexpr int kInFlight = 8;
         const std::int64_t each = a.project.each, limit = std::int64_t{a.slabs} * a.steps;
         const int more = a.project.more;
         const int round = static_cast<int>(each % a.steps), round_more = static_cast<int>((each + 1) % a.steps);

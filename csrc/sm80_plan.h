@@ -65,7 +65,7 @@ inline Arguments arguments_of(const BackwardParams& p, const Plan& plan) {
 inline Scratch scratch_of(const Arguments& a, const Plan& plan) {
     const int adapter = adapter_tile(a.problem.P);
     const auto fragments = [](auto columns, auto kAdapter) { return ProjectTiles<columns(), kAdapter()>::kFragments; };
-    return scratch_of(a, with_project(plan.block_r, adapter, fragments), adapter / 16 * plan.block_k / 64, adapter);
+    return scratch_of(a, with_project(plan.block_r, adapter, fragments), adapter / 16 * plan.block_k / 64);
 }
 
 // With the addresses in the call's scratch and of its counters.
@@ -121,7 +121,7 @@ inline Plan sm80_plan(const BackwardParams& p, int sms, int shared_bytes = sm80:
     const std::int64_t tiles = plan.slabs * std::max<std::int64_t>(1, plan.block_r ? tiles_of(rank, plan.block_r) : 1);
     plan.grid = std::min<std::int64_t>(sms, std::max(tiles, tiles * steps / fewest_steps(steps)));
     const std::int64_t columns = p.dx != nullptr || p.dA != nullptr ? tiles_of(p.K, plan.block_k) : 0;
-    const std::int64_t sums = p.dB != nullptr ? tiles_of(steps * plan.block_n * adapter, kFragmentFloats) : 0;
+    const std::int64_t sums = p.dB != nullptr ? tiles_of(steps * plan.block_n * p.P, kFragmentFloats) : 0;
     plan.second.grid = std::clamp<std::int64_t>(std::max(columns * plan.slabs, sums), 1, sms);
     const Scratch scratch = scratch_of(arguments_of(p, plan), plan);
     plan.scratch = scratch.size, plan.parts = scratch.size - scratch.t_parts;

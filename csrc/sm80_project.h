@@ -141,14 +141,14 @@ class Project {
     // dB += dY^T xa of one step, without its scale: onto what the block has of these rows of dB already. It keeps them
     // in the order of its share.
     LOGE_SM80_DEVICE void gradient(int dy) {
-        const int tile = warp_ % Tiles::kStrips * (kAdapter / 8) + warp_ / Tiles::kStrips * Tiles::kGradientTiles;
-        float* const place =
-            a.dB_parts + (std::int64_t{block_} * a.dB_steps + kept_) * (kStepN * kAdapter) + (tile * 32 + lane_) * 4;
+        const int first = warp_ / Tiles::kStrips * Tiles::kGradientTiles, tiles = p.P / 8;  // of the columns
+        float* const place = a.dB_parts + (std::int64_t{block_} * a.dB_steps + kept_) * (kStepN * p.P) +
+                             ((warp_ % Tiles::kStrips * tiles + first) * 32 + lane_) * 4;
         float before[Tiles::kGradientTiles][4] = {}, sum[Tiles::kGradientTiles][4] = {};
         if (again_) {
             LOGE_SM80_UNROLL
             for (int j = 0; j < Tiles::kGradientTiles; ++j)
-                m.read_sums(before[j], place + 128 * j);
+                if (first + j < tiles) m.read_sums(before[j], place + 128 * j);
         }
         const int rows = fragment<kStepN>(dy, a_transposed_corner(lane_), 0, 2 * (warp_ % Tiles::kStrips));
         const int columns =
@@ -173,7 +173,7 @@ class Project {
             LOGE_SM80_UNROLL
             for (int r = 0; r < 4; ++r)
                 sum[j][r] += before[j][r];
-            m.write_sums(place + 128 * j, sum[j]);
+            if (first + j < tiles) m.write_sums(place + 128 * j, sum[j]);
         }
         again_ |= kept_ + 1 == a.steps;
         kept_ = kept_ + 1 == a.steps ? 0 : kept_ + 1;

@@ -55,7 +55,7 @@ def plan(M: int, N: int, K: int, R: int, P: int, flags: Flags, sms: int, shared_
 
     width = 128 if expand_stages(128) >= 2 else 64
     tiles = cdiv(K, width) * slabs if flags.need_dx or flags.need_dA else 0
-    sums = cdiv(steps * step_of(columns) * adapter, 1024) * flags.need_dB
+    sums = cdiv(steps * step_of(columns) * P, 1024) * flags.need_dB
     first = min(sms, max(slabs * across, slabs * across * steps // fewest))
     second = max(1, min(sms, max(tiles, sums)))
     return Cut(columns, across, adapter, step_of(columns), steps, slabs, first, width, tiles, second)

@@ -141,7 +141,7 @@ SM80 = [
     Case(130, 200, 136, 48, 8, schedule=0, cluster=3),
     Case(300, 328, 264, 72, 16, dy_gap=8, x_gap=24, cluster=5),
     Case(33, 136, 200, 128, 64, dtype=torch.bfloat16, cluster=2),
-    Case(140, 264, 392, 256, 16, dtype=torch.bfloat16, schedule=0, cluster=4),
+    Case(140, 264, 392, 256, 16, dtype=torch.bfloat16, cluster=4),
     Case(140, 392, 264, 248, 24, deterministic=True, cluster=3),
     Case(130, 72, 328, 256, 64, schedule=0, deterministic=True, dtype=torch.bfloat16, cluster=2),
     Case(66, 328, 200, 64, 0, need=(True, False, False), cluster=3),
