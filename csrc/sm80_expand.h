@@ -104,7 +104,7 @@ class Expand {
             const bool inside = i < depth_ && k < p.K;
             const bool frozen = i < a.rank || !inside;
             const std::int64_t element = inside ? (frozen ? i : i - a.rank) * p.K + k : 0;
-            m.copy_async(factors_ + tile_offset<kWidth>(i, j),
+            m.template copy_async<false>(factors_ + tile_offset<kWidth>(i, j),
                          static_cast<const char*>(frozen ? p.right : p.lora_A) + element * kElementBytes, inside);
         }
     }
@@ -119,7 +119,7 @@ class Expand {
         if constexpr (kAdapter > 0) {
             if (p.dA == nullptr || slab >= end_) return;
             const std::int64_t row = std::int64_t{slab} * kBlockM, stride = a.rank + a.adapter;
-            load_tile<kBlockM, kWidth>(m, Tiles::kX, p.x, p.x_stride, p.M, p.K, row, column_);
+            load_tile<kBlockM, kWidth, true>(m, Tiles::kX, p.x, p.x_stride, p.M, p.K, row, column_);
             load_tile<kBlockM, kAdapter>(m, Tiles::kTP, a.t, stride, p.M, stride, row, a.rank);
         }
     }

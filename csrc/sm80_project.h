@@ -85,7 +85,7 @@ class Project {
         if (!wanted) return;
         const std::int64_t n = std::int64_t{step} * kStepN;
         const int base = Tiles::kFirstStage + stage * Tiles::kStageBytes;
-        load_tile<kBlockM, kStepN>(m, base + Tiles::kDy, p.dy, p.dy_stride, p.M, p.N, row(), n);
+        load_tile<kBlockM, kStepN, true>(m, base + Tiles::kDy, p.dy, p.dy_stride, p.M, p.N, row(), n);
         if constexpr (kColumns > 0)
             load_tile<kStepN, kColumns>(m, base + Tiles::kLeft, p.left, p.R, p.N, p.R, n, column_);
         if constexpr (kAdapter > 0)

@@ -23,11 +23,21 @@ class PtxMachine {
     }
     __device__ __forceinline__ void sync() const { __syncthreads(); }
 
-    // 16 bytes of global memory to shared memory, or zeros.
+    // 16 bytes of global memory to shared memory, or zeros. `kOnce`: nobody reads them again, and what L2 holds beside
+    // them is worth more.
+    template <bool kOnce>
     __device__ __forceinline__ void copy_async(int offset, const void* source, bool valid) const {
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(base_ + offset), "l"(source),
-                     "r"(valid ? 16 : 0)
-                     : "memory");
+        if constexpr (kOnce) {
+            std::uint64_t policy;
+            asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+            asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;\n" ::"r"(base_ + offset),
+                         "l"(source), "r"(valid ? 16 : 0), "l"(policy)
+                         : "memory");
+        } else {
+            asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(base_ + offset), "l"(source),
+                         "r"(valid ? 16 : 0)
+                         : "memory");
+        }
     }
     __device__ __forceinline__ void commit() const { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
     // Until no more than `pending` groups, 0 .. 2, are on their way.

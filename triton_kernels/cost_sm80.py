@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .phases import Flags, Phase, Step, cdiv, l2_traffic, passes, product_cycles, walk
-from .rates import DeviceSpec
+from .rates import COLUMN_WALK, L2_KEPT, DeviceSpec
 
 MAX_RANK = 512
 _ROWS = 128  # of a slab
 _WARPS = 8
 _FRAGMENT = 512  # bytes that one ldmatrix reads
 _DRAW = 40  # bytes a cycle that a multiprocessor draws from L2 while few do
+_IN_FLIGHT = 8  # parts of dB that a thread has on their way
+_L2_US = 0.5  # a read of L2 while all multiprocessors read
 
 
 class Cut(NamedTuple):
@@ -74,9 +76,11 @@ def phases(
     rank, t_p = R if flags.need_dx else 0, P if flags.need_dx or flags.need_dA else 0
     steps = cut.slabs * cut.across * cut.steps
     each = cdiv(steps, max(1, cut.project_blocks))
-    # Parts of dB: of each block the steps of N that it has come by; coming by again it reads and writes them.
-    kept = min(each, cut.steps) * cut.project_blocks * cut.step * cut.adapter * 4 * flags.need_dB
-    again = max(0, cut.slabs * cut.steps * cut.step * cut.adapter * 4 * flags.need_dB - kept)
+    # Parts of dB: of each block the steps of N that it has come by; coming by again it reads and writes them. What L2
+    # cannot keep of them until the second launch goes to memory and back.
+    kept = min(each, cut.steps) * cut.project_blocks * cut.step * P * 4 * flags.need_dB
+    again = max(0, cut.slabs * cut.steps * cut.step * P * 4 * flags.need_dB - kept)
+    lost = int(max(0, kept - L2_KEPT * device.l2_bytes))
     shared_tiles, parts = _shared(cut.slabs * cut.across, cut.project_blocks)
     part = _ROWS * (cut.columns + cut.adapter) * 4 * (rank + t_p > 0)
     t = M * (rank + t_p) * itemsize
@@ -87,7 +91,7 @@ def phases(
         _project_step(device, cut, flags, t_p > 0),
         each,
         cut.project_blocks,
-        hbm=(cut.across * M * N + N * (rank + t_p) + M * P * flags.need_dB) * itemsize + t,
+        hbm=(cut.across * M * N + N * (rank + t_p) + M * P * flags.need_dB) * itemsize + t + lost + 2 * again * (lost > 0),
         l2=l2_traffic(loaded + again + parts * part, t + kept + again + parts * part, 0),
         l2_bytes=loaded + t + kept + 2 * again + 2 * parts * part,
         flops=2 * cut.slabs * _ROWS * N * (cut.across * cut.columns + cut.adapter * ((t_p > 0) + flags.need_dB)),
@@ -97,11 +101,22 @@ def phases(
     if parts:  # the last block of a tile adds up
         cycles = parts / shared_tiles * part / _DRAW
         found.append(Phase("parts of T", latency_us=cycles / (device.clock_ghz * 1e3)))
+    if kept:
+        sums = cdiv(N * P // 4, 256 * cut.expand_blocks) * cdiv(cut.project_blocks, _IN_FLIGHT)
+        dB = Phase(
+            "parts of dB",
+            hbm_us=lost / (device.hbm_gbs * 1e3 * COLUMN_WALK),
+            l2_us=kept / (device.l2_gbs * 1e3),
+            latency_us=sums * _L2_US,
+            hbm_bytes=lost,
+            l2_bytes=kept,
+        )
+        found.append(dB)
     across = cdiv(K, cut.width)
     # Coming to other columns, a block loads theirs.
     factors = (across + cut.expand_blocks) * cut.width * (rank + P) * itemsize * flags.need_dx
     x, dx = M * K * itemsize * flags.need_dA, M * K * itemsize * flags.need_dx
-    loaded = across * M * ((rank + P) * flags.need_dx + P * flags.need_dA) * itemsize + x + factors + kept
+    loaded = across * M * ((rank + P) * flags.need_dx + P * flags.need_dA) * itemsize + x + factors
     gradients = (K * flags.need_dA + N * flags.need_dB) * P * 4
     found.append(
         walk(

@@ -35,6 +35,7 @@ class Machine {
     int thread() const { return thread_; }
     int thread_anew() const { return thread_; }
     void sync();
+    template <bool kOnce>
     void copy_async(int offset, const void* source, bool valid);
     void commit();
     void wait(int pending) {
@@ -181,7 +182,8 @@ inline void Machine::perform(const Copy& copy) {
         std::memset(target, 0, 16);
 }
 
-inline void Machine::copy_async(int offset, const void* source, bool valid) {
+template <bool kOnce>
+void Machine::copy_async(int offset, const void* source, bool valid) {
     if (reinterpret_cast<std::uintptr_t>(source) % 16 != 0) fail("cp.async from a misaligned address");
     const Copy copy{offset, source, valid};
     if (block_.schedule_ == Schedule::kEager)
