@@ -13,13 +13,13 @@ struct Arguments {
     BackwardParams problem;
     std::int32_t rank, adapter;  // columns of T: R and P, 0 of what is not needed
     std::int32_t project_stages, expand_stages;
-    std::int32_t step_n;        // columns of dY per step
-    std::int32_t slabs, steps;  // of M, and of N
-    Cut project;                // the steps of tiles of T: those side by side after all slabs of the first
-    Cut expand;                 // the slabs of columns of dX
-    std::int32_t dB_blocks;     // of the first launch: those that have a part of dB
-    std::int32_t dB_steps;      // steps of N that such a block has room for
-    void* t;                    // [M, rank + adapter], T in 16 bits; the adapter's part with its scale
+    std::int32_t step_n;                              // columns of dY per step
+    std::int32_t project_slabs, expand_slabs, steps;  // of M, in either launch, and of N
+    Cut project;             // the steps of tiles of T: those side by side after all slabs of the first
+    Cut expand;              // the slabs of columns of dX
+    std::int32_t dB_blocks;  // of the first launch: those that have a part of dB
+    std::int32_t dB_steps;   // steps of N that such a block has room for
+    void* t;                 // [M, rank + adapter], T in 16 bits; the adapter's part with its scale
     float *t_parts, *dB_parts, *dA_parts;
     unsigned *t_counters, *dA_counters;  // zeros, one for each block
 };
@@ -41,7 +41,7 @@ inline Scratch scratch_of(const Arguments& a, int t_fragments, int dA_fragments)
     s.t_parts = tiles_of(p.M * (a.rank + a.adapter), 8) * 4;
     s.dB_parts = s.t_parts + (a.rank + a.adapter > 0 ? parts(a.project.total / a.steps, a.project, t_fragments) : 0);
     s.dA_parts = s.dB_parts + (p.dB != nullptr ? std::int64_t{a.dB_blocks} * a.dB_steps * a.step_n * p.P : 0);
-    s.size = s.dA_parts + (p.dA != nullptr ? parts(a.expand.total / a.slabs, a.expand, dA_fragments) : 0);
+    s.size = s.dA_parts + (p.dA != nullptr ? parts(a.expand.total / a.expand_slabs, a.expand, dA_fragments) : 0);
     return s;
 }
 

@@ -3,7 +3,7 @@
 
 namespace loge::sm80 {
 
-#define LOGE_SM80_P(kColumns, kAdapter) LOGE_SM80_PROJECT_INSTANCE(DType::kFloat16, kColumns, kAdapter)
+#define LOGE_SM80_P(kRows, kColumns, kAdapter) LOGE_SM80_PROJECT_INSTANCE(DType::kFloat16, kRows, kColumns, kAdapter)
 #define LOGE_SM80_E(kWidth, kAdapter) LOGE_SM80_EXPAND_INSTANCE(DType::kFloat16, kWidth, kAdapter)
 LOGE_SM80_PROJECT(LOGE_SM80_P)
 LOGE_SM80_EXPAND(LOGE_SM80_E)

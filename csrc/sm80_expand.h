@@ -43,11 +43,11 @@ class Expand {
         if constexpr (kAdapter > 0)
             if (p.dB != nullptr) add_up_dB();
         const std::int64_t begin = a.expand.begin(block_);
-        int column = static_cast<int>(begin / a.slabs), slab = static_cast<int>(begin % a.slabs);
+        int column = static_cast<int>(begin / a.expand_slabs), slab = static_cast<int>(begin % a.expand_slabs);
         for (;;) {
-            const std::int64_t rest = a.expand.begin(block_ + 1) - (std::int64_t{column} * a.slabs + slab);
+            const std::int64_t rest = a.expand.begin(block_ + 1) - (std::int64_t{column} * a.expand_slabs + slab);
             if (rest <= 0) return;
-            const int left = a.slabs - slab;
+            const int left = a.expand_slabs - slab;
             walk(column, slab, rest < left ? static_cast<int>(rest) : left);
             ++column, slab = 0;
         }
@@ -104,8 +104,9 @@ class Expand {
             const bool inside = i < depth_ && k < p.K;
             const bool frozen = i < a.rank || !inside;
             const std::int64_t element = inside ? (frozen ? i : i - a.rank) * p.K + k : 0;
-            m.template copy_async<false>(factors_ + tile_offset<kWidth>(i, j),
-                         static_cast<const char*>(frozen ? p.right : p.lora_A) + element * kElementBytes, inside);
+            m.template copy_async<false>(
+                factors_ + tile_offset<kWidth>(i, j),
+                static_cast<const char*>(frozen ? p.right : p.lora_A) + element * kElementBytes, inside);
         }
     }
 
@@ -192,8 +193,9 @@ class Expand {
     }
 
     LOGE_SM80_DEVICE void finish(std::int64_t column, int count, Gradient& dA) {
-        if (count < a.slabs) {
-            const Sharing sharing{a.expand.owner(column * a.slabs), a.expand.owner((column + 1) * a.slabs - 1), block_};
+        if (count < a.expand_slabs) {
+            const Sharing sharing{a.expand.owner(column * a.expand_slabs),
+                                  a.expand.owner((column + 1) * a.expand_slabs - 1), block_};
             if (!add_up(m, dA, a.dA_parts, sharing, a.dA_counters)) return;
         }
         LOGE_SM80_UNROLL
@@ -218,8 +220,8 @@ class Expand {
             float sum[4];
             add_up_step(step, a.dB_parts + rest * 4, std::int64_t{fragments} * 128, sum);
             write_gradient<kType>(m, p.dB, p.dB_rounded, p.N, p.P,
-                                  std::int64_t{step} * a.step_n + fragment / tiles * 16,
-                                  fragment % tiles * 8, rest % 32, sum, p.scaling);
+                                  std::int64_t{step} * a.step_n + fragment / tiles * 16, fragment % tiles * 8,
+                                  rest % 32, sum, p.scaling);
         }
     }
 
@@ -227,7 +229,7 @@ class Expand {
     // of its share.
     LOGE_SM80_DEVICE void add_up_step(int step, const float* parts, std::int64_t size, float (&sum)[4]) {
         constexpr int kInFlight = 8;
-        const std::int64_t each = a.project.each, limit = std::int64_t{a.slabs} * a.steps;
+        const std::int64_t each = a.project.each, limit = std::int64_t{a.project_slabs} * a.steps;
         const int more = a.project.more;
         const int round = static_cast<int>(each % a.steps), round_more = static_cast<int>((each + 1) % a.steps);
         std::int64_t begin = 0;  // of the block's share

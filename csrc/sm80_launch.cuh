@@ -13,11 +13,11 @@
 
 namespace loge::sm80 {
 
-template <DType kType, int kColumns, int kAdapter>
+template <DType kType, int kRows, int kColumns, int kAdapter>
 __global__ void __launch_bounds__(kThreads, 1) project_kernel(const __grid_constant__ Arguments arguments) {
     extern __shared__ __align__(128) unsigned char shared[];
     PtxMachine machine(shared);
-    Project<kType, kColumns, kAdapter, PtxMachine>(arguments, blockIdx.x, machine).run();
+    Project<kType, kRows, kColumns, kAdapter, PtxMachine>(arguments, blockIdx.x, machine).run();
 }
 
 template <DType kType, int kWidth, int kAdapter>
@@ -48,13 +48,14 @@ void launch(Kernel kernel, const char* name, const Arguments& arguments, std::in
         check_cuda(code, std::string("cudaLaunchKernel(") + name + ", grid = " + std::to_string(grid) + ")");
 }
 
-template <DType kType, int kColumns, int kAdapter>
+template <DType kType, int kRows, int kColumns, int kAdapter>
 void prepare_project(const Plan& plan) {
-    prepare(project_kernel<kType, kColumns, kAdapter>, plan.shared_bytes);
+    prepare(project_kernel<kType, kRows, kColumns, kAdapter>, plan.shared_bytes);
 }
-template <DType kType, int kColumns, int kAdapter>
+template <DType kType, int kRows, int kColumns, int kAdapter>
 void launch_project(const Arguments& arguments, const Plan& plan, void* stream) {
-    launch(project_kernel<kType, kColumns, kAdapter>, "sm80 project", arguments, plan.grid, plan.shared_bytes, stream);
+    launch(project_kernel<kType, kRows, kColumns, kAdapter>, "sm80 project", arguments, plan.grid, plan.shared_bytes,
+           stream);
 }
 template <DType kType, int kWidth, int kAdapter>
 void prepare_expand(const Plan& plan) {
@@ -66,9 +67,9 @@ void launch_expand(const Arguments& arguments, const Plan& plan, void* stream) {
            stream);
 }
 
-#define LOGE_SM80_PROJECT_INSTANCE(kType, kColumns, kAdapter)              \
-    template void prepare_project<kType, kColumns, kAdapter>(const Plan&); \
-    template void launch_project<kType, kColumns, kAdapter>(const Arguments&, const Plan&, void*);
+#define LOGE_SM80_PROJECT_INSTANCE(kType, kRows, kColumns, kAdapter)              \
+    template void prepare_project<kType, kRows, kColumns, kAdapter>(const Plan&); \
+    template void launch_project<kType, kRows, kColumns, kAdapter>(const Arguments&, const Plan&, void*);
 #define LOGE_SM80_EXPAND_INSTANCE(kType, kWidth, kAdapter)              \
     template void prepare_expand<kType, kWidth, kAdapter>(const Plan&); \
     template void launch_expand<kType, kWidth, kAdapter>(const Arguments&, const Plan&, void*);

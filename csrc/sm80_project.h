@@ -1,6 +1,6 @@
 // What one block of the first Ampere launch does: T = dY [left | s lora_B], and dB of the rows that it walks.
 //
-// The tiles of T, 128 rows each, stand in line with their steps over N, and every block takes an equal share of the
+// The tiles of T stand in line with their steps over N, and every block takes an equal share of the
 // steps, whatever M is. Of a tile that several blocks share each sums a part, which the last of them adds up. dB of a
 // step stays with the block, in memory of its own that it adds to as it comes by again; the second launch adds up what
 // the blocks have. The loop is multistage: cp.async fills the tiles of later steps during the products of this one.
@@ -15,12 +15,12 @@
 
 namespace loge::sm80 {
 
-template <DType kType, int kColumns, int kAdapter, class Machine>
+template <DType kType, int kRows, int kColumns, int kAdapter, class Machine>
 class Project {
-    using Tiles = ProjectTiles<kColumns, kAdapter>;
+    using Tiles = ProjectTiles<kRows, kColumns, kAdapter>;
     using Grid = typename Tiles::Grid;
     static constexpr int kStepN = Tiles::kStepN;
-    static constexpr int kColumnTiles = Tiles::kColumnTiles;
+    static constexpr int kRowTiles = Grid::kRowTiles, kColumnTiles = Grid::kColumnTiles;
 
  public:
     LOGE_SM80_DEVICE Project(const Arguments& arguments, int block, Machine& machine)
@@ -46,12 +46,12 @@ class Project {
  private:
     // `count` steps of a tile from `step` on.
     LOGE_SM80_DEVICE void walk(int tile, int step, int count) {
-        slab_ = tile % a.slabs;
-        column_ = tile / a.slabs * kColumns;
+        slab_ = tile % a.project_slabs;
+        column_ = tile / a.project_slabs * kColumns;
         float t[Tiles::kFragments][4] = {};  // this warp's part of the frozen path, then its strip of the adapter's
         m.sync();                            // every warp has read the last stages of the walk before
         if constexpr (kAdapter > 0)
-            if (need_dB()) load_tile<kBlockM, kAdapter>(m, Tiles::kXa, p.xa, p.P, p.M, p.P, row(), 0);
+            if (need_dB()) load_tile<kRows, kAdapter>(m, Tiles::kXa, p.xa, p.P, p.M, p.P, row(), 0);
         const int ahead = a.project_stages - 1;
         for (int i = 0; i < ahead; ++i) {
             load(i, step + i, i < count);
@@ -79,37 +79,40 @@ class Project {
     LOGE_SM80_DEVICE bool need_dB() const { return kAdapter > 0 && column_ == 0 && p.dB != nullptr; }
     LOGE_SM80_DEVICE bool need_tP() const { return kAdapter > 0 && column_ == 0 && a.adapter > 0; }
 
-    LOGE_SM80_DEVICE std::int64_t row() const { return std::int64_t{slab_} * kBlockM; }
+    LOGE_SM80_DEVICE std::int64_t row() const { return std::int64_t{slab_} * kRows; }
 
     LOGE_SM80_DEVICE void load(int stage, int step, bool wanted) {
         if (!wanted) return;
         const std::int64_t n = std::int64_t{step} * kStepN;
         const int base = Tiles::kFirstStage + stage * Tiles::kStageBytes;
-        load_tile<kBlockM, kStepN, true>(m, base + Tiles::kDy, p.dy, p.dy_stride, p.M, p.N, row(), n);
+        load_tile<kRows, kStepN, true>(m, base + Tiles::kDy, p.dy, p.dy_stride, p.M, p.N, row(), n);
         if constexpr (kColumns > 0)
             load_tile<kStepN, kColumns>(m, base + Tiles::kLeft, p.left, p.R, p.N, p.R, n, column_);
         if constexpr (kAdapter > 0)
             if (need_tP()) load_tile<kStepN, kAdapter>(m, base + Tiles::kB, p.lora_B, p.P, p.N, p.P, n, 0);
     }
 
-    // Row of the slab at which a warp's fragment `i` begins. Each warp begins with another one: the strip of 16 rows
-    // of which it computes the adapter's part of T.
+    // Row of the slab at which a warp's fragment `i` begins. Each warp begins with others: the strips of 16 rows of
+    // which it computes the adapter's part of T.
     static LOGE_SM80_DEVICE int strip(unsigned warp, int i) {
-        return warp / Grid::kAcross * Grid::kRows + 16 * ((i + warp % Grid::kAcross) % Grid::kRowTiles);
+        return warp / Grid::kAcross * Grid::kRows + 16 * ((i + warp % Grid::kAcross * Tiles::kOwn) % kRowTiles);
     }
+
+    // Where the adapter's part of a warp's own strip lies among its fragments.
+    static constexpr LOGE_SM80_DEVICE int own(int i, int j) { return Tiles::kFrozen + i * (kAdapter / 8) + j; }
 
     // T += dY [left | lora_B] of one step.
     template <bool kWithAdapter>
     LOGE_SM80_DEVICE void project(int stage, float (&t)[Tiles::kFragments][4]) {
-        int rows[Tiles::kRowTiles];
+        int rows[kRowTiles];
         LOGE_SM80_UNROLL
-        for (int i = 0; i < Tiles::kRowTiles; ++i)
+        for (int i = 0; i < kRowTiles; ++i)
             rows[i] = fragment<kStepN>(stage + Tiles::kDy, a_corner(lane_), strip(warp_, i), 0);
         LOGE_SM80_UNROLL
         for (int k = 0; k < kStepN; k += 16) {
-            std::uint32_t dy[Tiles::kRowTiles][4];  // (16, 16) each
+            std::uint32_t dy[kRowTiles][4];  // (16, 16) each
             LOGE_SM80_UNROLL
-            for (int i = 0; i < Tiles::kRowTiles; ++i)
+            for (int i = 0; i < kRowTiles; ++i)
                 m.template ldmatrix<false>(dy[i], beside(rows[i], k / kChunk));
             if constexpr (kColumns > 0) {
                 const int columns = fragment<kColumns>(stage + Tiles::kLeft, b_wide_corner(lane_), 0,
@@ -119,7 +122,7 @@ class Project {
                     std::uint32_t left[4];  // (16, 16)
                     m.template ldmatrix<true>(left, below<kColumns>(beside(columns, j), k));
                     LOGE_SM80_UNROLL
-                    for (int i = 0; i < Tiles::kRowTiles; ++i) {
+                    for (int i = 0; i < kRowTiles; ++i) {
                         m.template mma<kType>(t[i * kColumnTiles + j], dy[i], left);
                         m.template mma<kType>(t[i * kColumnTiles + j + 1], dy[i], left + 2);
                     }
@@ -131,8 +134,11 @@ class Project {
                 for (int j = 0; j < kAdapter / 8; j += 2) {
                     std::uint32_t b[4];  // lora_B (16, 16)
                     m.template ldmatrix<true>(b, below<kAdapter>(beside(columns, j), k));
-                    m.template mma<kType>(t[Tiles::kFrozen + j], dy[0], b);
-                    m.template mma<kType>(t[Tiles::kFrozen + j + 1], dy[0], b + 2);
+                    LOGE_SM80_UNROLL
+                    for (int i = 0; i < Tiles::kOwn; ++i) {
+                        m.template mma<kType>(t[own(i, j)], dy[i], b);
+                        m.template mma<kType>(t[own(i, j + 1)], dy[i], b + 2);
+                    }
                 }
             }
         }
@@ -154,7 +160,7 @@ class Project {
         const int columns =
             fragment<kAdapter>(Tiles::kXa, b_tall_corner(lane_), 0, warp_ / Tiles::kStrips * Tiles::kGradientTiles);
         LOGE_SM80_UNROLL
-        for (int k32 = 0; k32 < kBlockM; k32 += 32) {
+        for (int k32 = 0; k32 < kRows; k32 += 32) {
             std::uint32_t b[Tiles::kGradientTiles][4];  // xa (32, 8) per tile
             LOGE_SM80_UNROLL
             for (int j = 0; j < Tiles::kGradientTiles; ++j)
@@ -190,7 +196,7 @@ class Project {
         if constexpr (kColumns > 0) {
             const int column = column_ + warp % Grid::kAcross * Grid::kColumns;
             LOGE_SM80_UNROLL
-            for (int i = 0; i < Tiles::kRowTiles; ++i) {
+            for (int i = 0; i < kRowTiles; ++i) {
                 LOGE_SM80_UNROLL
                 for (int j = 0; j < kColumnTiles; j += 2)
                     write_rows<kType>(m, a.t, stride, p.M, a.rank, row() + strip(warp, i), column + 8 * j, lane,
@@ -200,9 +206,12 @@ class Project {
         if constexpr (kAdapter > 0) {
             if (!need_tP()) return;
             LOGE_SM80_UNROLL
-            for (int j = 0; j < kAdapter / 8; j += 2)
-                write_rows<kType>(m, a.t, stride, p.M, stride, row() + strip(warp, 0), a.rank + 8 * j, lane,
-                                  t[Tiles::kFrozen + j], t[Tiles::kFrozen + j + 1], p.scaling);
+            for (int i = 0; i < Tiles::kOwn; ++i) {
+                LOGE_SM80_UNROLL
+                for (int j = 0; j < kAdapter / 8; j += 2)
+                    write_rows<kType>(m, a.t, stride, p.M, stride, row() + strip(warp, i), a.rank + 8 * j, lane,
+                                      t[own(i, j)], t[own(i, j + 1)], p.scaling);
+            }
         }
     }
 

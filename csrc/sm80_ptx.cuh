@@ -30,9 +30,10 @@ class PtxMachine {
         if constexpr (kOnce) {
             std::uint64_t policy;
             asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
-            asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;\n" ::"r"(base_ + offset),
-                         "l"(source), "r"(valid ? 16 : 0), "l"(policy)
-                         : "memory");
+            asm volatile(
+                "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;\n" ::"r"(base_ + offset),
+                "l"(source), "r"(valid ? 16 : 0), "l"(policy)
+                : "memory");
         } else {
             asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(base_ + offset), "l"(source),
                          "r"(valid ? 16 : 0)

@@ -12,7 +12,7 @@
 
 namespace loge::sm80 {
 
-inline constexpr int kBlockM = 128;  // rows of a slab
+inline constexpr int kBlockM = 128;  // rows of a slab of the second launch
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kMaxStages = 4;
@@ -72,16 +72,20 @@ LOGE_SM80_HD constexpr int c_column(int lane) {
     return (lane & 3) * 2;
 }
 
-// How eight warps share a product of 128 rows: in a grid, each with kRows by kColumns of it. Square parts read the
+// How eight warps share a product of `kDown` rows: in a grid, each with kRows by kColumns of it. Square parts read the
 // fewest operands from shared memory.
-template <int kWidth>
+template <int kDown, int kWidth>
 struct Warps {
-    static constexpr int kRows = kWidth == 64 ? 32 : 64;
-    static constexpr int kAcross = kWidth == 64 ? 2 : 4;
+    static constexpr int kAcross = kWidth <= kDown / 2 ? 2 : 4;
+    static constexpr int kRows = kDown * kAcross / kWarps;
     static constexpr int kColumns = kWidth / kAcross;
     static constexpr int kRowTiles = kRows / 16;  // of C [16, 8]
     static constexpr int kColumnTiles = kColumns / 8;
-    static_assert(kBlockM / kRows * kAcross == kWarps);
+};
+// Without left each has rows of lora_B's product alone.
+template <int kDown>
+struct Warps<kDown, 0> {
+    static constexpr int kAcross = 1, kRows = kDown / kWarps, kColumns = 0, kRowTiles = kRows / 16, kColumnTiles = 0;
 };
 
 // Work that stands in line, cut into as many equal shares as there are blocks, and how a share's end meets a tile's.
@@ -111,28 +115,28 @@ struct Sharing {
     LOGE_SM80_HD constexpr std::int64_t place(std::int64_t block) const { return 2 * block + (block == first); }
 };
 
-// The first launch: T = dY [left | lora_B] of 128 rows by kColumns of left (0: without dX). The first of the tiles that
-// a slab has side by side takes lora_B as well, and dB. Bytes of shared memory: xa, then stages of dY, left, lora_B.
-template <int kColumns, int kAdapter>
+// The first launch: T = dY [left | lora_B] of kRows rows by kColumns of left (0: without dX). The first of the tiles
+// that a slab has side by side takes lora_B as well, and dB. Bytes of shared memory: xa, then stages of dY, left,
+// lora_B.
+template <int kRows, int kColumns, int kAdapter>
 struct ProjectTiles {
     static constexpr int kStepN = kColumns + kAdapter > 288 ? 32 : 64;  // columns of dY per step
-    using Grid = Warps<kColumns == 0 ? 128 : kColumns>;
-    static constexpr int kRowTiles = kColumns == 0 ? 1 : Grid::kRowTiles;
-    static constexpr int kColumnTiles = kColumns == 0 ? 0 : Grid::kColumnTiles;
-    static constexpr int kFrozen = kColumns == 0 ? 0 : kRowTiles * kColumnTiles;  // a warp's C [16, 8] of left
-    static constexpr int kFragments = kFrozen + kAdapter / 8;                     // and of lora_B: 16 rows of its own
+    using Grid = Warps<kRows, kColumns>;
+    static constexpr int kFrozen = Grid::kRowTiles * Grid::kColumnTiles;  // a warp's C [16, 8] of left
+    static constexpr int kOwn = Grid::kRowTiles / Grid::kAcross;  // and of lora_B: its own of these strips of 16
+    static constexpr int kFragments = kFrozen + kOwn * (kAdapter / 8);
     // dB [kStepN, P] of a step: strips of 16 rows by parts of the columns.
     static constexpr int kStrips = kStepN / 16;
     static constexpr int kGradientTiles = kAdapter / 8 * kStrips / kWarps;
 
     static constexpr int kXa = 0;
-    static constexpr int kFirstStage = kAdapter * kRowBytes;
+    static constexpr int kFirstStage = kAdapter * kRows * kElementBytes;
     static constexpr int kDy = 0;
-    static constexpr int kLeft = kStepN * kRowBytes;
+    static constexpr int kLeft = kStepN * kRows * kElementBytes;
     static constexpr int kB = kLeft + kStepN * kColumns * kElementBytes;
     static constexpr int kStageBytes = kB + kStepN * kAdapter * kElementBytes;
     static constexpr int bytes(int stages) { return kFirstStage + stages * kStageBytes; }
-    static_assert(kAdapter == 0 || kGradientTiles > 0);
+    static_assert(kOwn > 0 && (kAdapter == 0 || kGradientTiles > 0));
 };
 
 // The second launch: dX = T [right ; lora_A] of 128 rows by kWidth columns, and dA of these columns. Bytes of shared
@@ -140,7 +144,7 @@ struct ProjectTiles {
 template <int kWidth, int kAdapter>
 struct ExpandTiles {
     static constexpr int kDepth = kWidth + kAdapter > 160 ? 32 : 64;  // columns of T per step
-    using Grid = Warps<kWidth>;
+    using Grid = Warps<kBlockM, kWidth>;
     static constexpr int kXTiles = kWidth / 64;                 // n8 tiles of a warp's part of dA
     static constexpr int kFragments = kAdapter / 16 * kXTiles;  // a warp's C [16, 8] of dA
 

@@ -20,8 +20,8 @@
 namespace loge::sm80 {
 
 // Columns [column, column + kColumns) of rows [row, row + kRows) of a matrix [rows, columns], into a tile of shared
-// memory; zeros beyond the matrix. `kOnce`: nobody reads them again soon. A thread takes one chunk of every kStride-th row: its address, which may lie beyond
-// the matrix where nothing is read, and its offset only grow.
+// memory; zeros beyond the matrix. `kOnce`: nobody reads them again soon. A thread takes one chunk of every kStride-th
+// row: its address, which may lie beyond the matrix where nothing is read, and its offset only grow.
 template <int kRows, int kColumns, bool kOnce = false, class Machine>
 LOGE_SM80_DEVICE void load_tile(Machine& machine, int tile, const void* matrix, std::int64_t stride, std::int64_t rows,
                                 std::int64_t columns, std::int64_t row, std::int64_t column) {
@@ -37,7 +37,8 @@ LOGE_SM80_DEVICE void load_tile(Machine& machine, int tile, const void* matrix, 
     LOGE_SM80_UNROLL
     for (int down = 0; down < kRows; down += kStride) {
         if (kRows % kStride == 0 || i + down < kRows)
-            machine.template copy_async<kOnce>(below<kColumns>(target, down), reinterpret_cast<const void*>(source), down < left);
+            machine.template copy_async<kOnce>(below<kColumns>(target, down), reinterpret_cast<const void*>(source),
+                                               down < left);
         source += static_cast<std::uintptr_t>(kStride * stride) * kElementBytes;
     }
 }

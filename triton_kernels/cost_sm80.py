@@ -8,7 +8,8 @@ from .phases import Flags, Phase, Step, cdiv, l2_traffic, passes, product_cycles
 from .rates import COLUMN_WALK, L2_KEPT, DeviceSpec
 
 MAX_RANK = 512
-_ROWS = 128  # of a slab
+_ROWS = 128  # of a slab of the second launch
+_PARTS_IN_L2 = 40 << 20  # bytes of parts of dB, beyond which slabs are twice as high
 _WARPS = 8
 _FRAGMENT = 512  # bytes that one ldmatrix reads
 _DRAW = 40  # bytes a cycle that a multiprocessor draws from L2 while few do
@@ -17,9 +18,10 @@ _L2_US = 0.5  # a read of L2 while all multiprocessors read
 
 
 class Cut(NamedTuple):
-    """How a problem is cut: tiles [128, columns] of T, `across` side by side, walked in steps of N; tiles [128, width]
+    """How a problem is cut: tiles [rows, columns] of T, `across` side by side, walked in steps of N; tiles [128, width]
     of dX; and the blocks of either launch."""
 
+    rows: int
     columns: int
     across: int
     adapter: int
@@ -39,12 +41,14 @@ def plan(M: int, N: int, K: int, R: int, P: int, flags: Flags, sms: int, shared_
     def step_of(columns: int) -> int:
         return 32 if columns + adapter > 288 else 64
 
-    def project_stages(columns: int) -> int:
-        return (shared_bytes - 256 * adapter) // (2 * step_of(columns) * (_ROWS + columns + adapter))
+    def project_stages(rows: int, columns: int) -> int:
+        return (shared_bytes - 2 * rows * adapter) // (2 * step_of(columns) * (rows + columns + adapter))
 
-    while columns > 64 and project_stages(columns) < 2:
+    while columns > 64 and project_stages(128, columns) < 2:
         columns //= 2
-    steps, slabs = cdiv(N, step_of(columns)), cdiv(M, _ROWS)
+    much = flags.need_dB and cdiv(M, 128) * N * P * 4 > _PARTS_IN_L2
+    rows = 256 if much and columns <= 128 and adapter == 16 and project_stages(256, columns) >= 2 else 128
+    steps, slabs = cdiv(N, step_of(columns)), cdiv(M, rows)
     across = cdiv(rank, columns) if columns else 1
     fewest = 1
     while 2 * fewest * fewest < 3 * steps:
@@ -56,11 +60,11 @@ def plan(M: int, N: int, K: int, R: int, P: int, flags: Flags, sms: int, shared_
         return (shared_bytes - fixed) // (256 * (32 if width + adapter > 160 else 64))
 
     width = 128 if expand_stages(128) >= 2 else 64
-    tiles = cdiv(K, width) * slabs if flags.need_dx or flags.need_dA else 0
+    tiles = cdiv(K, width) * cdiv(M, _ROWS) if flags.need_dx or flags.need_dA else 0
     sums = cdiv(steps * step_of(columns) * P, 1024) * flags.need_dB
     first = min(sms, max(slabs * across, slabs * across * steps // fewest))
     second = max(1, min(sms, max(tiles, sums)))
-    return Cut(columns, across, adapter, step_of(columns), steps, slabs, first, width, tiles, second)
+    return Cut(rows, columns, across, adapter, step_of(columns), steps, slabs, first, width, tiles, second)
 
 
 def occupancy(M: int, N: int, R: int, P: int, flags: Flags, device: DeviceSpec) -> tuple[int, float]:
@@ -81,8 +85,9 @@ def phases(
     kept = min(each, cut.steps) * cut.project_blocks * cut.step * P * 4 * flags.need_dB
     again = max(0, cut.slabs * cut.steps * cut.step * P * 4 * flags.need_dB - kept)
     lost = int(max(0, kept - L2_KEPT * device.l2_bytes))
+    spilled = lost + 2 * again * (lost > 0)
     shared_tiles, parts = _shared(cut.slabs * cut.across, cut.project_blocks)
-    part = _ROWS * (cut.columns + cut.adapter) * 4 * (rank + t_p > 0)
+    part = cut.rows * (cut.columns + cut.adapter) * 4 * (rank + t_p > 0)
     t = M * (rank + t_p) * itemsize
     loaded = (cut.across * M * N + cut.slabs * N * (rank + t_p) + M * P * flags.need_dB) * itemsize
     project = walk(
@@ -91,10 +96,10 @@ def phases(
         _project_step(device, cut, flags, t_p > 0),
         each,
         cut.project_blocks,
-        hbm=(cut.across * M * N + N * (rank + t_p) + M * P * flags.need_dB) * itemsize + t + lost + 2 * again * (lost > 0),
+        hbm=(cut.across * M * N + N * (rank + t_p) + M * P * flags.need_dB) * itemsize + t + spilled,
         l2=l2_traffic(loaded + again + parts * part, t + kept + again + parts * part, 0),
         l2_bytes=loaded + t + kept + 2 * again + 2 * parts * part,
-        flops=2 * cut.slabs * _ROWS * N * (cut.across * cut.columns + cut.adapter * ((t_p > 0) + flags.need_dB)),
+        flops=2 * cut.slabs * cut.rows * N * (cut.across * cut.columns + cut.adapter * ((t_p > 0) + flags.need_dB)),
         rounds=1,
     )
     found = [project]
@@ -146,23 +151,23 @@ def _shared(tiles: int, blocks: int) -> tuple[int, int]:
     return cut, cut + blocks - 1
 
 
-def _warp_tiles(width: int) -> tuple[int, int]:
-    """A warp's fragments [16, 16] of a product of 128 rows by `width` columns."""
-    return (2, 2) if width == 64 else (4, width // 64)
+def _warp_tiles(rows: int, width: int) -> tuple[int, int]:
+    """A warp's fragments [16, 16] of a product of `rows` by `width` columns."""
+    across = 2 if width <= rows // 2 else 4
+    return rows * across // (_WARPS * 16), width // across // 16
 
 
 def _project_step(device: DeviceSpec, cut: Cut, flags: Flags, need_t_p: bool) -> Step:
     """Of the tiles that lie side by side one has the adapter's products: its share."""
     adapter = cut.adapter / cut.across
-    skinny = product_cycles(device, 2, _ROWS, cut.adapter, cut.step) / cut.across
-    tensor = product_cycles(device, 2, _ROWS, cut.columns, cut.step) + skinny * (need_t_p + flags.need_dB)
-    rows, columns = _warp_tiles(cut.columns or 64)
-    rows, columns = (rows, columns) if cut.columns else (1, 0)
+    skinny = product_cycles(device, 2, cut.rows, cut.adapter, cut.step) / cut.across
+    tensor = product_cycles(device, 2, cut.rows, cut.columns, cut.step) + skinny * (need_t_p + flags.need_dB)
+    rows, columns = _warp_tiles(cut.rows, cut.columns) if cut.columns else (cut.rows // (_WARPS * 16), 0)
     fragments = cut.step // 16 * (rows + columns + adapter / 16 * need_t_p)
     if flags.need_dB and cut.adapter:
         tiles = cut.adapter // 8 * (cut.step // 16) // _WARPS
-        fragments += (8 + 4 * tiles) / cut.across
-    fill = 2 * cut.step * (_ROWS + cut.columns + adapter * need_t_p)
+        fragments += cut.rows // 16 * (1 + tiles / 2) / cut.across
+    fill = 2 * cut.step * (cut.rows + cut.columns + adapter * need_t_p)
     return Step(tensor, fill + fragments * _WARPS * _FRAGMENT)
 
 
@@ -170,7 +175,7 @@ def _expand_tile(device: DeviceSpec, cut: Cut, depth: int, flags: Flags) -> Step
     """The factors' columns are there; T, x and T_P are loaded, and dX is written from registers."""
     tensor = product_cycles(device, 2, _ROWS, cut.width, depth) * flags.need_dx
     tensor += product_cycles(device, 2, _ROWS, cut.adapter, cut.width) * flags.need_dA
-    rows, columns = _warp_tiles(cut.width)
+    rows, columns = _warp_tiles(_ROWS, cut.width)
     fragments = cdiv(depth, 16) * (rows + columns) * flags.need_dx
     fragments += (8 * (cut.adapter // 16) + 4 * (cut.width // 64)) * flags.need_dA
     fill = 256 * (depth * flags.need_dx + (cut.width + cut.adapter) * flags.need_dA)

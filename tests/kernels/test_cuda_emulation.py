@@ -38,7 +38,7 @@ class Case:
     x_gap: int = 0
     deterministic: bool = False
     need: tuple[bool, bool, bool] = (True, True, True)  # dx, dA, dB
-    schedule: int = 1  # when what is asynchronous happens; sm80: 1 for at its wait, 0 for at its issue
+    schedule: int = 1  # when what is asynchronous happens; sm80: bit 1 for at its wait; bit 2 for slabs of 256 rows
     cluster: int = 1  # sm90: blocks that share a slab; sm80: multiprocessors
     rounded: bool = False  # dA and dB in dtype, by the last block, and not in fp32
 
@@ -159,6 +159,12 @@ SM80 = [
     Case(270, 200, 136, 0, 16, need=(False, False, True), rounded=True, schedule=0, cluster=5),
     Case(270, 200, 136, 0, 16, need=(False, True, True), rounded=True, cluster=2),
     Case(270, 200, 136, 48, 8, need=(True, True, False), rounded=True, schedule=0, cluster=5),
+]
+SM80 += [
+    Case(300, 264, 136, 64, 16, schedule=3, cluster=3),
+    Case(520, 200, 136, 120, 8, schedule=2, cluster=2, dtype=torch.bfloat16),
+    Case(300, 328, 72, 320, 16, schedule=3, cluster=4, need=(True, False, True)),
+    Case(520, 200, 136, 0, 16, schedule=3, need=(False, True, True)),
 ]
 # Tiles of T, and columns of dA, that three blocks or four share.
 SHARED = Case(270, 1032, 136, 48, 8, cluster=8, deterministic=True)
