@@ -30,22 +30,28 @@ struct Kernel {
     int max_rows;                              // slabs that share a cluster
     int (*max_splits)(const BackwardParams&);  // of a slab
     std::string (*why_not)(const BackwardParams&);
-    Plan (*expect)(const BackwardParams&, int sm_count);  // for a device that cannot be asked
-    Plan (*prepare)(const BackwardParams&, int device);   // on the current device
+    // For a device that cannot be asked, whose blocks may have so many bytes of shared memory; 0: as the kernel's own.
+    Plan (*expect)(const BackwardParams&, int sm_count, int shared_bytes);
+    Plan (*prepare)(const BackwardParams&, int device);  // on the current device
     void (*backward)(const BackwardParams&, const Plan&, int device, void* stream);
+    // Another cluster than the plan's: `rows` slabs by `splits` of N and K.
+    void (*cut)(const BackwardParams&, Plan&, int rows, int splits);
 };
 
 const std::vector<Kernel>& kernels() {
     static const std::vector<Kernel> all = {
         {"sm80", 1, [](const BackwardParams&) { return 1; }, loge::sm80_why_not,
-         [](const BackwardParams& p, int) { return loge::sm80_plan(p); }, loge::sm80_prepare, loge::sm80_backward},
+         [](const BackwardParams& p, int sm_count, int shared_bytes) {
+             return loge::sm80_plan(p, sm_count, shared_bytes == 0 ? loge::sm80::kSharedBytes : shared_bytes);
+         },
+         loge::sm80_prepare, loge::sm80_backward, [](const BackwardParams&, Plan&, int, int) {}},
 #ifdef LOGE_SM90
         {"sm90", 2, loge::sm90_max_splits, loge::sm90_why_not,
-         [](const BackwardParams& p, int sm_count) {
+         [](const BackwardParams& p, int sm_count, int) {
              const auto expected = loge::sm90::expected_residency(sm_count);
              return loge::sm90_plan(p, expected, expected);
          },
-         loge::sm90_prepare, loge::sm90_backward},
+         loge::sm90_prepare, loge::sm90_backward, loge::sm90_cut_as},
 #endif
     };
     return all;
@@ -79,9 +85,7 @@ void set_cluster(Call& call, int rows, int splits) {
     if (splits < 1 || splits > most || rows * splits > loge::kMaxCluster || (splits & (splits - 1)) != 0)
         refuse(call, "splits = " + std::to_string(splits) + " is no power of two up to " +
                          std::to_string(std::min(most, loge::kMaxCluster / rows)));
-    call.rows = rows;
-    call.cluster = rows * splits;
-    call.grid = (call.slabs + rows - 1) / rows * call.cluster;
+    call.kernel->cut(call.problem, call, rows, splits);
 }
 
 Call plan(const std::string& name, std::int64_t M, std::int64_t N, std::int64_t K, std::int32_t R, std::int32_t P,
@@ -104,24 +108,29 @@ Call plan(const std::string& name, std::int64_t M, std::int64_t N, std::int64_t 
     const std::string reason = call.kernel->why_not(p);
     if (!reason.empty()) refuse(call, reason);
     if (sm_count < 1) refuse(call, "sm_count = " + std::to_string(sm_count) + " is not positive");
-    static_cast<Plan&>(call) = call.kernel->expect(p, sm_count);
-    call.workspace = loge::workspace_of(p, call);
-    if (deterministic) p.slab_stride = call.workspace.set;
-    const std::int64_t bytes = 4 * call.workspace.size;
-    if (deterministic && bytes > loge::kMaxWorkspaceBytes)
-        refuse(call, "without atomics each slab has dA and dB of its own: " + std::to_string(bytes >> 20) +
-                         " MiB, where " + std::to_string(loge::kMaxWorkspaceBytes >> 20) + " are allowed");
-    if (device >= 0) {
+    if (device < 0) {
+        static_cast<Plan&>(call) = call.kernel->expect(p, sm_count, 0);
+    } else {
         const loge::DeviceGuard guard(device);
         int limit = 0;
         loge::check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
                          "cudaDeviceGetAttribute(MaxSharedMemoryPerBlockOptin)");
-        if (call.shared_bytes > limit)
-            refuse(call, "a block needs " + std::to_string(call.shared_bytes) +
-                             " bytes of shared memory, this GPU has " + std::to_string(limit));
+        const Plan expected = call.kernel->expect(p, sm_count, limit);
+        const int needed = std::max(expected.shared_bytes, expected.second.shared_bytes);
+        if (needed > limit)
+            refuse(call, "a block needs " + std::to_string(needed) + " bytes of shared memory, this GPU has " +
+                             std::to_string(limit));
         static_cast<Plan&>(call) = call.kernel->prepare(p, device);
     }
     if (rows != 0 || splits != 0) set_cluster(call, std::max(rows, 1), std::max(splits, 1));
+    call.workspace = loge::workspace_of(p, call);
+    if (call.workspace.sets > 0) p.slab_stride = call.workspace.set;
+    const std::int64_t apart = 4 * (call.workspace.sets * call.workspace.set + call.parts);
+    if (apart > loge::kMaxWorkspaceBytes)
+        refuse(call, (call.ordered ? "blocks keep sums of their own: "
+                                   : "without atomics each slab has dA and dB of its own: ") +
+                         std::to_string(apart >> 20) + " MiB, where " + std::to_string(loge::kMaxWorkspaceBytes >> 20) +
+                         " are allowed");
     return call;
 }
 
@@ -132,20 +141,22 @@ T* pointer(std::uintptr_t address) {
 
 void launch(const Call& call, std::uintptr_t dy, std::uintptr_t x, std::uintptr_t xa, std::uintptr_t left,
             std::uintptr_t right, std::uintptr_t lora_A, std::uintptr_t lora_B, std::uintptr_t dx, std::uintptr_t dA,
-            std::uintptr_t dB, std::uintptr_t workspace, std::int64_t dy_stride, std::int64_t x_stride, float scaling,
-            std::uintptr_t stream) {
+            std::uintptr_t dB, std::uintptr_t workspace, std::uintptr_t scratch, std::int64_t dy_stride,
+            std::int64_t x_stride, float scaling, std::uintptr_t stream) {
     BackwardParams p = call.problem;
     p.dy = pointer(dy), p.x = pointer(x), p.xa = pointer(xa), p.left = pointer(left), p.right = pointer(right);
     p.lora_A = pointer(lora_A), p.lora_B = pointer(lora_B);
     if (p.M > 0 && p.dx != nullptr && dx == 0) refuse(call, "dx is missing");
     if (p.M > 0 && call.workspace.size > 0 && workspace == 0) refuse(call, "the workspace is missing");
+    if (p.M > 0 && call.scratch > 0 && scratch == 0) refuse(call, "the scratch is missing");
+    p.scratch = pointer(scratch);
     if (p.dx != nullptr) p.dx = pointer(dx);
     float* const sums = pointer<float>(workspace);
     if (p.dA != nullptr) p.dA = sums, p.dA_rounded = pointer(dA);
     if (p.dB != nullptr) p.dB = sums + call.workspace.dB, p.dB_rounded = pointer(dB);
     const bool rounds = p.dA_rounded != nullptr || p.dB_rounded != nullptr;
-    if (rounds && p.deterministic) refuse(call, "deterministic sums are the caller's to add up and to round");
-    if (rounds) p.finished = pointer<unsigned>(workspace) + call.workspace.set;
+    if (rounds && call.workspace.sets > 0) refuse(call, "deterministic sums are the caller's to add up and to round");
+    if (rounds || call.ordered) p.finished = pointer<unsigned>(workspace) + call.workspace.set;
     p.dy_stride = dy_stride, p.x_stride = x_stride;
     p.scaling = scaling;
     const std::string reason = call.kernel->why_not(p);
@@ -153,8 +164,9 @@ void launch(const Call& call, std::uintptr_t dy, std::uintptr_t x, std::uintptr_
     if (p.M == 0) return;
     if (call.device < 0) refuse(call, "this plan was made for no device");
     const loge::DeviceGuard guard(call.device);
-    if (!p.deterministic && call.workspace.size > 0)
-        loge::check_cuda(cudaMemsetAsync(sums, 0, 4 * call.workspace.size, pointer<CUstream_st>(stream)),
+    const std::int64_t zeros = call.workspace.zeros, cleared = call.workspace.size - zeros;
+    if (cleared > 0)
+        loge::check_cuda(cudaMemsetAsync(sums + zeros, 0, 4 * cleared, pointer<CUstream_st>(stream)),
                          "cudaMemsetAsync(workspace)");
     call.kernel->backward(p, call, call.device, pointer(stream));
 }
@@ -177,6 +189,7 @@ PYBIND11_MODULE(_C, module) {
         .def_readonly("block_m", &Call::block_m)
         .def_readonly("block_n", &Call::block_n)
         .def_readonly("block_k", &Call::block_k)
+        .def_readonly("block_r", &Call::block_r)
         .def_readonly("cluster", &Call::cluster)
         .def_readonly("rows", &Call::rows)
         .def_readonly("stages", &Call::stages)
@@ -184,15 +197,19 @@ PYBIND11_MODULE(_C, module) {
         .def_readonly("threads", &Call::threads)
         .def_readonly("slabs", &Call::slabs)
         .def_readonly("grid", &Call::grid)
+        .def_property_readonly("second_grid", [](const Call& call) { return call.second.grid; })
+        .def_readonly("scratch", &Call::scratch)
+        .def_property_readonly("sets", [](const Call& call) { return call.workspace.sets; })
         .def_property_readonly("workspace", [](const Call& call) { return call.workspace.size; })
-        .def(
-            "launch", &launch,
-            "launch(dy, x, xa, left, right, lora_A, lora_B, dx, dA, dB, workspace, dy_stride, x_stride, scaling, "
-            "stream): one memset and one kernel. All but the last four are addresses, 0 for what is not wanted or not "
-            "read. `workspace` has Plan.workspace elements of float32: the sums dA [P, K] and dB [N, P], one after the "
-            "other, those that are wanted. They are the result, or are rounded to dA and dB where these are given. A "
-            "deterministic plan leaves [slabs, dA and dB] there, to be added up. "
-            "ValueError names the argument at fault and its value; CudaError the call that CUDA refused.");
+        .def("launch", &launch,
+             "launch(dy, x, xa, left, right, lora_A, lora_B, dx, dA, dB, workspace, scratch, dy_stride, x_stride, "
+             "scaling, stream): one memset, and one kernel or two. All but the last four are addresses, 0 for what is "
+             "not wanted or not read. `workspace` has Plan.workspace elements of float32: the sums dA [P, K] and dB "
+             "[N, P], one after the other, those that are wanted. They are the result, or are rounded to dA and dB "
+             "where "
+             "these are given. Where Plan.sets is not 0, as many sets of sums lie there, to be added up. `scratch`, of "
+             "Plan.scratch elements, is done with when the kernels are. "
+             "ValueError names the argument at fault and its value; CudaError the call that CUDA refused.");
     module.def(
         "plan", &plan,
         "The Plan of `kernel`. ValueError names what the kernel cannot take. On `device` it asks CUDA what fits "

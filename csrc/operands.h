@@ -13,7 +13,7 @@ namespace loge {
 inline constexpr std::int64_t kMaxSize = (std::int64_t{1} << 31) - 256;
 
 // Why no kernel of this module can take `p`, or "". The device's compute capability is the caller's to check.
-inline std::string problem_why_not(const BackwardParams& p, std::int64_t max_rank = kMaxRank) {
+inline std::string problem_why_not(const BackwardParams& p) {
     const auto text = [](const char* name, std::int64_t value) {
         return std::string(name) + " = " + std::to_string(value);
     };
@@ -27,8 +27,8 @@ inline std::string problem_why_not(const BackwardParams& p, std::int64_t max_ran
     if (p.N % 8 != 0) return text("N", p.N) + " is not a multiple of 8 (rows on 16-byte boundaries)";
     if (p.K % 8 != 0) return text("K", p.K) + " is not a multiple of 8 (rows on 16-byte boundaries)";
     if (p.P < 0 || p.P > kMaxAdapter || p.P % 8 != 0) return text("P", p.P) + " is not a multiple of 8 in 0 .. 64";
-    if (need_dx && (p.R < 8 || p.R > max_rank || p.R % 8 != 0))
-        return text("R", p.R) + " is not a multiple of 8 in 8 .. " + std::to_string(max_rank);
+    if (need_dx && (p.R < 8 || p.R > kMaxRank || p.R % 8 != 0))
+        return text("R", p.R) + " is not a multiple of 8 in 8 .. " + std::to_string(kMaxRank);
     if ((need_dA || need_dB) && p.P == 0) return "dA and dB need an adapter (P = 0)";
     // One row has no stride; with more, rows may not overlap.
     const auto bad_stride = [&p](std::int64_t stride, std::int64_t width) {
@@ -55,6 +55,7 @@ inline std::string problem_why_not(const BackwardParams& p, std::int64_t max_ran
         {"dx", p.dx, need_dx},
         {"workspace", p.dA, need_dA},
         {"workspace", p.dB, need_dB},
+        {"scratch", p.scratch, p.scratch != nullptr},
         {"dA", p.dA_rounded, p.dA_rounded != nullptr},
         {"dB", p.dB_rounded, p.dB_rounded != nullptr},
     };

@@ -15,7 +15,7 @@ namespace loge {
 
 enum class DType : std::int32_t { kFloat16 = 0, kBFloat16 = 1 };
 
-inline constexpr std::int64_t kMaxRank = 256;  // of a kernel that names no other
+inline constexpr std::int64_t kMaxRank = 512;
 inline constexpr std::int64_t kMaxAdapter = 64;
 // What TMA, cp.async and vector stores move at a time; every row of every operand starts on such a boundary.
 inline constexpr std::int64_t kAlignmentBytes = 16;
@@ -49,7 +49,8 @@ struct BackwardParams {
     bool deterministic;
 };
 
-// Of a workspace when deterministic: it grows with the rows, and nobody expects gradients of a few MB to need GBs.
+// Of sums that are yet to be added up, in a deterministic workspace or in scratch: nobody expects gradients of a few MB
+// to need GBs.
 inline constexpr std::int64_t kMaxWorkspaceBytes = std::int64_t{256} << 20;
 inline constexpr int kMaxCluster = 8;  // the largest size that every Hopper part supports
 
@@ -73,6 +74,7 @@ struct Plan {
         std::int64_t grid;
     } second;
     std::int64_t scratch;  // elements of 4 bytes that the blocks hand each other
+    std::int64_t parts;    // of these, sums of which each block has a part: no more with more rows, beyond some
     // The kernel adds up dA and dB itself, in an order that the plan fixes: deterministic or not, it does the same.
     bool ordered;
 };

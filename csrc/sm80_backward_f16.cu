@@ -3,9 +3,9 @@
 
 namespace loge::sm80 {
 
-#define LOGE_SM80_INSTANCE(kRank, kAdapter)                               \
-    template void prepare<DType::kFloat16, kRank, kAdapter>(const Plan&); \
-    template void launch<DType::kFloat16, kRank, kAdapter>(const BackwardParams&, const Plan&, void*);
-LOGE_SM80_KERNELS(LOGE_SM80_INSTANCE)
+#define LOGE_SM80_P(kRows, kColumns, kAdapter) LOGE_SM80_PROJECT_INSTANCE(DType::kFloat16, kRows, kColumns, kAdapter)
+#define LOGE_SM80_E(kWidth, kAdapter) LOGE_SM80_EXPAND_INSTANCE(DType::kFloat16, kWidth, kAdapter)
+LOGE_SM80_PROJECT(LOGE_SM80_P)
+LOGE_SM80_EXPAND(LOGE_SM80_E)
 
 }  // namespace loge::sm80

@@ -1,4 +1,4 @@
-// One thread's view of a multiprocessor: the instructions that sm80_block.h is written in.
+// One thread's view of a multiprocessor: the instructions that the Ampere kernels are written in.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,16 +23,32 @@ class PtxMachine {
     }
     __device__ __forceinline__ void sync() const { __syncthreads(); }
 
-    // 16 bytes of global memory to shared memory, or zeros.
+    // 16 bytes of global memory to shared memory, or zeros. `kOnce`: nobody reads them again, and what L2 holds beside
+    // them is worth more.
+    template <bool kOnce>
     __device__ __forceinline__ void copy_async(int offset, const void* source, bool valid) const {
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(base_ + offset), "l"(source),
-                     "r"(valid ? 16 : 0)
-                     : "memory");
+        if constexpr (kOnce) {
+            std::uint64_t policy;
+            asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+            asm volatile(
+                "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;\n" ::"r"(base_ + offset),
+                "l"(source), "r"(valid ? 16 : 0), "l"(policy)
+                : "memory");
+        } else {
+            asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(base_ + offset), "l"(source),
+                         "r"(valid ? 16 : 0)
+                         : "memory");
+        }
     }
     __device__ __forceinline__ void commit() const { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-    template <int kPending>
-    __device__ __forceinline__ void wait() const {
-        asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+    // Until no more than `pending` groups, 0 .. 2, are on their way.
+    __device__ __forceinline__ void wait(int pending) const {
+        if (pending >= 2)
+            asm volatile("cp.async.wait_group 2;\n" ::: "memory");
+        else if (pending == 1)
+            asm volatile("cp.async.wait_group 1;\n" ::: "memory");
+        else
+            asm volatile("cp.async.wait_group 0;\n" ::: "memory");
     }
 
     template <bool kTranspose>
@@ -76,25 +92,23 @@ class PtxMachine {
         return packed;
     }
 
-    __device__ __forceinline__ void store(int offset, std::uint32_t value) const {
-        asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(base_ + offset), "r"(value) : "memory");
-    }
-    // 16 bytes of shared memory to global memory.
-    __device__ __forceinline__ void copy_out(void* target, int offset) const {
-        uint4 v;
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                     : "r"(base_ + offset)
-                     : "memory");
-        *static_cast<uint4*>(target) = v;
+    // The value of the lane beside this one, 0 and 1, 2 and 3, ...
+    __device__ __forceinline__ std::uint32_t swap(std::uint32_t value) const {
+        return __shfl_xor_sync(0xffffffffu, value, 1);
     }
     __device__ __forceinline__ void write_pair(float* target, float first, float second) const {
         *reinterpret_cast<float2*>(target) = make_float2(first, second);
     }
-    // Four sums that other blocks have added to: from L2, where they lie.
+    // Four sums that another block, or this one, has written: from L2, where they lie.
     __device__ __forceinline__ void read_sums(float (&v)[4], const float* source) const {
         const float4 four = __ldcg(reinterpret_cast<const float4*>(source));
         v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+    }
+    __device__ __forceinline__ void write_sums(float* target, const float (&v)[4]) const {
+        *reinterpret_cast<float4*>(target) = make_float4(v[0], v[1], v[2], v[3]);
+    }
+    __device__ __forceinline__ void write_word(void* target, std::uint32_t word) const {
+        *static_cast<std::uint32_t*>(target) = word;
     }
     __device__ __forceinline__ void write_words(void* target, std::uint32_t first, std::uint32_t second) const {
         *static_cast<uint2*>(target) = make_uint2(first, second);
@@ -110,18 +124,6 @@ class PtxMachine {
     }
     // Whether any thread of the block says so; a barrier.
     __device__ __forceinline__ bool any(bool here) const { return __syncthreads_or(here) != 0; }
-    // Before compute capability 9.0 there is no vector form, and a pair costs two scalar atomics. Whether they bind
-    // an A100 needs one to measure; keeping dB of several slabs in one block would halve their number.
-    __device__ __forceinline__ void add_pair(float* target, float first, float second) const {
-#if __CUDA_ARCH__ >= 900
-        asm volatile("red.global.add.v2.f32 [%0], {%1, %2};\n" ::"l"(__cvta_generic_to_global(target)), "f"(first),
-                     "f"(second)
-                     : "memory");
-#else
-        atomicAdd(target, first);
-        atomicAdd(target + 1, second);
-#endif
-    }
 
  private:
     std::uint32_t base_;

@@ -54,7 +54,7 @@ struct Expand {
         return left < kBoxes ? left : kBoxes;
     }
     __device__ __forceinline__ char* t_box(int i) const { return ring.resident() + i * kTBoxBytes; }
-    __device__ __forceinline__ char* t_p() const { return t_box(kMaxRankTwoLaunches / kStep); }
+    __device__ __forceinline__ char* t_p() const { return t_box(static_cast<int>(kMaxRank) / kStep); }
 
     __device__ __forceinline__ void produce() const {
         if (!elect_loader()) return;

@@ -81,7 +81,7 @@ inline Cut best_cut(const BackwardParams& p, std::int64_t slabs, const Residency
 
 // Why the Hopper kernel cannot take `p`, or "".
 inline std::string sm90_why_not(const BackwardParams& p) {
-    return problem_why_not(p, sm90::kMaxRankTwoLaunches);
+    return problem_why_not(p);
 }
 
 inline int sm90_max_splits(const BackwardParams& p) {
@@ -106,6 +106,16 @@ inline void sm90_cut_second(const BackwardParams& p, Plan& plan, std::int64_t re
     plan.second.shared_bytes = shared.bytes;
     plan.second.grid = in_turn == 0 ? 0 : (tiles + in_turn - 1) / in_turn * plan.rows;
     plan.scratch = p.M * sm90::t_width(p.R, p.P) / 2;
+}
+
+// As asked for, where a plan has been made: the second launch shares loads between as many slabs.
+inline void sm90_cut_as(const BackwardParams& p, Plan& plan, int rows, int splits) {
+    const std::int64_t blocks = plan.second.grid;
+    int log_splits = 0;
+    while (1 << log_splits < splits)
+        ++log_splits;
+    sm90_cut(p, plan, {rows, log_splits});
+    if (sm90::takes_two_launches(p)) sm90_cut_second(p, plan, blocks / rows);
 }
 
 // How to cut `p`, of which sm90_why_not has no complaint. `second`: of the second launch's kernel.

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "params.h"
+
 #if defined(__CUDACC__)
 #define LOGE_HOST_DEVICE __host__ __device__
 #else
@@ -31,8 +33,7 @@ inline constexpr int kSharedAlignment = 1024;  // of the 128-byte swizzle's patt
 // R and P are padded to a compiled tile, and the loads fill the rest with zeros. 0: no dX, no adapter. R = 136 costs
 // what 256 does. A zero times an infinity is NaN: where dY holds an infinity, the padded columns of T are NaN, and the
 // whole row of dX with them, where R or P fills its tile only in part.
-inline constexpr int kTileColumns = 256;         // the largest
-inline constexpr int kMaxRankTwoLaunches = 512;  // a rank beyond one tile takes two launches, by way of T in memory
+inline constexpr int kTileColumns = 256;  // the largest
 LOGE_HOST_DEVICE constexpr int rank_tile(int rank) {
     return rank == 0 ? 0 : rank <= 64 ? 64 : rank <= 128 ? 128 : 256;
 }
@@ -102,7 +103,8 @@ LOGE_HOST_DEVICE constexpr SharedMap expand_map(int adapter_tile) {
     map.staging = map.stages * map.stage_bytes;
     map.staging_buffers = 1;
     map.resident = map.staging + kConsumers * kStagingBytes;
-    map.barriers = map.resident + kMaxRankTwoLaunches / kStep * kTBoxBytes + kBlockM * adapter_tile * kElementBytes;
+    map.barriers =
+        map.resident + static_cast<int>(kMaxRank) / kStep * kTBoxBytes + kBlockM * adapter_tile * kElementBytes;
     map.bytes =
         map.barriers + barrier_map(map.stages).count * static_cast<int>(sizeof(std::uint64_t)) + kSharedAlignment;
     return map;

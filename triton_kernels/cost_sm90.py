@@ -12,7 +12,6 @@ from .cost_model import finishing
 from .phases import Estimate, Flags, Phase, Step, cdiv, l2_traffic, passes, product_cycles, walk
 from .rates import CLUSTER_BYTES, EXCHANGE_US, ROUND_BYTES, SHARED_BYTES, TILE_CYCLES, WGMMA_LEAST, DeviceSpec
 
-MAX_RANK = 512
 _TILE = 256  # columns of left that a block takes, and of dX in the second of two launches
 _ROWS = 128  # of a slab
 _STEP = 64  # columns of dY, x and dX per step

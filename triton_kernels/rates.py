@@ -128,6 +128,7 @@ CAST = 0.50  # PyTorch kernels that broadcast and change the dtype
 
 # ---- between L2 and a multiprocessor [review] ----
 L2_WRITE = 0.5  # weight of a stored byte over a loaded one; an atomic costs twice a store
+L2_KEPT = 0.5  # share of L2 in which a kernel's results wait for the next one's reads, beside operands read once
 SM_DRAW = 1.45  # times its share of L2's rate that a multiprocessor draws where others idle: 40 of 27.6 B a cycle
 SM_DRAW_HBM = 2.0  # the same of HBM
 

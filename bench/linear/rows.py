@@ -41,6 +41,7 @@ class Row:
     eager_seconds: float | None = None
     graph_seconds: float | None = None  # a replay of a CUDA graph
     graph_note: str = ""  # why there is no graph
+    predicted_seconds: float | None = None  # by the cost model, of a backward on a GPU
     p10: float | None = None
     p90: float | None = None
     tflops: float | None = None

@@ -25,7 +25,7 @@ from ..measure.memory import with_peak_memory
 from ..measure.roofline import Ceilings, measure_ceilings, plain_rates, speedup_ceiling
 from ..measure.shapes import parse_shapes
 from ..measure.timing import Timing, TimingOptions, captured, clock_for, interleave
-from . import rates
+from . import on_paper, rates
 from .baselines import BASELINES, DIRECTIONS, Candidate, candidates, check_baselines
 from .device_rates import keep
 from .gate import Gate
@@ -92,6 +92,10 @@ class MicroOptions:
             help="Instead: measure the Triton configurations for these problems and keep the best in the user's cache.",
         ),
     ] = False
+    on_paper: Annotated[
+        str | None,
+        Option(help="Instead: predict the backward on this GPU (H100, H200, A100), each candidate by phase."),
+    ] = None
     json: Json = None
     csv: Annotated[Path | None, Option(help="Also write the rows to this file, as CSV.")] = None
     png: Annotated[Path | None, Option(help="Draw speed-up against R into this file.")] = None
@@ -102,7 +106,8 @@ class MicroOptions:
 
 
 def run(options: MicroOptions, console: Console | None = None) -> dict[str, Any]:
-    """Measure every case, print a table for each, write the files asked for; the JSON-able report is returned.
+    """Measure every case, print a table for each, write the files asked for; the JSON-able report is returned. With
+    `on_paper` nothing is measured: `on_paper.run`.
 
     Its "rows" are `Row.to_dict()`; "passed" is False when a candidate gave a wrong result. Raises ValueError, with the
     argument named, before anything is measured.
@@ -112,6 +117,8 @@ def run(options: MicroOptions, console: Console | None = None) -> dict[str, Any]
     device = choose_device(options.device)
     cases = plan(options, device)
     output.check_writable(options.json, options.csv, options.png)
+    if options.on_paper is not None:
+        return on_paper.run(cases, options.on_paper, console, options.json)
     report: dict[str, Any] = {
         "benchmark": "linear",
         "environment": describe(device),
@@ -136,6 +143,8 @@ def run(options: MicroOptions, console: Console | None = None) -> dict[str, Any]
                 limits = TimingOptions(budget_seconds=options.budget / 4)
                 report["rates"] += rates.measure(case, operands, clock_for(device), limits)
             rows_of_case = measure(case, options, operands, ceilings[case.dtype], partial(_tell, tell, label))
+            if device.type == "cuda" and options.direction == "backward":
+                on_paper.add_predictions(rows_of_case, device)
             output.print_case(console, case.title, options.direction, rows_of_case)
             rows += rows_of_case
             report["rows"] = [row.to_dict() for row in rows]

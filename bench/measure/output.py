@@ -96,9 +96,11 @@ def print_case(console: Console, title: str, direction: str, rows: Sequence[Row]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("candidate", no_wrap=True)
     baselines = [name for name in _BASELINES if any(name in row.speedup for row in rows)]
+    predicted = any(row.predicted_seconds for row in rows)
     headings = (
         "by",
         "median",
+        *(["predicted"] * predicted),
         "eager",
         "p10-p90",
         "runs",
@@ -115,7 +117,9 @@ def print_case(console: Console, title: str, direction: str, rows: Sequence[Row]
             table.add_row(f"[dim]{row.candidate}[/dim]", "[yellow]not run[/yellow]")
             continue
         spread = f"{duration(row.p10)}-{duration(row.p90)}" if row.runs > 1 else "cold"
-        start = [row.candidate, row.mode, duration(row.seconds), duration(row.eager_seconds), spread, str(row.runs)]
+        foretold = [duration(row.predicted_seconds) if row.predicted_seconds else ""] * predicted
+        times = [duration(row.seconds), *foretold, duration(row.eager_seconds)]
+        start = [row.candidate, row.mode, *times, spread, str(row.runs)]
         if row.status == "wrong result":
             table.add_row(*start, "[red]wrong[/red]", "[red]result[/red]")
             continue

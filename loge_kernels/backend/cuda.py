@@ -1,7 +1,7 @@
 """The adapter between a backward problem and the CUDA C++ kernels, which know pointers, sizes and a stream.
 
 What depends on shapes, dtypes, wants and the device is decided once and kept. A call then looks it up, allocates, and
-asks for one memset and one kernel.
+asks for one memset and one kernel, or two.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ class _Plan(NamedTuple):
     K: int
     R: int
     P: int
-    slabs: int
+    sets: int  # of sums to add up; 0: the kernels leave none
     workspace: int  # elements
+    scratch: int
 
 
 # Enough for every layer of a model at some hundred batch sizes; then the table starts anew. A reason against is kept,
@@ -85,7 +86,7 @@ def why_not(p: BackwardProblem) -> str | None:
 
 
 def backward(p: BackwardProblem) -> Gradients:
-    """All gradients: dX, dA and dB from one launch; dW and db, where asked for, are PyTorch's."""
+    """All gradients: dX, dA and dB from the kernels; dW and db, where asked for, are PyTorch's."""
     plan = _plan(p)
     if isinstance(plan, str):
         raise ValueError(plan)
@@ -103,10 +104,10 @@ def backward(p: BackwardProblem) -> Gradients:
 
 def _launch(p: BackwardProblem, plan: _Plan, M: int, N: int, gradients: Gradients) -> None:
     """dX, dA and dB, those that are wanted. In fp32 dA and dB are the sums themselves, and share one storage."""
-    launch, K, R, P, slabs, size = plan
+    launch, K, R, P, sets, size, scratch_size = plan
     dtype = p.dy.dtype
     dy, x = _rows(p.dy), _rows(_sized(p.x, M * K)) if p.need_dA else None
-    left = right = lora_A = lora_B = xa = dx = workspace = dA = dB = None
+    left = right = lora_A = lora_B = xa = dx = workspace = scratch = dA = dB = None
     if p.need_dx:
         left, right = _packed(_sized(p.left, N * R), dtype), _packed(_sized(p.right, R * K), dtype)
         lora_A = _packed(_sized(p.lora_A, P * K), dtype) if P else None
@@ -117,20 +118,22 @@ def _launch(p: BackwardProblem, plan: _Plan, M: int, N: int, gradients: Gradient
         xa = _packed(_sized(p.xa, M * P), dtype)
     if size:
         workspace = dy.new_empty(size, dtype=torch.float32)
-    if not p.deterministic:
+    if scratch_size:  # apart from the sums, which may be the gradients and would keep it
+        scratch = dy.new_empty(scratch_size, dtype=torch.float32)
+    if not sets:
         if p.need_dA and p.lora_A.dtype == dtype:  # type: ignore[union-attr]
             gradients.dA = dA = dy.new_empty((P, K))
         if p.need_dB and p.lora_B.dtype == dtype:  # type: ignore[union-attr]
             gradients.dB = dB = dy.new_empty((N, P))
-    operands = (dy, x, xa, left, right, lora_A, lora_B, dx, dA, dB, workspace)
+    operands = (dy, x, xa, left, right, lora_A, lora_B, dx, dA, dB, workspace, scratch)
     x_stride = K if x is None else x.stride(0)
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in operands]
     launch(*addresses, dy.stride(0), x_stride, p.scaling, _stream(dy.device.index))
 
     if workspace is None:
         return
-    # Without atomics there is a set of sums for each slab. torch.sum's order is fixed for a shape.
-    sums = workspace.view(slabs, -1).sum(0) if p.deterministic else workspace
+    # A kernel without atomics may leave a set of sums for each slab. torch.sum's order is fixed for a shape.
+    sums = workspace.view(sets, -1).sum(0) if sets else workspace
     if p.need_dA and dA is None:
         gradients.dA = _as(p.lora_A, sums.as_strided((P, K), (K, 1)))
     if p.need_dB and dB is None:
@@ -214,7 +217,7 @@ def _make_plan(
         made = extension.plan(**target, **sizes, **needs, dtype=getattr(extension, _CODES[dtype]))
     except ValueError as error:
         return str(error)
-    return _Plan(made.launch, K, R, P, made.slabs, made.workspace)
+    return _Plan(made.launch, K, R, P, made.sets, made.workspace, made.scratch)
 
 
 def _target(extension: ModuleType, device: torch.device) -> dict[str, Any] | str:

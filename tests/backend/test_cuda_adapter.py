@@ -22,7 +22,7 @@ registry = import_module("loge_kernels.backend.choice")
 needs_extension = pytest.mark.skipif(
     find_spec("loge_kernels._C") is None, reason="the CUDA extension is not built (pip install -e . where nvcc is)"
 )
-NAMES = ("dy", "x", "xa", "left", "right", "lora_A", "lora_B", "dx", "dA", "dB", "workspace")
+NAMES = ("dy", "x", "xa", "left", "right", "lora_A", "lora_B", "dx", "dA", "dB", "workspace", "scratch")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ class Recorder:
                 sums = (ctypes.c_float * real.workspace).from_address(sent["workspace"])
                 sums[:] = [float(i % 97) for i in range(real.workspace)]
 
-        return SimpleNamespace(launch=launch, slabs=real.slabs, workspace=real.workspace)
+        return SimpleNamespace(launch=launch, sets=real.sets, workspace=real.workspace, scratch=real.scratch)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_the_adapter_hands_over_the_whole_problem(recorder: Recorder) -> None:
     assert (sent["dy_stride"], sent["x_stride"], sent["stream"], sent["scaling"]) == (32, 16, 77, p.scaling)
     same = {"dy": wide, "x": p.x, "xa": p.xa, "left": p.left, "right": p.right}
     assert {name: sent[name] for name in same} == {name: tensor.data_ptr() for name, tensor in same.items()}
-    assert all(sent[name] != 0 for name in NAMES if name not in ("dA", "dB"))
+    assert all(sent[name] != 0 for name in NAMES if name not in ("dA", "dB", "scratch"))
     assert gradients.dx.data_ptr() == sent["dx"]
     assert gradients.dbias is not None
     # fp32 adapters: the sums are the result, dA and then dB.
@@ -158,9 +158,10 @@ def test_deterministic_sums_are_added_up_slab_by_slab(recorder: Recorder, dtype:
     gradients = cuda_backend.backward(problem(**adapter(300, dtype) | tensors | {"deterministic": True}))
     (sent,), (planned,) = recorder.calls, recorder.plans
     assert planned["deterministic"]
+    if planned["kernel"] == "sm80":  # which adds up in a fixed order by itself
+        pytest.skip("needs the kernel of sm_90a")
     assert sent["dA"] == sent["dB"] == 0
-    slabs = -(-300 // (128 if planned["kernel"] == "sm90" else 64))
-    sums = torch.arange(320.0 * slabs).remainder(97).view(slabs, 320).sum(0)
+    sums = torch.arange(320.0 * 3).remainder(97).view(3, 320).sum(0)
     assert torch.equal(gradients.dA, sums[:128].view(8, 16).to(dtype))
     assert torch.equal(gradients.dB, sums[128:].view(24, 8).to(dtype))
 

@@ -78,6 +78,8 @@ class Fibers {
 
     static void enter(unsigned high, unsigned low, unsigned fiber) {
         Fibers& self = *reinterpret_cast<Fibers*>(std::uintptr_t{high} << 32 | low);
+        // ASan takes a context with a stack for a new one, and would clear its shadow at every switch to it.
+        self.contexts_[fiber].uc_stack.ss_size = 0;
         (*self.body_)(static_cast<int>(fiber));
         ++self.finished_;
     }

@@ -49,8 +49,12 @@ cudaError_t cudaSetDevice(int wanted) {
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) std::abort();
-    *value = shared_limit;
+    if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin)
+        *value = shared_limit;
+    else if (attribute == cudaDevAttrMultiProcessorCount)
+        *value = resident[0];
+    else
+        std::abort();
     return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
@@ -82,14 +86,22 @@ namespace loge {
 
 namespace sm80 {
 
-template <DType kType, int kRank, int kAdapter>
-void prepare(const Plan&) {
+template <DType kType, int kRows, int kColumns, int kAdapter>
+void prepare_project(const Plan&) {
     ++counts.prepared;
 }
-template <DType kType, int kRank, int kAdapter>
-void launch(const BackwardParams&, const Plan&, void*) {
+template <DType kType, int kRows, int kColumns, int kAdapter>
+void launch_project(const Arguments&, const Plan&, void*) {
     ++counts.kernels;
     counts.cluster = 1;
+}
+template <DType kType, int kWidth, int kAdapter>
+void prepare_expand(const Plan&) {
+    ++counts.prepared;
+}
+template <DType kType, int kWidth, int kAdapter>
+void launch_expand(const Arguments&, const Plan&, void*) {
+    ++counts.kernels;
 }
 
 }  // namespace sm80
@@ -128,13 +140,33 @@ LOGE_INSTANTIATE_TWO(64)
 
 }  // namespace sm90
 
-#define LOGE_INSTANTIATE_TYPE(kType, kRank, kAdapter)                                              \
-    template void sm80::prepare<kType, kRank, kAdapter>(const Plan&);                              \
-    template void sm80::launch<kType, kRank, kAdapter>(const BackwardParams&, const Plan&, void*); \
-    template sm90::Compiled sm90::compiled<kType, kRank, kAdapter>();
-#define LOGE_INSTANTIATE(kRank, kAdapter)                   \
-    LOGE_INSTANTIATE_TYPE(DType::kFloat16, kRank, kAdapter) \
-    LOGE_INSTANTIATE_TYPE(DType::kBFloat16, kRank, kAdapter)
-LOGE_SM80_KERNELS(LOGE_INSTANTIATE)
+#define LOGE_PROJECT_TYPE(kType, kRows, kColumns, kAdapter)                             \
+    template void sm80::prepare_project<kType, kRows, kColumns, kAdapter>(const Plan&); \
+    template void sm80::launch_project<kType, kRows, kColumns, kAdapter>(const sm80::Arguments&, const Plan&, void*);
+#define LOGE_EXPAND_TYPE(kType, kWidth, kAdapter)                             \
+    template void sm80::prepare_expand<kType, kWidth, kAdapter>(const Plan&); \
+    template void sm80::launch_expand<kType, kWidth, kAdapter>(const sm80::Arguments&, const Plan&, void*);
+#define LOGE_PROJECT(kRows, kColumns, kAdapter)                   \
+    LOGE_PROJECT_TYPE(DType::kFloat16, kRows, kColumns, kAdapter) \
+    LOGE_PROJECT_TYPE(DType::kBFloat16, kRows, kColumns, kAdapter)
+#define LOGE_EXPAND(kWidth, kAdapter)                   \
+    LOGE_EXPAND_TYPE(DType::kFloat16, kWidth, kAdapter) \
+    LOGE_EXPAND_TYPE(DType::kBFloat16, kWidth, kAdapter)
+#define LOGE_NULL_SM90(kRank, kAdapter)                                         \
+    template sm90::Compiled sm90::compiled<DType::kFloat16, kRank, kAdapter>(); \
+    template sm90::Compiled sm90::compiled<DType::kBFloat16, kRank, kAdapter>();
+LOGE_SM80_PROJECT(LOGE_PROJECT)
+LOGE_SM80_EXPAND(LOGE_EXPAND)
+LOGE_NULL_SM90(0, 16)
+LOGE_NULL_SM90(0, 64)
+LOGE_NULL_SM90(64, 0)
+LOGE_NULL_SM90(64, 16)
+LOGE_NULL_SM90(64, 64)
+LOGE_NULL_SM90(128, 0)
+LOGE_NULL_SM90(128, 16)
+LOGE_NULL_SM90(128, 64)
+LOGE_NULL_SM90(256, 0)
+LOGE_NULL_SM90(256, 16)
+LOGE_NULL_SM90(256, 64)
 
 }  // namespace loge

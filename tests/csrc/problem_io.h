@@ -33,7 +33,8 @@ struct Options {
     int rows, splits;
 };
 
-// `run(problem, options)` computes the problem of the command line, whose slabs have `block_m` rows.
+// `run(problem, options)` computes the problem of the command line, whose slabs have `block_m` rows; 0: whose sums are
+// never the caller's to add up, and start as anything.
 template <class Run>
 void compute(int argc, char** argv, int block_m, Run run) {
     if (argc != 17) fail("16 arguments are needed", argc - 1);
@@ -48,7 +49,7 @@ void compute(int argc, char** argv, int block_m, Run run) {
     p.scaling = static_cast<float>(std::atof(argv[13]));
 
     const auto strided = [&p](long long columns, long long stride) { return 2 * ((p.M - 1) * stride + columns); };
-    const long long slabs = p.deterministic ? (p.M + block_m - 1) / block_m : 1;
+    const long long slabs = p.deterministic && block_m > 0 ? (p.M + block_m - 1) / block_m : 1;
     Buffer dy(strided(p.N, p.dy_stride)), x(need_dA ? strided(p.K, p.x_stride) : 0), xa(need_dB ? 2 * p.M * p.P : 0);
     Buffer left(need_dx ? 2 * p.N * p.R : 0), right(need_dx ? 2 * p.R * p.K : 0);
     Buffer lora_A(need_dx ? 2 * p.P * p.K : 0), lora_B(need_dx || need_dA ? 2 * p.N * p.P : 0);
@@ -71,7 +72,7 @@ void compute(int argc, char** argv, int block_m, Run run) {
     p.dA_rounded = dA.data, p.dB_rounded = dB.data;
     if (rounded) p.finished = static_cast<unsigned*>(finished.data);
     // What zero_sums() asks of the device.
-    if (!p.deterministic && sums.size != 0) std::memset(sums.data, 0, sums.size);
+    if (!p.deterministic && block_m > 0 && sums.size != 0) std::memset(sums.data, 0, sums.size);
     std::memset(finished.data, 0, finished.size);
 
     Options options{static_cast<int>(number(13)), 0, 0};

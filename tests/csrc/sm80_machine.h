@@ -23,7 +23,7 @@ namespace emulator {
 enum class Schedule { kEager, kLate };
 
 struct Counters {
-    long long ldmatrix = 0, conflicts = 0, mma = 0, reductions = 0;
+    long long ldmatrix = 0, conflicts = 0, mma = 0, parts = 0;
 };
 
 class Block;
@@ -35,11 +35,12 @@ class Machine {
     int thread() const { return thread_; }
     int thread_anew() const { return thread_; }
     void sync();
+    template <bool kOnce>
     void copy_async(int offset, const void* source, bool valid);
     void commit();
-    template <int kPending>
-    void wait() {
-        land(kPending);
+    void wait(int pending) {
+        if (pending < 0 || pending > 2) fail("waits that the GPU does not have", pending);
+        land(pending);
     }
     template <bool kTranspose>
     void ldmatrix(std::uint32_t (&r)[4], int offset);
@@ -49,17 +50,20 @@ class Machine {
     std::uint32_t pack(float low, float high) const {
         return narrow<kType>(low) | std::uint32_t{narrow<kType>(high)} << 16;
     }
-    void store(int offset, std::uint32_t value);
-    void copy_out(void* target, int offset);
+    std::uint32_t swap(std::uint32_t value);
     void write_pair(float* target, float first, float second) {
         if (reinterpret_cast<std::uintptr_t>(target) % 8 != 0) fail("a pair off its 8-byte boundary");
         target[0] = first;
         target[1] = second;
     }
-    void add_pair(float* target, float first, float second);
+    void write_sums(float* target, const float (&v)[4]);
     void read_sums(float (&v)[4], const float* source) const {
         if (reinterpret_cast<std::uintptr_t>(source) % 16 != 0) fail("four sums off their 16-byte boundary");
         std::memcpy(v, source, 16);
+    }
+    void write_word(void* target, std::uint32_t word) const {
+        if (reinterpret_cast<std::uintptr_t>(target) % 4 != 0) fail("a word off its 4-byte boundary");
+        std::memcpy(target, &word, 4);
     }
     void write_words(void* target, std::uint32_t first, std::uint32_t second) const {
         if (reinterpret_cast<std::uintptr_t>(target) % 8 != 0) fail("two words off their 8-byte boundary");
@@ -142,7 +146,7 @@ class Block {
     Fibers fibers_;
     std::vector<Warp> warps_;
     std::vector<int> waiting_;
-    bool counted_ = false;             // as finished
+    bool written_ = false;             // parts of sums since the last barrier
     bool said_ = false, any_ = false;  // of Machine::any: so far, and by all
 };
 
@@ -151,15 +155,18 @@ inline void Machine::sync() {
         block_.waiting_.push_back(thread_);
         return block_.fibers_.suspend();
     }
+    block_.written_ = false;
     block_.fibers_.resume(block_.waiting_);
 }
 
 inline unsigned Machine::count(unsigned* counter) {
-    block_.counted_ = true;
+    if (block_.written_) fail("a part of a sum that no barrier keeps before the block's count");
+    ++block_.counters.parts;
     return (*counter)++;
 }
 
 inline bool Machine::any(bool here) {
+    if (block_.written_) fail("a part of a sum after the block's count");
     block_.said_ |= here;
     if (static_cast<int>(block_.waiting_.size()) + 1 == block_.fibers_.size())
         block_.any_ = std::exchange(block_.said_, false);
@@ -175,7 +182,8 @@ inline void Machine::perform(const Copy& copy) {
         std::memset(target, 0, 16);
 }
 
-inline void Machine::copy_async(int offset, const void* source, bool valid) {
+template <bool kOnce>
+void Machine::copy_async(int offset, const void* source, bool valid) {
     if (reinterpret_cast<std::uintptr_t>(source) % 16 != 0) fail("cp.async from a misaligned address");
     const Copy copy{offset, source, valid};
     if (block_.schedule_ == Schedule::kEager)
@@ -220,10 +228,33 @@ void Machine::ldmatrix(std::uint32_t (&r)[4], int offset) {
     });
 }
 
-// Most of an emulation's time.
-__attribute__((no_sanitize("address", "undefined"), optimize("O3"))) inline void multiply(const float (&A)[16][16],
-                                                                                          const float (&B)[16][8],
-                                                                                          float (&C)[16][8]) {
+// C += A B of the fragments of 32 lanes. Most of an emulation's time.
+template <loge::DType kType>
+__attribute__((no_sanitize("address", "undefined"), optimize("O3"))) void multiply(
+    float* const (&c)[32], const std::uint32_t* const (&a)[32], const std::uint32_t* const (&b)[32]) {
+    const auto value = [](std::uint32_t pair, int half) __attribute__((always_inline)) {
+        const auto bits = static_cast<std::uint16_t>(pair >> 16 * half);
+        if constexpr (kType == loge::DType::kBFloat16) {
+            const std::uint32_t word = std::uint32_t{bits} << 16;
+            float wide;
+            std::memcpy(&wide, &word, 4);
+            return wide;
+        } else {
+            _Float16 narrow;
+            std::memcpy(&narrow, &bits, 2);
+            return static_cast<float>(narrow);
+        }
+    };
+    float A[16][16], B[16][8], C[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+        const int group = lane / 4, pair = lane % 4 * 2;
+        for (int half = 0; half < 2; ++half) {
+            for (int r = 0; r < 4; ++r)
+                A[group + r % 2 * 8][pair + half + r / 2 * 8] = value(a[lane][r], half);
+            for (int r = 0; r < 2; ++r)
+                B[pair + half + r * 8][group] = value(b[lane][r], half);
+        }
+    }
     for (int i = 0; i < 16; ++i) {
         for (int j = 0; j < 8; ++j)
             C[i][j] = 0.0f;
@@ -231,46 +262,36 @@ __attribute__((no_sanitize("address", "undefined"), optimize("O3"))) inline void
             for (int j = 0; j < 8; ++j)
                 C[i][j] += A[i][k] * B[k][j];
     }
+    for (int lane = 0; lane < 32; ++lane)
+        for (int r = 0; r < 4; ++r)
+            c[lane][r] += C[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2];
 }
 
 template <loge::DType kType>
 void Machine::mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t* b) {
     block_.together(thread_, 3, {c, a, b, nullptr, 0}, [this](auto& lanes) {
         ++block_.counters.mma;
-        float A[16][16], B[16][8], C[16][8];
-        for (int lane = 0; lane < 32; ++lane) {
-            const int group = lane / 4, pair = lane % 4 * 2;
-            for (int half = 0; half < 2; ++half) {
-                for (int r = 0; r < 4; ++r)
-                    A[group + r % 2 * 8][pair + half + r / 2 * 8] =
-                        widen<kType>(static_cast<std::uint16_t>(lanes[lane].a[r] >> 16 * half));
-                for (int r = 0; r < 2; ++r)
-                    B[pair + half + r * 8][group] =
-                        widen<kType>(static_cast<std::uint16_t>(lanes[lane].b[r] >> 16 * half));
-            }
-        }
-        multiply(A, B, C);
+        float* all_c[32];
+        const std::uint32_t *all_a[32], *all_b[32];
         for (int lane = 0; lane < 32; ++lane)
-            for (int r = 0; r < 4; ++r)
-                lanes[lane].c[r] += C[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2];
+            all_c[lane] = lanes[lane].c, all_a[lane] = lanes[lane].a, all_b[lane] = lanes[lane].b;
+        multiply<kType>(all_c, all_a, all_b);
     });
 }
 
-inline void Machine::store(int offset, std::uint32_t value) {
-    std::memcpy(block_.at(offset, 4), &value, 4);
+inline std::uint32_t Machine::swap(std::uint32_t value) {
+    std::uint32_t other = value;
+    block_.together(thread_, 4, {nullptr, nullptr, nullptr, &other, 0}, [](auto& lanes) {
+        for (int lane = 0; lane < 32; lane += 2)
+            std::swap(*lanes[lane].r, *lanes[lane + 1].r);
+    });
+    return other;
 }
 
-inline void Machine::copy_out(void* target, int offset) {
-    if (reinterpret_cast<std::uintptr_t>(target) % 16 != 0) fail("16 bytes to a misaligned address");
-    std::memcpy(target, block_.at(offset, 16), 16);
-}
-
-inline void Machine::add_pair(float* target, float first, float second) {
-    if (reinterpret_cast<std::uintptr_t>(target) % 8 != 0) fail("a pair off its 8-byte boundary");
-    if (block_.counted_) fail("an addition after the block has counted itself as finished");
-    ++block_.counters.reductions;
-    target[0] += first;
-    target[1] += second;
+inline void Machine::write_sums(float* target, const float (&v)[4]) {
+    if (reinterpret_cast<std::uintptr_t>(target) % 16 != 0) fail("four sums off their 16-byte boundary");
+    block_.written_ = true;
+    std::memcpy(target, v, 16);
 }
 
 }  // namespace emulator

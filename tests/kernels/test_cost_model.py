@@ -256,6 +256,7 @@ class TestCuda:
             ({"itemsize": 4}, "float16 and bfloat16"),
             ({"flags": Flags(dropout=True)}, "dropout"),
             ({"capability": (7, 5)}, "8.0"),
+            ({"capability": (8, 0), "R": 520}, "8 .. 512"),
         ],
     )
     def test_what_the_kernels_refuse(self, changes: dict[str, Any], words: str) -> None:
@@ -268,6 +269,36 @@ class TestCuda:
         times = [cost_cuda.estimate_cuda(16384, 4096, 4096, R, P, Flags(), DEFAULT) for R in (136, 256)]
         assert times[0].bound_us("tensor") == times[1].bound_us("tensor")
         assert times[0].l2_bytes < times[1].l2_bytes
+
+
+class TestAmpere:
+    """A100, N = K = 4096: two launches, each of as many blocks as there are multiprocessors."""
+
+    @pytest.mark.parametrize(
+        ("M", "R", "us"),
+        [(4096, 64, 84), (4096, 256, 116), (8192, 64, 145), (8192, 128, 155), (8192, 256, 195), (16384, 256, 363)],
+    )
+    def test_predictions(self, M: int, R: int, us: float) -> None:
+        cuda = cost_cuda.estimate_cuda(M, 4096, 4096, R, P, Flags(), KNOWN[A100])
+        assert cuda.predicted_us == pytest.approx(us, rel=0.02)
+        assert (cuda.blocks, cuda.waves, cuda.kernels) == (108, 1.0, 3)
+        torch_us = estimate_torch(M, 4096, 4096, R, P, Flags(), KNOWN[A100]).predicted_us
+        assert 1.5 < torch_us / cuda.predicted_us < 2.0
+
+    def test_each_launch_has_its_limit(self) -> None:
+        limits = {}
+        for R in (64, 256, 512):
+            cuda = cost_cuda.estimate_cuda(8192, 4096, 4096, R, P, Flags(), KNOWN[A100])
+            limits[R] = [phase.limit for phase in cuda.phases if phase.name in ("project", "expand")]
+        assert limits == {64: ["hbm", "hbm"], 256: ["tensor", "hbm"], 512: ["tensor", "l2"]}
+
+    def test_equal_shares_whatever_the_rows(self) -> None:
+        """A slab more costs a slab more, and no wave."""
+        times = [
+            cost_cuda.estimate_cuda(128 * slabs, 4096, 4096, 256, P, Flags(), KNOWN[A100]).predicted_us
+            for slabs in (108, 109, 110)
+        ]
+        assert times[2] - times[0] < 0.1 * times[0]
 
 
 class TestExplain:

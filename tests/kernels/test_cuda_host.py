@@ -19,6 +19,8 @@ from toolchain import COMPILER, HOST_SOURCES, SOURCES, cuda_include, needs_compi
 
 from loge_kernels.backend import cuda as cuda_backend
 from loge_kernels.backend.problem import BackwardProblem
+from loge_kernels.triton_kernels import cost_sm80
+from loge_kernels.triton_kernels.phases import Flags
 
 pytestmark = needs_compiler
 SIZES = {"M": 300, "N": 256, "K": 192, "R": 64, "P": 16}
@@ -90,6 +92,13 @@ def backend(extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleTyp
     return cuda_backend
 
 
+@pytest.fixture
+def ampere(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The same with Ampere's kernels."""
+    monkeypatch.setattr(backend, "_target", lambda extension, device: {"kernel": "sm80", "device": 0})
+    return backend
+
+
 def problem(lora_dtype: torch.dtype = torch.float32, **changes: Any) -> BackwardProblem:
     c = case(*SIZES.values(), dtype=torch.bfloat16)
     adapter = {"lora_A": c.lora_A.to(lora_dtype), "lora_B": c.lora_B.to(lora_dtype)}
@@ -101,7 +110,7 @@ ADDRESSES = [4096 * i for i in range(1, 12)]
 
 def launch(plan: Any, addresses: list[int] = ADDRESSES) -> None:
     """On memory that nothing reads; without a workspace, which the null device would clear."""
-    plan.launch(*addresses[:8], 0, 0, 0, SIZES["N"], SIZES["K"], 1.0, 0)
+    plan.launch(*addresses[:8], 0, 0, 0, 0, SIZES["N"], SIZES["K"], 1.0, 0)
 
 
 def without_sums(extension: ModuleType, device: int, kernel: str = "sm90", **changes: Any) -> Any:
@@ -127,6 +136,53 @@ def test_a_deterministic_call_clears_nothing(backend: ModuleType, counts: Callab
     backend.backward(problem(deterministic=True))
     seen = counts()
     assert (seen["kernels"], seen["memsets"]) == (1, 0)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("lora_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_call_on_ampere_is_one_memset_of_counters_and_two_kernels(
+    ampere: ModuleType,
+    extension: ModuleType,
+    counts: Callable[[], dict[str, int]],
+    lora_dtype: torch.dtype,
+    deterministic: bool,
+) -> None:
+    """Deterministic or not: the blocks count themselves, and write each sum once."""
+    gradients = ampere.backward(problem(lora_dtype, deterministic=deterministic))
+    seen = counts()
+    assert (seen["kernels"], seen["memsets"], seen["prepared"]) == (2, 1, 2)
+    assert seen["memset_bytes"] <= 4 * 2 * 132  # a counter for each block
+    assert gradients.dA.dtype == gradients.dB.dtype == lora_dtype
+    if lora_dtype == torch.float32:  # what is kept of the workspace is the sums and the counters
+        assert gradients.dA.untyped_storage().nbytes() <= 4 * SIZES["P"] * (SIZES["N"] + SIZES["K"]) + 4 * 2 * 132
+
+
+@pytest.mark.parametrize("R", [8, 72, 200, 256, 320, 512])
+@pytest.mark.parametrize("P", [8, 64])
+def test_the_cost_model_has_amperes_own_plan(extension: ModuleType, R: int, P: int) -> None:
+    for M, N, K, needs in (
+        (1, 72, 136, {}),
+        (500, 4096, 4096, {}),
+        (8192, 1024, 4096, {"need_dA": False}),
+        (16384, 14336, 4096, {"need_dx": False, "need_dA": False}),
+    ):
+        sizes = {"M": M, "N": N, "K": K, "R": R, "P": P}
+        if P == 64 and M * N > 1 << 27:
+            continue  # too much of dB
+        plan, cut = extension.plan("sm80", **sizes, **needs), cost_sm80.plan(*sizes.values(), Flags(**needs), 108)
+        assert (plan.block_n, plan.block_r, plan.block_k) == (cut.step, cut.columns, cut.width)
+        assert (plan.grid, plan.second_grid) == (cut.project_blocks, cut.expand_blocks)
+
+
+@pytest.mark.parametrize("R", [64, 128, 256])
+def test_ampere_kernels_fit_smaller_gpus(
+    extension: ModuleType, device_is: Callable[[int, list[int]], None], R: int
+) -> None:
+    """Compute capability 8.6, 8.9 or 12.0: 99 KiB for a block, where an A100 has 163."""
+    device_is(101376, [84, 0, 0, 0])
+    plan = without_sums(extension, fresh_device(), "sm80", R=R, M=10000)
+    assert plan.shared_bytes <= 101376
+    assert plan.grid == 84
 
 
 def test_maps_are_encoded_once(extension: ModuleType, counts: Callable[[], dict[str, int]]) -> None:
@@ -193,4 +249,4 @@ def test_too_little_shared_memory_is_a_reason(
 ) -> None:
     device_is(101376, [132, 66, 32, 16])
     with pytest.raises(ValueError, match=rf"{kernel}: a block needs \d+ bytes of shared memory, this GPU has 101376"):
-        without_sums(extension, fresh_device(), kernel, R=256)
+        without_sums(extension, fresh_device(), kernel, R=256, P=64)
