@@ -73,8 +73,8 @@ def estimate_cuda(
 ) -> Estimate:
     """The kernels that run on this device: Hopper's, or Ampere's on everything else."""
     if device.capability != (9, 0):
-        phases = cost_sm80.phases(M, N, K, R, P, flags, device, itemsize)
-        return Estimate(kernel_for(device.capability), phases, None, *cost_sm80.occupancy(M, N, R, P, flags, device))
+        ampere = cost_sm80.phases(M, N, K, R, P, flags, device, itemsize)
+        return Estimate(kernel_for(device.capability), ampere, None, *cost_sm80.occupancy(M, N, R, P, flags, device))
     slabs = cdiv(M, 128)
     rank, adapter = rank_tile(R if flags.need_dx else 0), adapter_tile(P)
     need_t_p = (flags.need_dx or flags.need_dA) and P > 0
