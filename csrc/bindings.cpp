@@ -125,12 +125,13 @@ Call plan(const std::string& name, std::int64_t M, std::int64_t N, std::int64_t 
     if (rows != 0 || splits != 0) set_cluster(call, std::max(rows, 1), std::max(splits, 1));
     call.workspace = loge::workspace_of(p, call);
     if (call.workspace.sets > 0) p.slab_stride = call.workspace.set;
-    const std::int64_t apart = 4 * (call.workspace.sets * call.workspace.set + call.parts);
-    if (apart > loge::kMaxWorkspaceBytes)
-        refuse(call, (call.ordered ? "blocks keep sums of their own: "
-                                   : "without atomics each slab has dA and dB of its own: ") +
-                         std::to_string(apart >> 20) + " MiB, where " + std::to_string(loge::kMaxWorkspaceBytes >> 20) +
-                         " are allowed");
+    const std::int64_t bytes = 4 * call.workspace.size, parts = 4 * call.parts;
+    if (call.workspace.sets > 0 && bytes > loge::kMaxWorkspaceBytes)
+        refuse(call, "without atomics each slab has dA and dB of its own: " + std::to_string(bytes >> 20) +
+                         " MiB, where " + std::to_string(loge::kMaxWorkspaceBytes >> 20) + " are allowed");
+    if (parts > loge::kMaxPartsBytes)
+        refuse(call, "blocks keep parts of dA and dB: " + std::to_string(parts >> 20) + " MiB, where " +
+                         std::to_string(loge::kMaxPartsBytes >> 20) + " are allowed");
     return call;
 }
 

@@ -49,9 +49,10 @@ struct BackwardParams {
     bool deterministic;
 };
 
-// Of sums that are yet to be added up, in a deterministic workspace or in scratch: nobody expects gradients of a few MB
-// to need GBs.
+// Of a workspace when deterministic: it grows with the rows, and nobody expects gradients of a few MB to need GBs.
 inline constexpr std::int64_t kMaxWorkspaceBytes = std::int64_t{256} << 20;
+// Of what blocks keep of sums that they share: it grows with N and P, and with the rows only up to some.
+inline constexpr std::int64_t kMaxPartsBytes = std::int64_t{512} << 20;
 inline constexpr int kMaxCluster = 8;  // the largest size that every Hopper part supports
 
 // How a problem is cut: decided on the host by arithmetic alone, so that it can be shown and tested without a GPU.

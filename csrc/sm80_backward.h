@@ -1,4 +1,4 @@
-// The Ampere backward kernel (cp.async, mma.sync): no CUDA header, no torch.
+// The Ampere backward kernels (cp.async, mma.sync): no CUDA header, no torch.
 #pragma once
 
 #include "cuda_error.h"
@@ -7,7 +7,7 @@
 
 namespace loge {
 
-// sm80_plan on the current device, number `device`; loads the kernel. Throws CudaError.
+// sm80_plan on the current device, number `device`; loads the kernels. Throws CudaError.
 Plan sm80_prepare(const BackwardParams& problem, int device);
 
 // As sm90_backward, with sm80_prepare's plan.

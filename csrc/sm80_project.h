@@ -1,9 +1,9 @@
 // What one block of the first Ampere launch does: T = dY [left | s lora_B], and dB of the rows that it walks.
 //
-// The tiles of T stand in line with their steps over N, and every block takes an equal share of the
-// steps, whatever M is. Of a tile that several blocks share each sums a part, which the last of them adds up. dB of a
-// step stays with the block, in memory of its own that it adds to as it comes by again; the second launch adds up what
-// the blocks have. The loop is multistage: cp.async fills the tiles of later steps during the products of this one.
+// The tiles of T stand in line with their steps over N, and every block takes an equal share of the steps, whatever M
+// is. Of a tile that several blocks share each sums a part, which the last of them adds up. dB of a step stays with the
+// block, in memory of its own that it adds to as it comes by again; the second launch adds up what the blocks have. The
+// loop is multistage: cp.async fills the tiles of later steps during the products of this one.
 #pragma once
 
 #include <cstdint>
@@ -66,7 +66,7 @@ class Project {
             const int base = Tiles::kFirstStage + stage * Tiles::kStageBytes;
             if (need_tP())
                 project<true>(base, t);
-            else
+            else if constexpr (kColumns > 0)
                 project<false>(base, t);
             if constexpr (kAdapter > 0)
                 if (need_dB()) gradient(base + Tiles::kDy);

@@ -168,8 +168,9 @@ def test_parts_of_sums_are_bounded(extension: ModuleType) -> None:
     some, more = (extension.plan("sm80", M=M, **sizes).scratch for M in (16384, 10 * 16384))
     assert 4 * some < 256 << 20
     assert 4 * (more - some) == 2 * 9 * 16384 * (256 + 16)  # T alone
-    with pytest.raises(ValueError, match=r"blocks keep sums of their own: \d{3} MiB, where 256 are allowed"):
-        extension.plan("sm80", M=16384, **sizes | {"P": 64})
+    extension.plan("sm80", M=16384, **sizes | {"P": 64})
+    with pytest.raises(ValueError, match=r"blocks keep parts of dA and dB: \d{3} MiB, where 512 are allowed"):
+        extension.plan("sm80", M=16384, **sizes | {"N": 28672, "P": 64})
 
 
 SHARED_BYTES = {"sm80": 166912, "sm90": 232448}
