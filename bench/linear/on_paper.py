@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,13 @@ def add_predictions(rows: Sequence[Row], device: torch.device) -> None:
     name = torch.cuda.get_device_name(device)
     for row in rows:
         words = row.candidate.split()
+        forms: tuple[str, ...] = ()
+        precisions: tuple[str, ...] = ("",)
         if words[0] == "loge":
-            forms, precisions = _FORMS.get(words[1], ()), ("",)
+            forms = _FORMS.get(words[1], ())
         elif words[0] == "exact":
             forms = ("prepared", "fused") if "triton" in words else ("torch",)
             precisions = next((_PRECISIONS[word] for word in words if word in _PRECISIONS), ("16-bit",))
-        else:
-            continue
         found = explained(row.case, row.rank, name).candidates
         fitting = [c.predicted_us for c in found if c.form in forms and c.precision in precisions]
         row.predicted_seconds = min(fitting) * 1e-6 if fitting else None
@@ -67,7 +68,7 @@ def run(cases: Sequence[Case], gpu: str, console: Console, json: Path | None = N
     asked for; the JSON-able report is returned."""
     name = gpu_named(gpu)
     spec = device_spec(name)
-    report: dict[str, Any] = {"benchmark": "linear on paper", "device": name, "rates": asdict(spec), "rows": []}
+    report: dict[str, Any] = {"benchmark": "linear on paper", "device": name, "rates": loads(dumps(asdict(spec))), "rows": []}
     for case in cases:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("R", justify="right")
