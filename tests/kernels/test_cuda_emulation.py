@@ -255,6 +255,7 @@ SM90 = [
     Case(200, 136, 328, 384, 0, need=(True, False, False), dtype=BF16, schedule=LATE_LOADS, cluster="2x2"),
     Case(1, 8, 8, 264, 8, schedule=ALL_LATE | LAST_FIRST),
     Case(300, 72, 840, 264, 16, schedule=LATE_LOADS),  # tiles of two slabs for a block
+    Case(300, 72, 328, 264, 16, schedule=LATE_STORES, cluster="2x1", deterministic=True),  # a phantom has no sums
     Case(600, 72, 328, 320, 64, dtype=BF16, schedule=LATE_PRODUCTS | LAST_FIRST, cluster="2x1"),
     Case(150, 136, 328, 320, 16, need=(True, False, True), schedule=LATE_STORES, cluster="1x2", rounded=True),
     Case(150, 136, 328, 320, 16, need=(True, True, False), schedule=LATE_PUSHES, cluster="2x2", rounded=True),
