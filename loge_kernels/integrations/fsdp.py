@@ -1,12 +1,15 @@
 """FSDP2 whose backward gathers no frozen weight.
 
-Torch's `fully_shard` gathers what a layer holds before its forward and once more before its backward. The low-rank
-backward reads factors and adapters alone, so `fully_shard` here keeps the frozen weights of a layer in a group of their
-own that backward leaves alone, prefetching included. With N·K elements of weight and R·(N + K) of factors, backward
-gathers R·(N + K) / (N·K) of the bytes, and nothing of an offloaded weight is copied to the device a second time.
+Torch's `fully_shard` gathers what a layer holds before its forward and once more before its backward. An exact backward
+in 8 bits reads the 8-bit copy of a weight, half or a quarter of its bytes, and a low-rank one factors. `fully_shard`
+here keeps the frozen weights of a layer in a group of their own that such backwards leave alone, prefetching included,
+and shards copies and factors in groups that are gathered in backward alone. With N·K elements of weight and R·(N + K)
+of factors, a low-rank backward gathers R·(N + K) / (N·K) of the bytes, and nothing of an offloaded weight is copied to
+the device a second time.
 
-A backward that does read the dense weight gathers it as torch does: that of an exact forward (`exact_every`), one with
-exact rows (`exact_fraction`), and one that computes its layer again (activation checkpointing).
+A backward that does read the dense weight gathers it as torch does: that of an exact forward without 8 bits, and one
+that computes its layer again (activation checkpointing), which then makes its 8-bit copies of the weights that are
+there.
 """
 
 from __future__ import annotations
@@ -16,21 +19,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from ..factors.factors import Factors
 from ..freezing.frozen_module import is_frozen
 from ..layers.linear import LoGELinear
 from ..layers.quantized import QuantizedLinear
+from ..numerics.eight_bit import as_bits, why_not
+from .fsdp_groups import CopyGroup, FactorGroup, FrozenWeights, OnDemand, ShardedCopy, ShardedFactors, as_fsdp
 
 
 def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, **arguments: Any) -> nn.Module:
-    """Shard an applied model over the ranks with FSDP2, layer by layer, so that backward gathers factors and adapters
-    but no frozen weight.
+    """Shard an applied model over the ranks with FSDP2, layer by layer, so that backward gathers 8-bit copies, factors
+    and adapters, but no frozen weight that it does not read.
 
     Call it after `apply`, on every rank, and make the optimizer afterwards: in the place of
     `torch.distributed.fsdp.fully_shard` on each layer and then on the model. Names and the state dict stay as they are.
-    Factors are sharded with the adapters: each rank keeps its share of them, and those of rank 0 count.
+    8-bit copies and factors are sharded with the adapters: each rank keeps its share of them, and rank 0's count.
 
     Args:
         model: what `loge_kernels.apply` changed, with PEFT or without.
@@ -45,8 +48,8 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
 
     Raises:
         ValueError, TypeError: a model that is not applied or sharded already, one whose blocks are not known, a
-            quantised weight, an 8-bit copy (`exact_dtype`, `low_rank_dtype`): the message says what to apply instead.
-            The model is as it was.
+            quantised weight, factors in 8 bits (`low_rank_dtype`): the message says what to apply instead. The model is
+            as it was.
 
     Source: Zhao et al., arXiv 2304.11277 (fully sharded data parallelism); its second version is torch's.
     """
@@ -63,12 +66,19 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
     for factors in all_factors:
         factors.apply_(lambda tensor: tensor.to(_device(mesh)))
         _agree(factors.tensors if factors.rows is None else [*factors.tensors, factors.rows], mesh)
-        _ShardedFactors.become_(factors)
+        ShardedFactors.become_(factors)
+    for layer in named.values():
+        copy = layer.eight_bit
+        frozen = not layer.weight.requires_grad  # or the copy would have to follow it
+        if copy is not None and frozen and why_not(copy.dtype, _device(mesh), *layer.weight.shape) is None:
+            tensor, scale = copy.current(layer.weight.to(_device(mesh)))
+            _agree([as_bits(tensor.t()), scale], mesh)
+            ShardedCopy.become_(copy)
     previous: list[Any] = []
     for block in chosen:
         layers = _cheap_layers(block)
         stages: list[Any] = []
-        for group in (_FrozenWeights(layers), _Factors(layers)):
+        for group in (FrozenWeights(layers), FactorGroup(layers), CopyGroup(layers)):
             mine = group.members() - ignored
             if mine:
                 # Freed after every forward: nothing reads them until backward gathers them, or ever.
@@ -77,15 +87,18 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
                 ignored |= set(group.members())
                 group.around(block)
                 stages.append(group)
+        on_demand = [stage for stage in stages if isinstance(stage, OnDemand)]
+        for stage in on_demand:
+            stage.asked = tuple(on_demand) if stage is on_demand[0] else ()
         shard(block, **arguments, ignored_params=ignored)
         if is_frozen(block):
-            _as_fsdp(block).set_unshard_in_backward(False)
+            as_fsdp(block).set_unshard_in_backward(False)
         stages.append(block)
         if previous:
             for stage in stages:
                 stage.set_modules_to_backward_prefetch(previous)
-                if isinstance(stage, _FrozenWeights):
-                    stage.together = (stage, *(s for s in previous if isinstance(s, _FrozenWeights)))
+                if isinstance(stage, OnDemand):
+                    stage.together = (stage, *(s for s in previous if type(s) is type(stage)))
         previous = stages
     shard(model, **arguments, ignored_params=ignored)
     for layer in named.values():
@@ -93,185 +106,10 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
     return model
 
 
-class _Store(nn.Module):
-    """The tensors of factors as parameters, which is what FSDP shards. It belongs to a group, and to no block."""
-
-    def __init__(self, factors: Factors) -> None:
-        super().__init__()
-        self.left = nn.Parameter(factors.left, requires_grad=False)
-        self.right = nn.Parameter(factors.right, requires_grad=False)
-        residual = factors.residual
-        self.residual = None if residual is None else nn.Parameter(residual, requires_grad=False)
-
-
-class _ShardedFactors(Factors):
-    """Factors whose tensors are those of a `_Store`, as FSDP has them at the moment."""
-
-    store: _Store
-    left = property(lambda self: self.store.left)
-    right = property(lambda self: self.store.right)
-    residual = property(lambda self: self.store.residual)
-
-    @classmethod
-    def become_(cls, factors: Factors) -> None:
-        """Make plain factors such ones, in place."""
-        store = _Store(factors)
-        for name in ("left", "right", "residual"):
-            del factors.__dict__[name]
-        factors.__class__ = cls
-        factors.store = store  # type: ignore[attr-defined]
-
-    def apply_(self, fn: Any) -> None:
-        """FSDP moves what it shards."""
-
-
-class _Group(nn.Module):
-    """Some parameters of one block as one group of FSDP's, which stands around the block's forward.
-
-    It has submodules while FSDP takes stock, and none afterwards: neither names nor state dicts change.
-    """
-
-    name: str  # in the block
-
-    def __init__(self, layers: list[LoGELinear]) -> None:
-        super().__init__()
-        self._layers = tuple(layers)  # a tuple of modules is no submodule
-        self._modules.update({str(index): module for index, module in enumerate(self.held())})
-        self._run: Any = None
-
-    def held(self) -> Iterable[nn.Module]:
-        """The modules whose parameters it has while FSDP takes stock."""
-        return self._layers
-
-    def members(self) -> set[nn.Parameter]:
-        """The parameters that belong to the group, as they are now: whole or sharded."""
-        raise NotImplementedError
-
-    def around(self, block: Any) -> None:
-        """Stand around the forward of `block` from now on."""
-        self._modules.clear()
-        # Looked up at each call: FSDP and transformers' checkpointing change the block's class.
-        self._run = vars(block).get("forward") or (lambda *args, **kwargs: type(block).forward(block, *args, **kwargs))
-        block.forward = self._enter
-        block.add_module(self.name, self)
-
-    @torch.compiler.disable
-    def _enter(self, *args: Any, **kwargs: Any) -> Any:
-        return self(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(*args, **kwargs)
-
-
-class _FrozenWeights(_Group):
-    """Gathered for the forward, and for a backward that reads the dense weight.
-
-    Several forwards may come before their backwards, and each has its own kind: a hook on the block's output, which
-    runs before FSDP's own, tells FSDP which it is.
-    """
-
-    name = "loge_frozen_weights"
-
-    def members(self) -> set[nn.Parameter]:
-        held = [entry for layer in self._layers for entry in layer.named_parameters(recurse=False)]
-        return {p for name, p in held if name in ("weight", "bias") and not p.requires_grad}
-
-    def around(self, block: Any) -> None:
-        super().around(block)
-        self._recomputed = False
-        self.together: tuple[_FrozenWeights, ...] = (self,)  # and those that FSDP gathers ahead in its backward
-        for layer in self._layers:
-            layer.gather = self._gather
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)
-        if torch.is_grad_enabled() and not _in_backward():
-            reads = self._recomputed or any(map(_reads_weight, self._layers))
-            self._recomputed = False
-            for tensor in tree_leaves(output):
-                if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    tensor.register_hook(lambda gradient: self._before_backward(reads))
-        return output
-
-    def _before_backward(self, reads: bool) -> None:
-        for stage in self.together:
-            _as_fsdp(stage).set_unshard_in_backward(reads)
-        if reads:
-            _as_fsdp(self).unshard()  # FSDP itself would not, after another forward's backward in the same pass
-
-    def _gather(self) -> None:
-        """Called by a layer that finds its weight sharded: in backward a checkpoint computes it again. The next step's
-        backward will prefetch."""
-        if not _in_backward():
-            return
-        self._recomputed = True
-        _as_fsdp(self).set_unshard_in_backward(True)
-        _as_fsdp(self).unshard()
-
-
-class _Factors(_Group):
-    """Gathered for the backward alone.
-
-    A forward hands factors on to its backward without reading them, so in FSDP's gather before a forward nothing is
-    sent: the factors have their shape, and no values yet.
-    """
-
-    name = "loge_factors"
-
-    def held(self) -> Iterable[nn.Module]:
-        return [layer.factors.store for layer in self._layers if isinstance(layer.factors, _ShardedFactors)]
-
-    def members(self) -> set[nn.Parameter]:
-        found = {p for store in self.held() for p in store.parameters()}
-        return {p for p in found if p.numel() > 0}  # of rank 0 there is nothing to shard
-
-    def around(self, block: Any) -> None:
-        super().around(block)
-        self._gathered = _GatherInBackward()
-        _as_fsdp(self).set_custom_all_gather(self._gathered)
-        for layer in self._layers:
-            if layer.factors is not None:
-                layer.factors.gather = self._gather
-
-    def _gather(self) -> None:
-        """Called in a forward that reads factors (it casts them, under autocast), and for all that follow."""
-        if not (_in_backward() or self._gathered.in_forward):
-            self._gathered.in_forward = True
-            _as_fsdp(self).reshard()
-            _as_fsdp(self).unshard()
-
-
-class _GatherInBackward:
-    """Torch's own all-gather in backward, none in forward (`in_forward`: there too). The interface is that of
-    `torch.distributed.fsdp`'s `set_custom_all_gather`."""
-
-    in_forward = False
-
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
-        if not (self.in_forward or _in_backward()):
-            return None
-        return torch.distributed.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _as_fsdp(module: Any) -> Any:
-    """A module whose class torch has changed to an FSDPModule's."""
-    return module
-
-
-def _reads_weight(layer: nn.Module) -> bool:
-    """Whether the backward of the forward under way reads the dense weight; after `remove` it does."""
-    return not isinstance(layer, LoGELinear) or layer.reads_weight()
-
-
 def _cheap_layers(block: nn.Module) -> list[LoGELinear]:
-    return [m for m in block.modules() if isinstance(m, LoGELinear) and m.factors is not None]
+    """Those whose backward need not read the weight: with factors, or with an 8-bit copy."""
+    found = [m for m in block.modules() if isinstance(m, LoGELinear)]
+    return [layer for layer in found if layer.factors is not None or isinstance(layer.eight_bit, ShardedCopy)]
 
 
 def _check(model: nn.Module) -> dict[str, LoGELinear]:
@@ -283,10 +121,10 @@ def _check(model: nn.Module) -> dict[str, LoGELinear]:
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ValueError("model is sharded already: loge_kernels.fully_shard comes in the place of torch's")
     named = {name: module for name, module in model.named_modules() if isinstance(module, LoGELinear)}
-    if not any(layer.factors is not None for layer in named.values()):
+    if not named:
         raise ValueError(
-            f"no layer of this {type(model).__name__} has factors: call loge_kernels.apply(model, rank, …) first, or "
-            "torch's own fully_shard"
+            f"no layer of this {type(model).__name__} is applied: call loge_kernels.apply(model) first, or torch's own "
+            "fully_shard"
         )
     for name, layer in named.items():
         if isinstance(layer, QuantizedLinear):
@@ -297,11 +135,6 @@ def _check(model: nn.Module) -> dict[str, LoGELinear]:
             raise ValueError(
                 f"layer {name!r} has factors of a weight that trains, which could not follow it: freeze the weight, or "
                 "leave the layer out of apply's targets"
-            )
-        if layer.exact_dtype is not None:
-            raise ValueError(
-                f"layer {name!r} has exact_dtype={layer.exact_dtype!r}, whose 8-bit copy every rank would keep whole: "
-                "apply with exact_dtype=None"
             )
         if layer.factors is not None and layer.factors.low_rank_dtype is not None:
             raise ValueError(
@@ -320,7 +153,7 @@ def _blocks(model: nn.Module, blocks: Iterable[nn.Module] | None) -> list[nn.Mod
         if not _runs(block):
             raise ValueError(f"blocks holds a {type(block).__name__}, which has no forward: give its members")
         found[id(block)] = block
-    if not any(_cheap_layers(block) for block in found.values()):
+    if not any(isinstance(module, LoGELinear) for block in found.values() for module in block.modules()):
         if blocks is not None:
             raise ValueError("blocks holds no converted layer: give the modules that hold them, such as its layers")
         raise ValueError(

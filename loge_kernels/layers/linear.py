@@ -167,8 +167,8 @@ class LoGELinear(ShardedLinear):
         if self.eight_bit is not None:
             self.eight_bit.invalidate()
 
-    def reads_weight(self) -> bool:
-        """Whether the backward of the forward under way reads the dense weight."""
+    def reads_dense(self) -> bool:
+        """Whether the backward of the forward under way takes the dense product: with the weight or its 8-bit copy."""
         if self.factors is None or self.exact_fraction > 0.0 or self._thawed():
             return True
         return self.exact_every is not None and self.exact_every.is_exact()
@@ -185,7 +185,7 @@ class LoGELinear(ShardedLinear):
         if self.factors is not None:
             self.factors.apply_(fn)
         if self.eight_bit is not None:
-            self.eight_bit.invalidate()
+            self.eight_bit.moved()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:

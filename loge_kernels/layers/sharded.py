@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..factors.factors import Factors
+from ..numerics.eight_bit import EightBitWeight
 
 
 class ShardedLinear(nn.Linear):
     """The part of `LoGELinear` that is about engines."""
 
     factors: Factors | None
+    eight_bit: EightBitWeight | None
     gather: Callable[[], None] | None  # brings a sharded weight that a checkpoint reads in backward
     shard_sums: Tensor | None  # of this rank's part of a weight that `fully_shard` sharded
 
@@ -60,7 +62,8 @@ class ShardedLinear(nn.Linear):
     def note_shard(self) -> None:
         """Remember what this rank's part of a sharded weight holds: a later load of other values is then seen, also one
         into the tensors of `state_dict()`, as distributed checkpoints do it."""
-        self.shard_sums = _sums(self.weight) if self.sharded and self.factors is not None else None
+        stands_in = self.factors is not None or self.eight_bit is not None
+        self.shard_sums = _sums(self.weight) if self.sharded and stands_in else None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         parent: Any = super()

@@ -62,6 +62,10 @@ class EightBitWeight:
         self.scale: Tensor | None = None
         self._made_of = WeightVersion()
 
+    def moved(self) -> None:
+        """The weight goes to another device or dtype, where the next use makes the copy anew."""
+        self.invalidate()
+
     def current(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """`tensor` [N, K] and `scale` [K] of `weight` [N, K] as it is now."""
         if self.tensor is None or self.scale is None or self._is_stale(weight):

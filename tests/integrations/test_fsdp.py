@@ -27,6 +27,7 @@ BF16 = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dty
 LOW: dict[str, Any] = {"rank": 16, "exact_dtype": None}
 EVERY = {**LOW, "exact_every": 2}
 UPPER = {**LOW, "exact_layers": 0.5}
+INT8: dict[str, Any] = {"exact_dtype": "int8"}
 RESIDUAL = {**LOW, "residual": 0.2}
 
 
@@ -106,7 +107,18 @@ VARIANTS: dict[str, tuple[dict[str, Any] | None, Callable[[Any], Any]]] = {
     "torch's own": (LOW, by_torch),
     "exact": ({"exact_dtype": None}, by_torch),
     "exact, FSDP1": ({"exact_dtype": None}, by_fsdp1),
-    "int8": ({"exact_dtype": "int8"}, by_torch),
+    "int8 by torch": (INT8, by_torch),
+    "int8": (INT8, by_us),
+    "int8, offloaded": (INT8, lambda model: by_us(model, offload_policy=CPUOffloadPolicy(pin_memory=False))),
+    "int8, checkpointed": (INT8, lambda model: by_us(checkpointed(model, False))),
+    "int8, reentrant": (INT8, lambda model: by_us(checkpointed(model, reentrant=True))),
+    "int8 every": ({**EVERY, **INT8}, by_us),
+    "int8 in upper layers": ({**UPPER, **INT8}, by_us),
+    "several, int8": ({**EVERY, **INT8}, lambda model: Several(by_us(model))),
+    "float8": ({"exact_dtype": "float8"}, by_us),
+    "bf16 int8": (INT8, lambda model: by_us(model, **BF16)),
+    "bf16 int8 by torch": (INT8, lambda model: by_torch(model, **BF16)),
+    "exact by us": ({"exact_dtype": None}, by_us),
     "offloaded": (LOW, lambda model: by_us(model, offload_policy=CPUOffloadPolicy(pin_memory=False))),
     "exact every": (EVERY, by_us),
     "several forwards": (EVERY, lambda model: Several(by_us(model))),
@@ -172,6 +184,10 @@ def changed_weights() -> dict[str, str]:
             _local(tensor).detach().mul_(2.0)
     model.load_state_dict(state)
     said["in place"] = error_of(lambda: model(input_ids=tokens(), labels=tokens()))
+    model = by_us(applied(INT8))
+    state = {name: 2 * tensor if ".base_layer." in name else tensor for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state)
+    said["copies"] = error_of(lambda: model(input_ids=tokens(), labels=tokens()).loss.backward())
     flat = by_fsdp1(applied())
     said["FSDP1"] = error_of(lambda: flat(input_ids=tokens(), labels=tokens()))
     return said
@@ -208,6 +224,8 @@ def block_bytes() -> dict[str, int]:
     found = {"weights": 0, "factors": sum(t.nbytes for f in factors_of(model) for t in f.tensors), "rest": 0}
     for name, p in layers_of(model).named_parameters():
         found["weights" if ".base_layer." in name else "rest"] += p.nbytes
+        if ".base_layer." in name:
+            found["copies"] = found.get("copies", 0) + p.numel() + 4 * p.shape[1]  # bytes, and a scale for a column
     return found
 
 
@@ -234,6 +252,12 @@ def test_mixed_precision_is_as_under_torchs_own(ranks: list[dict[str, Any]], nam
     assert (mean_losses(ranks, name) - mean_losses(ranks, "loge")[:FEW]).abs().max() < 0.05
 
 
+def test_copies_are_of_the_weights_before_they_are_cast(ranks: list[dict[str, Any]]) -> None:
+    """Under torch's own `fully_shard` they are of the 16-bit ones that a forward has."""
+    assert (mean_losses(ranks, "bf16 int8") - mean_losses(ranks, "bf16 int8 by torch")).abs().max() < 0.01
+    assert (mean_losses(ranks, "bf16 int8") - mean_losses(ranks, "int8")).abs().max() < 0.05
+
+
 def test_backward_gathers_factors_and_adapters_alone(ranks: list[dict[str, Any]]) -> None:
     peft, ours, blocks = ranks[0]["peft"], ranks[0]["loge"], block_bytes()
     assert peft["backward"] == blocks["weights"] + blocks["rest"]
@@ -244,6 +268,8 @@ def test_backward_gathers_factors_and_adapters_alone(ranks: list[dict[str, Any]]
 
 
 ALL = {"weights": 1.0, "factors": 1.0, "rest": 1.0}
+PEFTS = {"weights": 1.0, "rest": 1.0}
+COPIES = {"copies": 1.0, "rest": 1.0}
 FACTORS = {"factors": 1.0, "rest": 1.0}
 
 
@@ -258,6 +284,13 @@ FACTORS = {"factors": 1.0, "rest": 1.0}
         ("frozen", {"factors": 0.5, "rest": 0.5}, None),
         ("checkpointed", ALL, ALL),  # computed again, from the weights
         ("hooks inside", ALL, ALL),
+        ("int8", COPIES, COPIES),
+        ("float8", COPIES, COPIES),
+        ("int8, offloaded", COPIES, COPIES),
+        ("int8, checkpointed", PEFTS, PEFTS),  # which then makes its copies of them
+        ("int8 every", {**COPIES, "factors": 1.0}, FACTORS),
+        ("int8 in upper layers", {"copies": 0.5, "factors": 0.5, "rest": 1.0}, None),
+        ("exact by us", PEFTS, PEFTS),
     ],
 )
 def test_what_backward_gathers(
@@ -276,7 +309,8 @@ def test_autocast_reads_factors_in_forward(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_a_rank_keeps_its_share(ranks: list[dict[str, Any]]) -> None:
-    assert ranks[0]["own share"] + ranks[1]["own share"] == sum(block_bytes().values())
+    held = block_bytes()
+    assert ranks[0]["own share"] + ranks[1]["own share"] == sum(held.values()) - held["copies"]
 
 
 def test_the_full_state_is_pefts(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -302,6 +336,7 @@ def test_a_weight_that_changes_under_its_factors_is_told(ranks: list[dict[str, A
         assert rank["changed"]["same"] == ""
         assert "has changed since it was sharded" in rank["changed"]["other"]
         assert "has changed since it was sharded" in rank["changed"]["in place"]
+        assert "its 8-bit copy cannot follow" in rank["changed"]["copies"]
         assert "inside a FullyShardedDataParallel (FSDP1)" in rank["changed"]["FSDP1"]
 
 
@@ -318,9 +353,7 @@ def test_ranks_agree_on_factors(ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lora, r"has factors: call loge_kernels.apply\(model, rank, …\) first, or torch's own fully_shard"),
-        (lambda: applied({"exact_dtype": None}), "has factors"),
-        (lambda: applied({**EVERY, "exact_dtype": "int8"}), "has exact_dtype='int8'.*apply with exact_dtype=None"),
+        (lora, r"is applied: call loge_kernels.apply\(model\) first, or torch's own fully_shard"),
         (lambda: applied({**LOW, "low_rank_dtype": "int8"}), "has low_rank_dtype='int8'"),
     ],
 )
