@@ -207,9 +207,8 @@ PYBIND11_MODULE(_C, module) {
              "scaling, stream): one memset, and one kernel or two. All but the last four are addresses, 0 for what is "
              "not wanted or not read. `workspace` has Plan.workspace elements of float32: the sums dA [P, K] and dB "
              "[N, P], one after the other, those that are wanted. They are the result, or are rounded to dA and dB "
-             "where "
-             "these are given. Where Plan.sets is not 0, as many sets of sums lie there, to be added up. `scratch`, of "
-             "Plan.scratch elements, is done with when the kernels are. "
+             "where these are given. Where Plan.sets is not 0, as many sets of sums lie there, to be added up. "
+             "`scratch`, of Plan.scratch elements, is done with when the kernels are. "
              "ValueError names the argument at fault and its value; CudaError the call that CUDA refused.");
     module.def(
         "plan", &plan,
