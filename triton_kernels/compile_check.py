@@ -95,7 +95,7 @@ def _entry_jobs(arch: str, entry: Entry) -> list[Job]:
         return [Job(arch, "fused_forward", entry, entry.rank, "full")]
     assert isinstance(entry.config, TwoLaunchConfig)
     ranks = (("expand_slab", entry.config.project_r), ("project", entry.rank), ("expand_tiles", entry.rank))
-    return [Job(arch, kernel, entry, rank, "full") for kernel, rank in ranks]
+    return [Job(arch, kernel, entry, rank, variant) for kernel, rank in ranks for variant in VARIANTS]
 
 
 def entries_within(arch: str, shared_bytes: int) -> tuple[Entry, ...]:
@@ -199,8 +199,8 @@ def _source(job: Job, device: DeviceSpec) -> tuple[Any, dict[str, str], dict[str
     entry, config, P = job.entry, job.entry.config, job.entry.adapter
     dtype, name = (torch.float32, "fp32") if entry.bits == 32 else (torch.bfloat16, "bf16")
     lora = "fp32" if cast else name
-    dtypes = dict.fromkeys(("dy_ptr", "x_ptr", "xa_ptr", "left_ptr", "right_ptr", "dx_ptr", "y_ptr"), name)
-    dtypes |= dict.fromkeys(("dA_ptr", "dB_ptr", "db_ptr", "t_ptr"), "fp32") | {"seed_ptr": "i64"}
+    dtypes = dict.fromkeys(("dy_ptr", "x_ptr", "xa_ptr", "left_ptr", "right_ptr", "t_ptr", "dx_ptr", "y_ptr"), name)
+    dtypes |= dict.fromkeys(("dA_ptr", "dB_ptr", "db_ptr", "parts_ptr"), "fp32") | {"seed_ptr": "i64"}
     dtypes |= {"lora_A_ptr": lora, "lora_B_ptr": lora, "weight_ptr": name, "bias_ptr": name}
     if isinstance(config, OneLaunchConfig):
         aligned = entry.aligned

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig, padded
+from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig, padded, tile_k
 from .phases import Estimate, Flags, Phase, Step, cdiv, l2_traffic, passes, product_cycles, walk
 from .rates import KERNEL_US, PASS, SHARED_BYTES, TRITON_DRAIN_K, TRITON_DRAIN_N, TRITON_MATRIX_SHARE, DeviceSpec
 
@@ -209,10 +209,10 @@ def n_chunk_of(M: int, N: int, R: int, config: TwoLaunchConfig, sms: int) -> int
     return max(1, cdiv(cdiv(N, config.block_n), splits)) * config.block_n
 
 
-def k_chunk_of(M: int, K: int, R: int, config: TwoLaunchConfig, sms: int) -> int:
+def k_chunk_of(M: int, K: int, R: int, config: TwoLaunchConfig, flags: Flags, sms: int) -> int:
     """The columns of dX a block of the second launch writes: a tile, or what fills the card with slabs."""
     if padded(R) > config.project_r:
-        return config.tile_k
+        return tile_k(config, flags.dropout)
     splits = max(1, min(sms // max(cdiv(M, config.block_m), 1), K // (2 * config.block_k)))
     return max(1, cdiv(cdiv(K, config.block_k), splits)) * config.block_k
 
@@ -272,7 +272,7 @@ def _expand(
     layers: int,
 ) -> Phase:
     """The second launch: slabs that keep T on chip for a chunk of K, or tiles that read it anew for every tile of K."""
-    rows, k_chunk = cdiv(M, config.block_m), k_chunk_of(M, K, R, config, device.sms)
+    rows, k_chunk = cdiv(M, config.block_m), k_chunk_of(M, K, R, config, flags, device.sms)
     slab = padded(R) <= config.project_r
     k_blocks = cdiv(K, k_chunk)
     rank, pad_p = (R if flags.need_dx else 0), (padded(P) if P else 0)

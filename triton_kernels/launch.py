@@ -217,20 +217,25 @@ def _launch_twice(
     """As `_launch_once`: T = dY [left | s·B] first, then what is made of it."""
     (M, N, K, R), (dx, dA, dB, db) = sizes, results
     splits = max(1, cdiv(N, plan.n_chunk))
-    layers = splits if plan.flags.deterministic else 1
-    allocate = torch.empty if plan.flags.deterministic else torch.zeros
-    t_shape = (layers, plan.rows * plan.config.block_m, plan.constants["WIDTH"])
-    t = allocate(t_shape, dtype=torch.float32, device=given.dy.device)
+    layers = splits if splits > 1 and plan.flags.deterministic else 0
+    shape = (plan.rows * plan.config.block_m, plan.constants["WIDTH"])
+    dtype, device = given.dy.dtype, given.dy.device
+    # Both are passed, so that one compiled kernel serves the sizes that are split and those that are not.
+    t = torch.empty(shape if splits == 1 else (0,), dtype=dtype, device=device)
+    allocate = torch.empty if plan.flags.deterministic or splits == 1 else torch.zeros
+    parts = allocate((layers, *shape) if layers else shape if splits > 1 else (0,), dtype=torch.float32, device=device)
     tiles = max(1, cdiv(R, plan.constants["BR"]))
     n_sizes = (M, N, plan.n_chunk, *given.dy.stride(), scaling)
     inputs = (given.dy, given.xa, given.left, given.lora_B)
-    project[(plan.rows, tiles, splits)](*inputs, t, dB, db, *n_sizes, **plan.constants)
+    project[(plan.rows * tiles, splits)](*inputs, t, parts, dB, db, *n_sizes, **plan.constants)
+    if splits > 1:
+        t = finished(parts, t.dtype, layers)
     if plan.flags.need_dx or plan.flags.need_dA:
         assert isinstance(plan.config, TwoLaunchConfig)
         chunks = cdiv(K, plan.k_chunk)
         keeps = keeps_t(R, plan.config)
         expand, grid = (expand_slab, (plan.rows, chunks)) if keeps else (expand_tiles, (chunks * plan.rows,))
-        k_sizes = (M, K, plan.k_chunk, layers, *given.x.stride(), *mask)
+        k_sizes = (M, K, plan.k_chunk, *given.x.stride(), *mask)
         inputs = (t, given.x, given.right, given.lora_A)
         expand[grid](*inputs, dx, dA, given.seed, *k_sizes, **plan.expand)
 
@@ -262,7 +267,7 @@ def _make_plan(
     else:
         constants = project_constants(R, P, dtype, flags, aligned, config, spec)
         expand = expand_constants(R, P, dtype, flags, aligned, config, spec)
-        n_chunk, k_chunk = n_chunk_of(M, N, R, config, spec.sms), k_chunk_of(M, K, R, config, spec.sms)
+        n_chunk, k_chunk = n_chunk_of(M, N, R, config, spec.sms), k_chunk_of(M, K, R, config, flags, spec.sms)
         plan = Plan(flags, config, rows, constants, expand, n_chunk, k_chunk, *sums)
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()

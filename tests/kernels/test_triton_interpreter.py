@@ -23,7 +23,9 @@ pytestmark = needs_triton
 
 Config = OneLaunchConfig | TwoLaunchConfig
 ONE = OneLaunchConfig(block_m=32, block_n=32, block_k=32, num_warps=4, num_stages=2)
-TWO = TwoLaunchConfig(block_m=32, block_n=32, project_r=64, block_k=32, tile_k=64, tile_r=32, num_warps=4, num_stages=2)
+TWO = TwoLaunchConfig(
+    block_m=32, block_n=32, project_r=64, block_k=32, slab_stages=2, tile_k=64, tile_r=32, num_warps=4, num_stages=2
+)
 FORWARD = ForwardConfig(block_m=32, block_n=32, block_k=32, group=2, num_warps=4, num_stages=2)
 FORMS = pytest.mark.parametrize("config", [ONE, TWO], ids=["one_launch", "two_launch"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
