@@ -3,8 +3,9 @@
 `project`: T = dY [left | s B], with dB and db, over (rows × tiles of R) and splits of N.
 `expand_slab` or `expand_tiles`: dX = T [right ; A] and dA, over (rows × chunks or tiles of K).
 T lies between the launches in the dtype of dY as [rows · BM, WIDTH], WIDTH = the padded R and then the padded P: whole
-tiles, so that neither kernel masks them. Where N is split, `project` adds up fp32 parts instead, by ATOMIC or, for the
-same bits from run to run, in a layer for each split; the host rounds their sum to T.
+tiles, so that neither kernel masks them. Where N is split, `project` gives fp32 parts instead: added up by atomics in
+one layer or, without ATOMIC, for the same bits from run to run, in a layer for each split. `expand_slab` rounds their
+sum to T before its walk; for `expand_tiles`, whose blocks share slabs of T, the host does.
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -166,9 +167,19 @@ def project(
         store_t(t_ptr, parts_ptr, begin, row_t + offs_r[None, :], t_r, ATOMIC)
 
 
-@triton.jit(do_not_specialize=EXPAND_RUNTIME)
+@triton.jit
+def sum_parts(p_t, p_parts, offs, layers, layer_stride):
+    """A tile of T from its parts, layer by layer."""
+    b_t = tl.load(p_parts + offs)
+    for layer in range(1, layers):
+        b_t += tl.load(p_parts + layer * layer_stride + offs)
+    tl.store(p_t + offs, b_t.to(p_t.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=(*EXPAND_RUNTIME, "layers"))
 def expand_slab(
     t_ptr,
+    parts_ptr,
     x_ptr,
     right_ptr,
     lora_A_ptr,
@@ -178,6 +189,7 @@ def expand_slab(
     M: tl.int32,
     K: tl.int32,
     k_chunk: tl.int32,
+    layers: tl.int32,
     stride_x_m: tl.int64,
     stride_x_k: tl.int64,
     threshold: tl.int32,
@@ -200,7 +212,7 @@ def expand_slab(
     """`expand` for a rank that one tile holds: T of a slab stays on chip while the block walks its chunk of K.
 
     Grid (cdiv(M, BM), cdiv(K, k_chunk)), k_chunk a multiple of BK; outputs as in `expand_tiles`. K is cut only where
-    there are few rows, and all blocks run at once: their order does not matter.
+    there are few rows, and all blocks run at once: their order does not matter. layers: of parts; 0: t is whole.
     """
     dtype = t_ptr.dtype.element_ty
     pid_m = tl.program_id(0)
@@ -211,7 +223,17 @@ def expand_slab(
     offs_r = tl.arange(0, BR)
     offs_p = tl.arange(0, BP)
     row_t = tl.arange(0, BM)[:, None] * WIDTH  # [BM, 1]
-    p_t = t_ptr + pid_m.to(tl.int64) * BM * WIDTH
+    begin = pid_m.to(tl.int64) * BM * WIDTH
+    p_t = t_ptr + begin
+    if layers > 0:
+        # Through memory: a T that is computed here would be loaded from shared memory into registers in each step,
+        # where one that is only loaded stays in shared memory as wgmma's operand. Blocks of a slab write the same bits.
+        layer_stride = tl.num_programs(0).to(tl.int64) * BM * WIDTH
+        if NEED_DX:
+            sum_parts(p_t, parts_ptr + begin, row_t + offs_r[None, :], layers, layer_stride)
+        if P > 0:
+            sum_parts(p_t, parts_ptr + begin, row_t + WIDTH - BP + offs_p[None, :], layers, layer_stride)
+        tl.debug_barrier()
     t_r = tl.zeros((BM, BR), dtype=dtype)
     t_p = tl.zeros((BM, BP), dtype=dtype)
     if NEED_DX:
