@@ -145,6 +145,29 @@ def run(
 
 def compile_job(job: Job) -> Row:
     """Compile one kernel, disassemble it and judge it."""
+    device = ARCHITECTURES[job.arch]
+    compiled = compile_kernel(job)
+    sass, usage = _disassemble(compiled.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage for {job.name}: {usage!r}")
+    count = functools.partial(_count, sass)
+    row = Row(
+        arch=job.arch,
+        name=job.name,
+        registers=int(found[1]),
+        stack=int(found[2]),
+        spills=count("LDL") + count("STL"),
+        shared=compiled.metadata.shared,
+        hmma=count("HMMA"),
+        hgmma=count("HGMMA"),
+        eight_bits=count("QGMMA") + count("IGMMA") + count("IMMA"),
+    )
+    return dataclasses.replace(row, problems=tuple(_problems(job, row, device)))
+
+
+def compile_kernel(job: Job) -> Any:
+    """Triton's compiled kernel of a job."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -164,24 +187,7 @@ def compile_job(job: Job) -> Row:
     }
     target = GPUTarget("cuda", int(job.arch[3:]), 32)
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=options)
-    sass, usage = _disassemble(compiled.asm["cubin"])
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage for {job.name}: {usage!r}")
-    count = functools.partial(_count, sass)
-    row = Row(
-        arch=job.arch,
-        name=job.name,
-        registers=int(found[1]),
-        stack=int(found[2]),
-        spills=count("LDL") + count("STL"),
-        shared=compiled.metadata.shared,
-        hmma=count("HMMA"),
-        hgmma=count("HGMMA"),
-        eight_bits=count("QGMMA") + count("IGMMA") + count("IMMA"),
-    )
-    return dataclasses.replace(row, problems=tuple(_problems(job, row, device)))
+    return triton.compile(source, target=target, options=options)
 
 
 def _source(job: Job, device: DeviceSpec) -> tuple[Any, dict[str, str], dict[str, Any]]:

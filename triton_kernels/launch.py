@@ -226,20 +226,20 @@ def _launch_twice(
     parts = allocate((layers, *shape), dtype=torch.float32, device=given.dy.device)
     tiles = max(1, cdiv(R, plan.constants["BR"]))
     n_sizes = (M, N, plan.n_chunk, *given.dy.stride(), scaling)
-    inputs = (given.dy, given.xa, given.left, given.lora_B)
-    project[(plan.rows * tiles, splits)](*inputs, t, parts, dB, db, *n_sizes, **plan.constants)
+    n_inputs = (given.dy, given.xa, given.left, given.lora_B)
+    project[(plan.rows * tiles, splits)](*n_inputs, t, parts, dB, db, *n_sizes, **plan.constants)
     if not needed:
         return
     assert isinstance(plan.config, TwoLaunchConfig)
-    inputs, strides, chunks = (given.x, given.right, given.lora_A), given.x.stride(), cdiv(K, plan.k_chunk)
+    k_inputs, strides, chunks = (given.x, given.right, given.lora_A), given.x.stride(), cdiv(K, plan.k_chunk)
     if keeps_t(R, plan.config):
         k_sizes = (M, K, plan.k_chunk, layers, *strides, *mask)
-        expand_slab[(plan.rows, chunks)](t, parts, *inputs, dx, dA, given.seed, *k_sizes, **plan.expand)
+        expand_slab[(plan.rows, chunks)](t, parts, *k_inputs, dx, dA, given.seed, *k_sizes, **plan.expand)
     else:
         if layers:
             t = (parts[0] if layers == 1 else parts.sum(0)).to(t.dtype)
-        k_sizes = (M, K, plan.k_chunk, *strides, *mask)
-        expand_tiles[(plan.rows * chunks,)](t, *inputs, dx, dA, given.seed, *k_sizes, **plan.expand)
+        k_sizes = (M, K, *strides, *mask)
+        expand_tiles[(plan.rows * chunks,)](t, *k_inputs, dx, dA, given.seed, *k_sizes, **plan.expand)
 
 
 def _make_plan(

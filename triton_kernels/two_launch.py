@@ -26,7 +26,7 @@ from .device_code import (
 )
 
 PROJECT_RUNTIME = ("M", "N", "n_chunk", "stride_dy_m", "stride_dy_n", "scaling")
-EXPAND_RUNTIME = ("M", "K", "k_chunk", "stride_x_m", "stride_x_k", "threshold", "inv_keep")
+EXPAND_RUNTIME = ("M", "K", "stride_x_m", "stride_x_k", "threshold", "inv_keep")
 GROUP = tl.constexpr(8)  # rows of tiles that are walked together: their operands are a few MB, which L2 holds
 
 
@@ -176,7 +176,7 @@ def sum_parts(p_t, p_parts, offs, layers, layer_stride):
     tl.store(p_t + offs, b_t.to(p_t.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=(*EXPAND_RUNTIME, "layers"))
+@triton.jit(do_not_specialize=(*EXPAND_RUNTIME, "k_chunk", "layers"))
 def expand_slab(
     t_ptr,
     parts_ptr,
@@ -295,7 +295,6 @@ def expand_tiles(
     seed_ptr,
     M: tl.int32,
     K: tl.int32,
-    k_chunk: tl.int32,
     stride_x_m: tl.int64,
     stride_x_k: tl.int64,
     threshold: tl.int32,
@@ -318,8 +317,9 @@ def expand_tiles(
     """`expand` for any rank: a tile of dX sums over R in steps of BR, reading T anew for every tile of K.
 
     Grid (cdiv(M, BM) · cdiv(K, BK),), a `grouped_tile` each: one dimension, because rows may be more than the 65,535
-    blocks of a second one. k_chunk = BK. dx [M, K] contiguous, dA [P, K] fp32 (a leading row-block dimension unless
-    ATOMIC). The adapter's product comes before the loop, whose sum starts with it; dA's comes last.
+    blocks of a second one. dx [M, K] contiguous, dA [P, K] fp32 (a leading row-block dimension unless ATOMIC). The
+    adapter's product comes first and the loop adds to it, so that nothing in the loop waits: one product of T_R | T_P
+    would need R + P to be a power of two. dA's comes last.
     """
     dtype = t_ptr.dtype.element_ty
     pid_m, pid_k = grouped_tile(tl.cdiv(M, BM), tl.cdiv(K, BK), GROUP)

@@ -96,7 +96,9 @@ class TestBackward:
     @FORMS
     @DTYPES
     @pytest.mark.parametrize("deterministic", [False, True])
-    @pytest.mark.parametrize("sizes", [*SIZES, *SPLIT, (50, 96, 64, 16, 8), (64, 64, 64, 64, 16), (40, 1, 1, 1, 1)])
+    @pytest.mark.parametrize(
+        "sizes", [*SIZES, *SPLIT, (50, 96, 64, 16, 8), (64, 64, 64, 64, 16), (40, 1, 1, 1, 1), (40, 57, 200, 20, 5)]
+    )
     def test_shapes(self, sizes: tuple[int, ...], deterministic: bool, dtype: torch.dtype, config: Config) -> None:
         check(problem(*sizes, dtype, deterministic=deterministic), config)
 
@@ -149,6 +151,11 @@ class TestBackward:
         assert recorded(replace(p, deterministic=False), config)[0].atomics
         for name, gradient in run(p, config).items():
             assert torch.equal(gradient, first[name]), name
+
+    @FORMS
+    @DTYPES
+    def test_no_columns(self, dtype: torch.dtype, config: Config) -> None:
+        check(problem(9, 57, 0, 20, 5, dtype), config)
 
     def test_default_choice(self) -> None:
         for M in (5, 90):
