@@ -146,9 +146,10 @@ def walk_n(
     dB_ptr and db_ptr point at what this slab may write: the common buffer (ATOMIC) or the slab's own. Of a product that
     it stores in the same step the compiler waits for the end. With wgmma dB's comes first therefore, and those of T are
     in flight while dB is stored and the next tiles are loaded: one `wait_group 0` a step, behind the thin product.
-    Carried over to the next step, or issued last, it drains them all. mma.sync has nothing in flight: there the same
-    order costs registers, up to spilling.
+    Carried over to the next step, or issued last, it drains them all. mma.sync has nothing in flight, and unaligned
+    tiles have none to load meanwhile: there the same order costs registers alone, up to spilling.
     """
+    IN_FLIGHT: tl.constexpr = WGMMA and ALIGNED_N
     dtype = dy_ptr.dtype.element_ty
     offs_r = r_begin + tl.arange(0, BR)
     offs_p = tl.arange(0, BP)
@@ -168,7 +169,7 @@ def walk_n(
         mask_n = offs_n < N
         b_dy = load_tile(p_dy_row, offs_n, stride_dy_n, mask_m[:, None] & mask_n[None, :], ALIGNED_N)  # [BM, BN]
         row_n = offs_n.to(tl.int64)[:, None]  # [BN, 1]
-        if NEED_DB and WGMMA:
+        if NEED_DB and IN_FLIGHT:
             b_dB = thin_product(b_dy, b_xa, scaling, WGMMA, PRECISION)
         if NEED_T_R:
             p_left = left_ptr + row_n * R + offs_r[None, :]
@@ -179,7 +180,7 @@ def walk_n(
             b_lora_B = tl.load(p_lora_B, mask=mask_n[:, None] & (offs_p < P)[None, :], other=0.0)  # [BN, BP]
             t_p = tl.dot(b_dy, b_lora_B.to(dtype), t_p, input_precision=PRECISION)
         if NEED_DB:
-            if not WGMMA:
+            if not IN_FLIGHT:
                 b_dB = thin_product(b_dy, b_xa, scaling, WGMMA, PRECISION)
             store_thin(dB_ptr, b_dB, offs_n, mask_n, P, 1, P, BP, WGMMA, ATOMIC)
         if NEED_DBIAS:
@@ -228,6 +229,7 @@ def walk_k(
     wide one, which adds to the adapter's, is in flight while all else is stored and loaded, and ends with the next
     step's first wait: its tile of dX is stored one step later.
     """
+    IN_FLIGHT: tl.constexpr = WGMMA and ALIGNED_K
     dtype = t_p.dtype
     offs_r = tl.arange(0, BR)
     offs_p = tl.arange(0, BP)
@@ -240,7 +242,7 @@ def walk_k(
     p_lora_A_row = lora_A_ptr + offs_p.to(tl.int64)[:, None] * K  # [BP, 1]
 
     p_dx_row = dx_ptr + row_m * K  # [BM, 1]
-    if NEED_DX and WGMMA:
+    if NEED_DX and IN_FLIGHT:
         b_dx = tl.zeros((BM, BK), dtype=tl.float32)  # of the step before
     for k0 in range(k_begin, k_end, BK):
         offs_k = k0 + tl.arange(0, BK)
@@ -252,7 +254,7 @@ def walk_k(
             b_x = load_tile(x_ptr + row_m * stride_x_m, offs_k, stride_x_k, mask_mk, ALIGNED_K)  # [BM, BK]
             if DROPOUT:
                 b_x = tl.where(keep, b_x, 0.0)
-            if WGMMA:
+            if IN_FLIGHT:
                 b_dA = thin_product(b_x, t_p, inv_keep, WGMMA, PRECISION)
         if NEED_DX:
             b_sum = tl.zeros((BM, BK), dtype=tl.float32)
@@ -266,7 +268,7 @@ def walk_k(
                 p_right = p_right_row + offs_k[None, :]
                 b_right = tl.load(p_right, mask=(offs_r < R)[:, None] & mask_k[None, :], other=0.0)  # [BR, BK]
                 b_sum = tl.dot(t_r, b_right, b_sum, input_precision=PRECISION)
-            if WGMMA:
+            if IN_FLIGHT:
                 offs_before = offs_k - BK
                 mask_before = mask_m[:, None] & (offs_before >= k_begin)[None, :]
                 tl.store(p_dx_row + offs_before[None, :], b_dx.to(dtype), mask=mask_before)
@@ -274,10 +276,10 @@ def walk_k(
             else:
                 tl.store(p_dx_row + offs_k[None, :], b_sum.to(dtype), mask=mask_mk)
         if NEED_DA:
-            if not WGMMA:
+            if not IN_FLIGHT:
                 b_dA = thin_product(b_x, t_p, inv_keep, WGMMA, PRECISION)
             store_thin(dA_ptr, b_dA, offs_k, mask_k, 1, K, P, BP, WGMMA, ATOMIC)
-    if NEED_DX and WGMMA:
+    if NEED_DX and IN_FLIGHT:
         offs_k = k_begin + tl.cdiv(k_end - k_begin, BK) * BK - BK + tl.arange(0, BK)
         mask_k = (offs_k >= k_begin) & (offs_k < K)  # nothing where no step was taken
         tl.store(p_dx_row + offs_k[None, :], b_dx.to(dtype), mask=mask_m[:, None] & mask_k[None, :])
