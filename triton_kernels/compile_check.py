@@ -95,7 +95,7 @@ def _entry_jobs(arch: str, entry: Entry) -> list[Job]:
         return [Job(arch, "fused_forward", entry, entry.rank, "full")]
     assert isinstance(entry.config, TwoLaunchConfig)
     ranks = (("expand_slab", entry.config.project_r), ("project", entry.rank), ("expand_tiles", entry.rank))
-    return [Job(arch, kernel, entry, rank, "full") for kernel, rank in ranks]
+    return [Job(arch, kernel, entry, rank, variant) for kernel, rank in ranks for variant in VARIANTS]
 
 
 def entries_within(arch: str, shared_bytes: int) -> tuple[Entry, ...]:
@@ -145,26 +145,8 @@ def run(
 
 def compile_job(job: Job) -> Row:
     """Compile one kernel, disassemble it and judge it."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     device = ARCHITECTURES[job.arch]
-    kernel, dtypes, constants = _source(job, device)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
-    signature = {}
-    for param in kernel.params:
-        if param.is_constexpr:
-            signature[param.name] = "constexpr"
-        else:
-            signature[param.name] = f"*{dtypes[param.name]}" if param.name in pointers else param.annotation_type
-    attributes: dict[tuple[int, ...], Any] = {
-        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers
-    }
-    target = GPUTarget("cuda", int(job.arch[3:]), 32)
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=options)
+    compiled = compile_kernel(job)
     sass, usage = _disassemble(compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
@@ -184,6 +166,30 @@ def compile_job(job: Job) -> Row:
     return dataclasses.replace(row, problems=tuple(_problems(job, row, device)))
 
 
+def compile_kernel(job: Job) -> Any:
+    """Triton's compiled kernel of a job."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    device = ARCHITECTURES[job.arch]
+    kernel, dtypes, constants = _source(job, device)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
+    signature = {}
+    for param in kernel.params:
+        if param.is_constexpr:
+            signature[param.name] = "constexpr"
+        else:
+            signature[param.name] = f"*{dtypes[param.name]}" if param.name in pointers else param.annotation_type
+    attributes: dict[tuple[int, ...], Any] = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers
+    }
+    target = GPUTarget("cuda", int(job.arch[3:]), 32)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options)
+
+
 def _source(job: Job, device: DeviceSpec) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, the element type behind each pointer, and the constexpr arguments of a job."""
     from .fused_forward import fused_forward
@@ -199,8 +205,8 @@ def _source(job: Job, device: DeviceSpec) -> tuple[Any, dict[str, str], dict[str
     entry, config, P = job.entry, job.entry.config, job.entry.adapter
     dtype, name = (torch.float32, "fp32") if entry.bits == 32 else (torch.bfloat16, "bf16")
     lora = "fp32" if cast else name
-    dtypes = dict.fromkeys(("dy_ptr", "x_ptr", "xa_ptr", "left_ptr", "right_ptr", "dx_ptr", "y_ptr"), name)
-    dtypes |= dict.fromkeys(("dA_ptr", "dB_ptr", "db_ptr", "t_ptr"), "fp32") | {"seed_ptr": "i64"}
+    dtypes = dict.fromkeys(("dy_ptr", "x_ptr", "xa_ptr", "left_ptr", "right_ptr", "t_ptr", "dx_ptr", "y_ptr"), name)
+    dtypes |= dict.fromkeys(("dA_ptr", "dB_ptr", "db_ptr", "parts_ptr"), "fp32") | {"seed_ptr": "i64"}
     dtypes |= {"lora_A_ptr": lora, "lora_B_ptr": lora, "weight_ptr": name, "bias_ptr": name}
     if isinstance(config, OneLaunchConfig):
         aligned = entry.aligned

@@ -31,13 +31,15 @@ class OneLaunchConfig:
 
 @dataclass(frozen=True, slots=True)
 class TwoLaunchConfig:
-    """`project`: tiles [block_m, project_r] of T in steps of block_n. Then `expand_slab`, in steps of block_k, where
-    project_r holds all of R, else `expand_tiles`: tiles [block_m, tile_k] of dX in steps of tile_r."""
+    """`project`: tiles [block_m, project_r] of T in steps of block_n. Then `expand_slab`, in steps of block_k with
+    slab_stages of them in flight, where project_r holds all of R, else `expand_tiles`: tiles [block_m, tile_k] of dX in
+    steps of tile_r."""
 
     block_m: int
     block_n: int
     project_r: int
     block_k: int
+    slab_stages: int
     tile_k: int
     tile_r: int
     num_warps: int
@@ -110,7 +112,7 @@ INTERPRETER_TABLE = tuple(
     Entry(kernel, bits, 1 << 16, 256, aligned, config)
     for kernel, config in (
         ("one_launch", OneLaunchConfig(32, 32, 32, 4, 2)),
-        ("two_launch", TwoLaunchConfig(32, 32, 64, 32, 32, 32, 4, 2)),
+        ("two_launch", TwoLaunchConfig(32, 32, 64, 32, 2, 32, 32, 4, 2)),
         ("forward", ForwardConfig(64, 128, 128, 2, 4, 2)),
         ("exact_prepare", PrepareConfig(64, 128, 4, 2)),
         ("exact_product", ProductConfig(64, 128, 128, 2, 4, 2)),
@@ -123,6 +125,11 @@ INTERPRETER_TABLE = tuple(
 def padded(rank: int) -> int:
     """The width of a rank's tile: the next power of two, at least the 16 that tensor cores multiply."""
     return max(16, 1 << max(rank - 1, 0).bit_length())
+
+
+def tile_k(config: TwoLaunchConfig, dropout: bool) -> int:
+    """The columns of a tile of `expand_tiles`: what the mask falls on, beside the sum, leaves registers for half."""
+    return config.tile_k // 2 if dropout else config.tile_k
 
 
 def device_slug(name: str) -> str:
@@ -165,11 +172,11 @@ def _parse_entry(row: Any) -> Entry:
         if type(value) is not int or not 1 <= value <= 1 << 16:
             raise ValueError(f"{name}={value!r} is not a positive size")
         power_of_two = value & (value - 1) == 0
-        if not power_of_two and name not in ("num_stages", "group", "rank", "adapter"):
+        if not power_of_two and name not in ("num_stages", "slab_stages", "group", "rank", "adapter"):
             raise ValueError(f"{name}={value} is not a power of two")
         if name.startswith(("block_", "project_", "tile_")) and not 16 <= value <= 256:
             raise ValueError(f"{name}={value} is not between 16 and 256")
-        if (name == "num_warps" and value > 16) or (name == "num_stages" and value > 8):
+        if (name == "num_warps" and value > 16) or (name in ("num_stages", "slab_stages") and value > 8):
             raise ValueError(f"{name}={value} is more than any device runs")
     return Entry(row["kernel"], row["bits"], row["rank"], row["adapter"], row["aligned"], kind(**numbers))
 

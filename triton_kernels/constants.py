@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig, padded, uses_wgmma
+from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig, padded, tile_k, uses_wgmma
 from .cost_model import Flags
 from .devices import DeviceSpec
 
@@ -96,7 +96,7 @@ def expand_constants(
         "R": R,
         "P": P,
         "BM": config.block_m,
-        "BK": config.block_k if slab else config.tile_k,
+        "BK": config.block_k if slab else tile_k(config, flags.dropout),
         "BR": padded(R) if slab else config.tile_r,
         "BP": padded(P),
         "WIDTH": t_width(R, P, config),
@@ -108,7 +108,7 @@ def expand_constants(
         "ATOMIC": not flags.deterministic,
         "PRECISION": precision(dtype),
         "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        "num_stages": config.slab_stages if slab else config.num_stages,
     }
 
 

@@ -13,7 +13,17 @@ from __future__ import annotations
 from .cost_model import triton_flops
 from .library import dense_product, narrow_product
 from .phases import Estimate, Flags, Phase, Step, cdiv, l2_traffic, passes, product_cycles, walk
-from .rates import CAST, KERNEL_US, PASS, REDUCTION, SHARED_BYTES, TRITON_DRAIN_K, TRITON_DRAIN_N, DeviceSpec
+from .rates import (
+    CAST,
+    KERNEL_US,
+    PASS,
+    REDUCTION,
+    SHARED_BYTES,
+    TRITON_STORE_K,
+    TRITON_STORE_N,
+    TRITON_WAIT,
+    DeviceSpec,
+)
 
 FORMS = ("torch", "prepared", "fused")
 BLOCKS = "float8 blocks"
@@ -121,7 +131,7 @@ def _prepared(
     first = walk(
         "prepare",
         device,
-        Step(tensor, shared, tensor + fill / SHARED_BYTES + TRITON_DRAIN_N),
+        Step(tensor, shared, tensor + fill / SHARED_BYTES + TRITON_STORE_N + TRITON_WAIT),
         cdiv(rows, chunks),
         columns * chunks,
         hbm=(M * N + M * P + N * P) * itemsize + M * P * 4 + written,
@@ -181,7 +191,7 @@ def _fused(M: int, N: int, K: int, P: int, eight: str | None, flags: Flags, devi
     end = product_cycles(device, itemsize, _TILE_M, _TILE_K, P) if P and flags.need_dx else 0.0
     end += product_cycles(device, itemsize, _TILE_K, P * flags.need_dA, _TILE_M)
     moved = _TILE_M * _TILE_K * itemsize * (2 * flags.need_dx + flags.need_dA)
-    wait = (moved / SHARED_BYTES + TRITON_DRAIN_K) / steps
+    wait = (moved / SHARED_BYTES + TRITON_STORE_K + 2 * TRITON_WAIT) / steps
     fill = depth * (_TILE_M + _TILE_K) * size
     operands = (_TILE_M + _TILE_M // 64 * _TILE_K) * depth * size
     t_p = M * P * 4 * flags.need_dx

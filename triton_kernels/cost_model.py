@@ -9,9 +9,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig, padded
+from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig, padded, tile_k, uses_wgmma
 from .phases import Estimate, Flags, Phase, Step, cdiv, l2_traffic, passes, product_cycles, walk
-from .rates import KERNEL_US, PASS, SHARED_BYTES, TRITON_DRAIN_K, TRITON_DRAIN_N, TRITON_MATRIX_SHARE, DeviceSpec
+from .rates import (
+    KERNEL_US,
+    PASS,
+    SHARED_BYTES,
+    SM_DRAW,
+    TRITON_MATRIX_SHARE,
+    TRITON_STORE_K,
+    TRITON_STORE_N,
+    TRITON_TILE,
+    TRITON_WAIT,
+    WALK_US,
+    DeviceSpec,
+)
 
 __all__ = [
     "Estimate",
@@ -90,21 +102,20 @@ def useful_flops(M: int, N: int, K: int, R: int, P: int, flags: Flags) -> int:
     )
 
 
-def finishing(
-    N: int, K: int, P: int, flags: Flags, device: DeviceSpec, itemsize: int, slabs: int, zeroed: int = 0
-) -> Phase:
+def finishing(N: int, K: int, P: int, flags: Flags, device: DeviceSpec, itemsize: int, slabs: int) -> Phase:
     """The small kernels around ours: a zero fill and, for 16-bit adapters, a cast of each fp32 gradient; without
-    atomics a sum over the slabs instead of the fill. `zeroed`: bytes of one more zero fill, of T."""
+    atomics a sum over the slabs instead of the fill."""
     elements = [P * K] * flags.need_dA + [N * P] * flags.need_dB + [N] * flags.need_dbias
     read = slabs if flags.deterministic else 0
-    kernels = len(elements) * (1 + (itemsize == 2)) + (zeroed > 0)
-    nbytes = sum(elements) * (4 * (1 + read) + (4 + itemsize) * (itemsize == 2)) + zeroed
+    kernels = len(elements) * (1 + (itemsize == 2))
+    nbytes = sum(elements) * (4 * (1 + read) + (4 + itemsize) * (itemsize == 2))
     return passes("small", device, nbytes, kernels)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tiles:
-    """A slab's tiles in one form: rows, columns of a step, and the padded ranks that it holds (0: without)."""
+    """A slab's tiles in one form: rows, columns of a step, the padded ranks that it holds (0: without). kept: elements
+    of T in shared memory."""
 
     device: DeviceSpec
     itemsize: int
@@ -113,34 +124,42 @@ class _Tiles:
     rank: int
     adapter: int
     num_stages: int
+    kept: int = 0
+
+    def _products(self, rows: int, width: int, depth: int) -> float:
+        return product_cycles(self.device, self.itemsize, rows, width, depth)
+
+    def _step(self, wide: float, thin: float, waits: int, moved: int, operands: int, stores: float) -> Step:
+        """`moved` elements are loaded or staged, `operands` are read from shared memory."""
+        rest = moved * self.itemsize / SHARED_BYTES + stores
+        in_flight = uses_wgmma(self.device.capability, self.itemsize * 8)
+        latency = thin + waits * TRITON_WAIT + (max(wide, rest) if in_flight else wide + rest)
+        return Step(wide + thin, (moved + operands) * self.itemsize, latency)
 
     def over_n(self, need_db: bool, need_t_p: bool) -> Step:
-        """T += dY [left | lora_B] and dBᵀ: products, then a wait, then the next loads."""
-        size, rows, step, p = self.itemsize, self.rows, self.step, self.adapter
-        tensor = product_cycles(self.device, size, rows, self.rank, step)
-        tensor += product_cycles(self.device, size, rows, p * need_t_p, step)
-        tensor += product_cycles(self.device, size, step, p * need_db, rows)
-        fill = step * (rows + self.rank + p) * size
+        """dBᵀ, a wait, then T += dY [left | lora_B] and all else."""
+        rows, step, p = self.rows, self.step, self.adapter
+        wide = self._products(rows, self.rank, step) + self._products(rows, p * need_t_p, step)
+        thin = self._products(step, p * need_db, rows)
         operands = rows // 64 * step * (64 + self.rank) + (rows + p) * step * need_t_p + (step + p) * rows * need_db
-        return Step(tensor, fill + operands * size, tensor + fill / SHARED_BYTES + TRITON_DRAIN_N)
+        return self._step(wide, thin, 1, step * (rows + self.rank + p), operands, TRITON_STORE_N)
 
     def over_k(self, need_dx: bool, need_dA: bool) -> Step:
-        """dX = T [right ; A], staged on its way out, and dAᵀ: three waits."""
-        size, rows, step, p = self.itemsize, self.rows, self.step, self.adapter
-        tensor = product_cycles(self.device, size, rows, step, self.rank + p) if need_dx else 0.0
-        tensor += product_cycles(self.device, size, step, p * need_dA, rows)
-        fill = step * (rows * need_dA + (self.rank + p) * need_dx) * size
-        staged = 2 * rows * step * size * need_dx
-        operands = max(1, rows // 64) * (self.rank + p) * step * need_dx + (step + p) * rows * need_dA
-        latency = tensor + (fill + staged) / SHARED_BYTES + TRITON_DRAIN_K
-        return Step(tensor, fill + staged + operands * size, latency)
+        """dAᵀ and the adapter's part of dX, a wait for each, then T right and all else; dX is staged on its way out."""
+        rows, step, p = self.rows, self.step, self.adapter
+        wide = self._products(rows, step, self.rank) if need_dx else 0.0
+        thin = self._products(rows, step, p) if need_dx and p else 0.0
+        thin += self._products(step, p * need_dA, rows)
+        moved = step * (rows * need_dA + (self.rank + p) * need_dx) + 2 * rows * step * need_dx
+        operands = (max(1, rows // 64) * (self.rank + p) * step + self.kept) * need_dx + (step + p) * rows * need_dA
+        return self._step(wide, thin, 2, moved, operands, TRITON_STORE_K)
 
     @property
     def resident(self) -> int:
-        """Blocks that a multiprocessor holds at once, one or two: by the ring of stages, xa and the tile of dX on its
-        way out, of which each block has its own."""
+        """Blocks that a multiprocessor holds at once, one or two: by the ring of stages, T, xa and the tile of dX on
+        its way out, of which each block has its own."""
         ring = self.num_stages * self.step * (self.rows + self.rank + self.adapter)
-        held = (ring + self.rows * (self.adapter + self.step)) * self.itemsize + 1024
+        held = (ring + self.kept + self.rows * (self.adapter + self.step)) * self.itemsize + 1024
         return 2 if 2 * held <= self.device.shared_bytes else 1
 
 
@@ -209,10 +228,10 @@ def n_chunk_of(M: int, N: int, R: int, config: TwoLaunchConfig, sms: int) -> int
     return max(1, cdiv(cdiv(N, config.block_n), splits)) * config.block_n
 
 
-def k_chunk_of(M: int, K: int, R: int, config: TwoLaunchConfig, sms: int) -> int:
+def k_chunk_of(M: int, K: int, R: int, config: TwoLaunchConfig, flags: Flags, sms: int) -> int:
     """The columns of dX a block of the second launch writes: a tile, or what fills the card with slabs."""
     if padded(R) > config.project_r:
-        return config.tile_k
+        return tile_k(config, flags.dropout)
     splits = max(1, min(sms // max(cdiv(M, config.block_m), 1), K // (2 * config.block_k)))
     return max(1, cdiv(cdiv(K, config.block_k), splits)) * config.block_k
 
@@ -220,7 +239,7 @@ def k_chunk_of(M: int, K: int, R: int, config: TwoLaunchConfig, sms: int) -> int
 def estimate_two_launch(
     M: int, N: int, K: int, R: int, P: int, config: TwoLaunchConfig, flags: Flags, device: DeviceSpec, itemsize: int = 2
 ) -> Estimate:
-    """`project` and an `expand` one after the other, T in fp32 between them."""
+    """`project` and an `expand` one after the other, T between them; where N is split, its fp32 parts and their sum."""
     rows = cdiv(M, config.block_m)
     rank = R if flags.need_dx else 0
     rank_tiles = max(1, cdiv(rank, config.project_r))
@@ -228,14 +247,15 @@ def estimate_two_launch(
     splits = cdiv(N, n_chunk)
     need_t_p = (flags.need_dx or flags.need_dA) and P > 0
     columns = rank + P * need_t_p
-    layers = splits if flags.deterministic else 1
     padded_m = rows * config.block_m
     tile_r = min(config.project_r, padded(rank)) if rank else 0
     pad_p = padded(P) if P else 0
-    t_bytes = M * columns * 4
+    t = padded_m * (rank_tiles * tile_r + pad_p * need_t_p)  # elements, whole tiles
+    t_stored = t * itemsize if splits == 1 else t * splits * 4
 
-    partials = (rows if flags.deterministic else 1) * N * (P * flags.need_dB + flags.need_dbias) * 4
-    added = t_bytes * splits + rows * N * (P * flags.need_dB + flags.need_dbias) * 4
+    sums = rows * N * (P * flags.need_dB + flags.need_dbias) * 4
+    added = (sums + t_stored * (splits > 1)) * (not flags.deterministic)
+    stored = sums + t_stored - added
     loaded = M * N * rank_tiles * itemsize + rows * N * columns * itemsize + M * P * itemsize * flags.need_dB * splits
     tiles = _Tiles(device, itemsize, config.block_m, config.block_n, tile_r, pad_p, config.num_stages)
     blocks = rows * rank_tiles * splits
@@ -246,17 +266,23 @@ def estimate_two_launch(
             tiles.over_n(flags.need_dB, need_t_p),
             cdiv(n_chunk, config.block_n),
             blocks,
-            hbm=(M * N + N * columns) * itemsize + t_bytes * layers + partials * flags.deterministic,
-            l2=l2_traffic(loaded, added * flags.deterministic, added * (not flags.deterministic)),
-            l2_bytes=loaded + added,
+            hbm=(M * N + N * columns) * itemsize + t_stored // (1 if flags.deterministic else splits),
+            l2=l2_traffic(loaded, stored, added),
+            l2_bytes=loaded + stored + added,
             flops=2 * padded_m * N * (rank_tiles * tile_r + pad_p * need_t_p + pad_p * flags.need_dB),
             resident=tiles.resident,
         )
     ]
+    layers = 0 if splits == 1 else splits if flags.deterministic else 1
+    if t and layers == 1:
+        phases.append(passes("fill", device, t * 4))
+    if t and layers and padded(R) > config.project_r:  # summed and rounded by PyTorch
+        nbytes = t * (4 + itemsize) * (itemsize == 2) + t * 4 * (layers + 1) * (layers > 1)
+        phases.append(passes("sum T", device, nbytes, (itemsize == 2) + (layers > 1)))
+        layers = 0
     if flags.need_dx or flags.need_dA:
         phases.append(_expand(M, K, R, P, config, flags, device, itemsize, layers))
-    zeroed = 0 if flags.deterministic or columns == 0 else rows * config.block_m * columns * 4
-    phases.append(finishing(N, K, P, flags, device, itemsize, rows, zeroed))
+    phases.append(finishing(N, K, P, flags, device, itemsize, rows))
     return Estimate("two_launch", tuple(phases), config, blocks, blocks / (device.sms * tiles.resident))
 
 
@@ -271,41 +297,58 @@ def _expand(
     itemsize: int,
     layers: int,
 ) -> Phase:
-    """The second launch: slabs that keep T on chip for a chunk of K, or tiles that read it anew for every tile of K."""
-    rows, k_chunk = cdiv(M, config.block_m), k_chunk_of(M, K, R, config, device.sms)
+    """The second launch: slabs that keep T on chip for a chunk of K, or tiles that read it anew for every tile of K.
+    `layers` of fp32 parts, which a slab sums, writes and reads again before it walks."""
+    rows, k_chunk = cdiv(M, config.block_m), k_chunk_of(M, K, R, config, flags, device.sms)
     slab = padded(R) <= config.project_r
     k_blocks = cdiv(K, k_chunk)
+    blocks = rows * k_blocks
     rank, pad_p = (R if flags.need_dx else 0), (padded(P) if P else 0)
     pad_r = cdiv(rank, config.tile_r) * config.tile_r if not slab else padded(rank) if rank else 0
-    t_read = k_blocks * M * (rank + P) * 4 * layers
-    ends = M * K * itemsize
-    loaded = t_read + ends * flags.need_dA + rows * K * (R + P) * itemsize * flags.need_dx
-    added = rows * P * K * 4 * flags.need_dA
+    t = config.block_m * (pad_r + pad_p)  # elements of a slab
     if slab:
-        tiles = _Tiles(device, itemsize, config.block_m, config.block_k, pad_r, pad_p, config.num_stages)
-        step, steps = tiles.over_k(flags.need_dx, flags.need_dA), cdiv(k_chunk, config.block_k)
-    else:  # a step is one of R's: T in fp32 and right through shared memory
-        tensor = product_cycles(device, itemsize, config.block_m, config.tile_k, config.tile_r)
-        fill = config.tile_r * (config.block_m * 4 + config.tile_k * itemsize)
-        operands = config.block_m // 64 * (64 + config.tile_k) * config.tile_r * itemsize
-        step = Step(tensor, fill + operands, tensor + fill / SHARED_BYTES + TRITON_DRAIN_N)
-        steps = cdiv(rank, config.tile_r) + 1  # and the adapter's, with x
-    written = ends * flags.need_dx + added * flags.deterministic
+        tiles = _Tiles(device, itemsize, config.block_m, config.block_k, pad_r, pad_p, config.slab_stages, t)
+        step, steps, resident = (
+            tiles.over_k(flags.need_dx, flags.need_dA),
+            cdiv(k_chunk, config.block_k),
+            tiles.resident,
+        )
+    else:  # a tile starts while others multiply
+        step, steps = _tile(k_chunk, rank, pad_p, config, flags, device, itemsize), 1
+        resident = cdiv(blocks, device.sms)
+    ends, seeds = M * K * itemsize, blocks * 16 * flags.dropout
+    loaded = blocks * t * itemsize + ends * flags.need_dA + rows * K * (R + P) * itemsize * flags.need_dx + seeds
+    sums = rows * P * K * 4 * flags.need_dA
+    written = ends * flags.need_dx + sums * flags.deterministic
+    added = sums * (not flags.deterministic)
+    summed = t * (4 * layers + itemsize * (layers > 0))  # bytes of a block, at its own rate
     return walk(
         "expand",
         device,
         step,
         steps,
-        rows * k_blocks,
-        hbm=M * (rank + P) * 4 * layers
-        + ends * (flags.need_dx + flags.need_dA)
-        + (rank + P) * K * itemsize
-        + added * flags.deterministic,
-        l2=l2_traffic(loaded, written, added * (not flags.deterministic)),
-        l2_bytes=loaded + ends * flags.need_dx + added,
+        blocks,
+        hbm=rows * t * itemsize + ends * (flags.need_dx + flags.need_dA) + (rank + P) * K * itemsize + sums - added,
+        l2=l2_traffic(loaded, written, added),
+        l2_bytes=loaded + written + added + blocks * summed,
         flops=2 * rows * config.block_m * K * ((pad_r + pad_p) * flags.need_dx + pad_p * flags.need_dA),
-        resident=1 if slab else cdiv(rows * k_blocks, device.sms),  # a tile starts while others multiply
+        resident=resident,
+        start_us=WALK_US + summed * device.sms / (device.l2_gbs * 1e3 * SM_DRAW),
     )
+
+
+def _tile(
+    columns: int, rank: int, pad_p: int, config: TwoLaunchConfig, flags: Flags, device: DeviceSpec, itemsize: int
+) -> Step:
+    """A whole tile of `expand_tiles`: nothing in its loop over the rank waits, all around it does."""
+    rows, steps = config.block_m, cdiv(rank, config.tile_r)
+    tiles = _Tiles(device, itemsize, rows, config.tile_r, columns, pad_p, config.num_stages)
+    tensor = steps * product_cycles(device, itemsize, rows, columns, config.tile_r)
+    tensor += product_cycles(device, itemsize, rows, columns, pad_p) if flags.need_dx else 0.0
+    tensor += product_cycles(device, itemsize, columns, pad_p * flags.need_dA, rows)
+    moved = rows * columns * itemsize * (2 * flags.need_dx + flags.need_dA)
+    operands = (max(1, rows // 64) * (64 + columns) + rows + columns) * steps * config.tile_r * itemsize
+    return Step(tensor, moved + operands, (tensor + moved / SHARED_BYTES + TRITON_TILE) / tiles.resident)
 
 
 def triton_flops(device: DeviceSpec, itemsize: int, times: float = 1.0) -> float:

@@ -53,6 +53,41 @@ def reduce_store(ptrs, value, mask, ATOMIC: tl.constexpr):
 
 
 @triton.jit
+def thin_product(b_wide, b_thin, scale, WGMMA: tl.constexpr, PRECISION: tl.constexpr):
+    """scale · wideᵀ thin in fp32, of a tile of dY or x [BM, BN] and one of the adapter's columns [BM, BP]: [BN, BP], or
+    [BP, BN] without WGMMA."""
+    if WGMMA:
+        b_product = tl.dot(tl.trans(b_wide), b_thin, input_precision=PRECISION)
+    else:
+        b_product = tl.dot(tl.trans(b_thin), b_wide, input_precision=PRECISION)
+    return b_product * scale
+
+
+@triton.jit
+def store_thin(
+    ptr,
+    b_product,
+    offs,
+    mask,
+    stride,
+    stride_p,
+    P: tl.constexpr,
+    BP: tl.constexpr,
+    WGMMA: tl.constexpr,
+    ATOMIC: tl.constexpr,
+):
+    """One block's share of dB or dA, a `thin_product` of the columns `offs` [BN] of dY or x that `mask` leaves."""
+    offs_p = tl.arange(0, BP)
+    mask_p = offs_p < P
+    if WGMMA:
+        p_out = ptr + offs.to(tl.int64)[:, None] * stride + offs_p.to(tl.int64)[None, :] * stride_p
+        reduce_store(p_out, b_product, mask[:, None] & mask_p[None, :], ATOMIC=ATOMIC)
+    else:
+        p_out = ptr + offs.to(tl.int64)[None, :] * stride + offs_p.to(tl.int64)[:, None] * stride_p
+        reduce_store(p_out, b_product, mask_p[:, None] & mask[None, :], ATOMIC=ATOMIC)
+
+
+@triton.jit
 def load_tile(p_row, offs, stride, mask, ALIGNED: tl.constexpr):
     """The columns `offs` of the rows that p_row [., 1] points at, `stride` apart, and zeros where the mask says so;
     ALIGNED: next to each other, which 16-byte loads need to see."""
@@ -108,8 +143,13 @@ def walk_n(
 ):
     """T[:, r_begin : r_begin + BR] and T[:, R:] of one slab of rows, with dB and db on the way: dY is read once.
 
-    dB_ptr and db_ptr point at what this slab may write: the common buffer (ATOMIC) or the slab's own.
+    dB_ptr and db_ptr point at what this slab may write: the common buffer (ATOMIC) or the slab's own. Of a product that
+    it stores in the same step the compiler waits for the end. With wgmma dB's comes first therefore, and those of T are
+    in flight while dB is stored and the next tiles are loaded: one `wait_group 0` a step, behind the thin product.
+    Carried over to the next step, or issued last, it drains them all. mma.sync has nothing in flight, and unaligned
+    tiles have none to load meanwhile: there the same order costs registers alone, up to spilling.
     """
+    IN_FLIGHT: tl.constexpr = WGMMA and ALIGNED_N
     dtype = dy_ptr.dtype.element_ty
     offs_r = r_begin + tl.arange(0, BR)
     offs_p = tl.arange(0, BP)
@@ -129,6 +169,8 @@ def walk_n(
         mask_n = offs_n < N
         b_dy = load_tile(p_dy_row, offs_n, stride_dy_n, mask_m[:, None] & mask_n[None, :], ALIGNED_N)  # [BM, BN]
         row_n = offs_n.to(tl.int64)[:, None]  # [BN, 1]
+        if NEED_DB and IN_FLIGHT:
+            b_dB = thin_product(b_dy, b_xa, scaling, WGMMA, PRECISION)
         if NEED_T_R:
             p_left = left_ptr + row_n * R + offs_r[None, :]
             b_left = tl.load(p_left, mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0)  # [BN, BR]
@@ -138,48 +180,12 @@ def walk_n(
             b_lora_B = tl.load(p_lora_B, mask=mask_n[:, None] & (offs_p < P)[None, :], other=0.0)  # [BN, BP]
             t_p = tl.dot(b_dy, b_lora_B.to(dtype), t_p, input_precision=PRECISION)
         if NEED_DB:
-            if WGMMA:
-                b_dB = tl.dot(tl.trans(b_dy), b_xa, input_precision=PRECISION) * scaling  # [BN, BP]
-                p_dB = dB_ptr + row_n * P + offs_p[None, :]
-                reduce_store(p_dB, b_dB, mask_n[:, None] & (offs_p < P)[None, :], ATOMIC=ATOMIC)
-            else:
-                b_dB = tl.dot(tl.trans(b_xa), b_dy, input_precision=PRECISION) * scaling  # [BP, BN]
-                p_dB = dB_ptr + offs_n.to(tl.int64)[None, :] * P + offs_p[:, None]
-                reduce_store(p_dB, b_dB, (offs_p < P)[:, None] & mask_n[None, :], ATOMIC=ATOMIC)
+            if not IN_FLIGHT:
+                b_dB = thin_product(b_dy, b_xa, scaling, WGMMA, PRECISION)
+            store_thin(dB_ptr, b_dB, offs_n, mask_n, P, 1, P, BP, WGMMA, ATOMIC)
         if NEED_DBIAS:
             reduce_store(db_ptr + offs_n, tl.sum(b_dy.to(tl.float32), axis=0), mask_n, ATOMIC=ATOMIC)  # [BN]
     return t_r, t_p * scaling
-
-
-@triton.jit
-def store_dA(
-    dA_ptr,
-    t_p,  # [BM, BP]
-    b_x,  # [BM, BK]
-    offs_k,
-    mask_k,
-    K,
-    inv_keep,
-    P: tl.constexpr,
-    BP: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    WGMMA: tl.constexpr,
-    ATOMIC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One slab's share of dA[:, offs_k] = T_Bᵀ x, from the masked tile of x."""
-    offs_p = tl.arange(0, BP)
-    if WGMMA:
-        b_dA = tl.dot(tl.trans(b_x), t_p, input_precision=PRECISION)  # [BK, BP]
-        p_dA = dA_ptr + offs_p.to(tl.int64)[None, :] * K + offs_k[:, None]
-        mask = mask_k[:, None] & (offs_p < P)[None, :]
-    else:
-        b_dA = tl.dot(tl.trans(t_p), b_x, input_precision=PRECISION)  # [BP, BK]
-        p_dA = dA_ptr + offs_p.to(tl.int64)[:, None] * K + offs_k[None, :]
-        mask = (offs_p < P)[:, None] & mask_k[None, :]
-    if DROPOUT:
-        b_dA *= inv_keep
-    reduce_store(p_dA, b_dA, mask, ATOMIC=ATOMIC)
 
 
 @triton.jit
@@ -217,7 +223,13 @@ def walk_k(
     ATOMIC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dX and this slab's share of dA from T: dX is written once, x read once."""
+    """dX and this slab's share of dA from T: dX is written once, x read once.
+
+    With wgmma the order is that of `walk_n`: first dA's product and the adapter's, which the compiler waits for. The
+    wide one, which adds to the adapter's, is in flight while all else is stored and loaded, and ends with the next
+    step's first wait: its tile of dX is stored one step later.
+    """
+    IN_FLIGHT: tl.constexpr = WGMMA and ALIGNED_K
     dtype = t_p.dtype
     offs_r = tl.arange(0, BR)
     offs_p = tl.arange(0, BP)
@@ -229,30 +241,45 @@ def walk_k(
     p_right_row = right_ptr + offs_r.to(tl.int64)[:, None] * K  # [BR, 1]
     p_lora_A_row = lora_A_ptr + offs_p.to(tl.int64)[:, None] * K  # [BP, 1]
 
+    p_dx_row = dx_ptr + row_m * K  # [BM, 1]
+    if NEED_DX and IN_FLIGHT:
+        b_dx = tl.zeros((BM, BK), dtype=tl.float32)  # of the step before
     for k0 in range(k_begin, k_end, BK):
         offs_k = k0 + tl.arange(0, BK)
         mask_k = offs_k < K
         mask_mk = mask_m[:, None] & mask_k[None, :]
         if DROPOUT:
             keep = dropout_keep(key, offs_m, offs_k, threshold)  # [BM, BK]
-        if NEED_DX:
-            b_dx = tl.zeros((BM, BK), dtype=tl.float32)
-            if HAS_FACTORS:
-                p_right = p_right_row + offs_k[None, :]
-                b_right = tl.load(p_right, mask=(offs_r < R)[:, None] & mask_k[None, :], other=0.0)  # [BR, BK]
-                b_dx = tl.dot(t_r, b_right, b_dx, input_precision=PRECISION)
-            if HAS_LORA:
-                p_lora_A = p_lora_A_row + offs_k[None, :]
-                b_lora_A = tl.load(p_lora_A, mask=(offs_p < P)[:, None] & mask_k[None, :], other=0.0)  # [BP, BK]
-                b_lora_A = b_lora_A.to(dtype)
-                if DROPOUT:
-                    b_adapter = tl.dot(t_p, b_lora_A, input_precision=PRECISION) * inv_keep
-                    b_dx += tl.where(keep, b_adapter, 0.0)
-                else:
-                    b_dx = tl.dot(t_p, b_lora_A, b_dx, input_precision=PRECISION)
-            tl.store(dx_ptr + row_m * K + offs_k[None, :], b_dx.to(dtype), mask=mask_mk)
         if NEED_DA:
             b_x = load_tile(x_ptr + row_m * stride_x_m, offs_k, stride_x_k, mask_mk, ALIGNED_K)  # [BM, BK]
             if DROPOUT:
                 b_x = tl.where(keep, b_x, 0.0)
-            store_dA(dA_ptr, t_p, b_x, offs_k, mask_k, K, inv_keep, P, BP, DROPOUT, WGMMA, ATOMIC, PRECISION)
+            if IN_FLIGHT:
+                b_dA = thin_product(b_x, t_p, inv_keep, WGMMA, PRECISION)
+        if NEED_DX:
+            b_sum = tl.zeros((BM, BK), dtype=tl.float32)
+            if HAS_LORA:
+                p_lora_A = p_lora_A_row + offs_k[None, :]
+                b_lora_A = tl.load(p_lora_A, mask=(offs_p < P)[:, None] & mask_k[None, :], other=0.0)  # [BP, BK]
+                b_sum = tl.dot(t_p, b_lora_A.to(dtype), input_precision=PRECISION)
+                if DROPOUT:
+                    b_sum = tl.where(keep, b_sum * inv_keep, 0.0)
+            if HAS_FACTORS:
+                p_right = p_right_row + offs_k[None, :]
+                b_right = tl.load(p_right, mask=(offs_r < R)[:, None] & mask_k[None, :], other=0.0)  # [BR, BK]
+                b_sum = tl.dot(t_r, b_right, b_sum, input_precision=PRECISION)
+            if IN_FLIGHT:
+                offs_before = offs_k - BK
+                mask_before = mask_m[:, None] & (offs_before >= k_begin)[None, :]
+                tl.store(p_dx_row + offs_before[None, :], b_dx.to(dtype), mask=mask_before)
+                b_dx = b_sum
+            else:
+                tl.store(p_dx_row + offs_k[None, :], b_sum.to(dtype), mask=mask_mk)
+        if NEED_DA:
+            if not IN_FLIGHT:
+                b_dA = thin_product(b_x, t_p, inv_keep, WGMMA, PRECISION)
+            store_thin(dA_ptr, b_dA, offs_k, mask_k, 1, K, P, BP, WGMMA, ATOMIC)
+    if NEED_DX and IN_FLIGHT:
+        offs_k = k_begin + tl.cdiv(k_end - k_begin, BK) * BK - BK + tl.arange(0, BK)
+        mask_k = (offs_k >= k_begin) & (offs_k < K)  # nothing where no step was taken
+        tl.store(p_dx_row + offs_k[None, :], b_dx.to(dtype), mask=mask_m[:, None] & mask_k[None, :])

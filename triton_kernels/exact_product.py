@@ -9,7 +9,7 @@ dY and W come in 16 or 32 bits, or both in 8 bits with scales: rows of dY and co
 import triton
 import triton.language as tl
 
-from .device_code import dropout_keep, dropout_key, grouped_tile, load_tile, store_dA
+from .device_code import dropout_keep, dropout_key, grouped_tile, load_tile, store_thin, thin_product
 from .exact_prepare import SCALE_COLUMNS
 
 PRODUCT_RUNTIME = ("M", "N", "K", "stride_dy_m", "stride_dy_n", "stride_x_m", "stride_x_k", "threshold", "inv_keep")
@@ -183,4 +183,5 @@ def exact_product(
             p_dA = dA_ptr
         else:
             p_dA = dA_ptr + pid_m.to(tl.int64) * K * P
-        store_dA(p_dA, b_t, b_x, offs_k, mask_k, K, inv_keep, P, BP, DROPOUT, WGMMA, ATOMIC, PRECISION)
+        b_dA = thin_product(b_x, b_t, inv_keep, WGMMA, PRECISION)
+        store_thin(p_dA, b_dA, offs_k, mask_k, 1, K, P, BP, WGMMA, ATOMIC)

@@ -216,23 +216,30 @@ def _launch_twice(
 ) -> None:
     """As `_launch_once`: T = dY [left | s·B] first, then what is made of it."""
     (M, N, K, R), (dx, dA, dB, db) = sizes, results
-    splits = max(1, cdiv(N, plan.n_chunk))
-    layers = splits if plan.flags.deterministic else 1
-    allocate = torch.empty if plan.flags.deterministic else torch.zeros
-    t_shape = (layers, plan.rows * plan.config.block_m, plan.constants["WIDTH"])
-    t = allocate(t_shape, dtype=torch.float32, device=given.dy.device)
+    flags, splits = plan.flags, max(1, cdiv(N, plan.n_chunk))
+    needed = flags.need_dx or flags.need_dA
+    layers = 0 if splits == 1 or not needed else splits if flags.deterministic else 1
+    shape = (plan.rows * plan.config.block_m, plan.constants["WIDTH"])
+    t = torch.empty(shape, dtype=given.dy.dtype, device=given.dy.device)
+    # Passed all the same where it is empty, so that one compiled kernel serves sizes that are split and that are not.
+    allocate = torch.empty if flags.deterministic else torch.zeros
+    parts = allocate((layers, *shape), dtype=torch.float32, device=given.dy.device)
     tiles = max(1, cdiv(R, plan.constants["BR"]))
     n_sizes = (M, N, plan.n_chunk, *given.dy.stride(), scaling)
-    inputs = (given.dy, given.xa, given.left, given.lora_B)
-    project[(plan.rows, tiles, splits)](*inputs, t, dB, db, *n_sizes, **plan.constants)
-    if plan.flags.need_dx or plan.flags.need_dA:
-        assert isinstance(plan.config, TwoLaunchConfig)
-        chunks = cdiv(K, plan.k_chunk)
-        keeps = keeps_t(R, plan.config)
-        expand, grid = (expand_slab, (plan.rows, chunks)) if keeps else (expand_tiles, (chunks * plan.rows,))
-        k_sizes = (M, K, plan.k_chunk, layers, *given.x.stride(), *mask)
-        inputs = (t, given.x, given.right, given.lora_A)
-        expand[grid](*inputs, dx, dA, given.seed, *k_sizes, **plan.expand)
+    n_inputs = (given.dy, given.xa, given.left, given.lora_B)
+    project[(plan.rows * tiles, splits)](*n_inputs, t, parts, dB, db, *n_sizes, **plan.constants)
+    if not needed:
+        return
+    assert isinstance(plan.config, TwoLaunchConfig)
+    k_inputs, strides, chunks = (given.x, given.right, given.lora_A), given.x.stride(), cdiv(K, plan.k_chunk)
+    if keeps_t(R, plan.config):
+        k_sizes = (M, K, plan.k_chunk, layers, *strides, *mask)
+        expand_slab[(plan.rows, chunks)](t, parts, *k_inputs, dx, dA, given.seed, *k_sizes, **plan.expand)
+    else:
+        if layers:
+            t = (parts[0] if layers == 1 else parts.sum(0)).to(t.dtype)
+        k_sizes = (M, K, *strides, *mask)
+        expand_tiles[(plan.rows * chunks,)](t, *k_inputs, dx, dA, given.seed, *k_sizes, **plan.expand)
 
 
 def _make_plan(
@@ -262,7 +269,7 @@ def _make_plan(
     else:
         constants = project_constants(R, P, dtype, flags, aligned, config, spec)
         expand = expand_constants(R, P, dtype, flags, aligned, config, spec)
-        n_chunk, k_chunk = n_chunk_of(M, N, R, config, spec.sms), k_chunk_of(M, K, R, config, spec.sms)
+        n_chunk, k_chunk = n_chunk_of(M, N, R, config, spec.sms), k_chunk_of(M, K, R, config, flags, spec.sms)
         plan = Plan(flags, config, rows, constants, expand, n_chunk, k_chunk, *sums)
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()

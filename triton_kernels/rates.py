@@ -141,11 +141,15 @@ TILE_CYCLES = 1200  # from the last product of a tile [128, 256] to the first of
 ROUND_BYTES = 56  # a cycle that one multiprocessor alone gets from L2 and to it [review]
 CLUSTER_BYTES = 16  # of another block's shared memory a cycle [review]
 WGMMA_LEAST = 20  # cycles of one [64, 16] x [16, n]: n / 2, but the 2 KB of its first operand take as long [review]
-# A step of a Triton walk issues its loads, its products and its atomics one after the other and waits for the products
-# once (over N) or three times (over K), with a change of layout through shared memory: cycles beyond those of the
-# loads and the products. [compiled]
-TRITON_DRAIN_N = 450
-TRITON_DRAIN_K = 600
+# A step of a Triton walk waits for each of its thin products (one over N, two over K) before it goes on; the stores of
+# their results and the next loads come after them, with a change of layout through shared memory. With wgmma the wide
+# product is in flight meanwhile. [compiled: what is waited for; the cycles are assumptions]
+TRITON_WAIT = 100  # cycles from the end of a product to what waited for it
+TRITON_STORE_N = 350  # cycles of dB's layout and atomics and of issuing loads
+TRITON_STORE_K = 400  # the same of dX and dA
+# What a tile of `expand_tiles` takes beside its products and the bytes it moves: T_P and A before the loop, the loop's
+# first loads and x after it, one latency of L2 or HBM after the other, which no other tile hides. An assumption.
+TRITON_TILE = 3000
 TRITON_MATRIX_SHARE = 0.7  # what a Triton product without such waits reaches of cuBLAS's rate; an assumption
 
 # ---- microseconds [review] ----

@@ -157,9 +157,10 @@ def search_space(kernel: str, bits: int, rank: int, adapter: int) -> Iterator[Co
     elif kernel == "two_launch":
         for block_m in (64, 128):
             for project_r in (64, 128, 256):
-                for num_stages in (2, 3, 4):
-                    if block_m * (project_r + adapter) / 256 <= 160:
-                        yield TwoLaunchConfig(block_m, 64, project_r, 64, 128, 64, 8, num_stages)
+                for tile_k in (128, 256):
+                    for num_stages in (2, 3, 4):
+                        if block_m * (project_r + adapter) / 256 <= 160:
+                            yield TwoLaunchConfig(block_m, 64, project_r, 64, 2, tile_k, 64, 8, num_stages)
     else:
         for block_n in (128, 256):
             for num_stages in (3, 4):

@@ -68,7 +68,12 @@ def run(cases: Sequence[Case], gpu: str, console: Console, json: Path | None = N
     asked for; the JSON-able report is returned."""
     name = gpu_named(gpu)
     spec = device_spec(name)
-    report: dict[str, Any] = {"benchmark": "linear on paper", "device": name, "rates": loads(dumps(asdict(spec))), "rows": []}
+    report: dict[str, Any] = {
+        "benchmark": "linear on paper",
+        "device": name,
+        "rates": loads(dumps(asdict(spec))),
+        "rows": [],
+    }
     for case in cases:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("R", justify="right")

@@ -10,6 +10,7 @@ also runs at the largest ranks of the class, which later calls will ask of it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -276,14 +277,14 @@ def _winner(entry: Entry, measured: Sequence[Measured], dtype: str, device: torc
 def _fails_at_most(
     entry: Entry, config: OneLaunchConfig | TwoLaunchConfig, dtype: torch.dtype, device: torch.device
 ) -> str:
-    """What is wrong with the results at the largest ranks, with what needs most on chip: every gradient, dropout, a
-    fp32 adapter. Few rows and columns: tiles do not depend on them."""
+    """What is wrong with the results at the largest ranks, with what needs most on chip: every gradient, a fp32
+    adapter, with dropout, which halves some tiles, and without. Few rows and columns: tiles do not depend on them."""
     # A two-launch configuration has two ways to expand: T kept on chip, at most project_r wide, and in tiles.
     ranks = [entry.rank]
     if isinstance(config, TwoLaunchConfig):
         ranks = [min(rank, entry.rank) for rank in (config.project_r, 2 * config.project_r)]
     M, N, K = config.block_m + 16, *((136, 72) if entry.aligned else (131, 67))
-    for R in dict.fromkeys(ranks):
+    for R, dropout in itertools.product(dict.fromkeys(ranks), (0.0, 0.5)):
         o = make_operands(M, N, K, [R], entry.adapter, dtype, device, torch.float32)
         p = BackwardProblem(
             dy=o.dy,
@@ -295,7 +296,7 @@ def _fails_at_most(
             lora_A=o.lora_A.detach(),
             lora_B=o.lora_B.detach(),
             scaling=o.scaling,
-            dropout=0.5,
+            dropout=dropout,
             seed=torch.tensor([7, 11], device=device),
             exact_fraction=0.0,
             need_dx=True,

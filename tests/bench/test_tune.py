@@ -27,7 +27,9 @@ from loge_kernels.triton_kernels.devices import DEFAULT
 
 ONE = OneLaunchConfig(block_m=32, block_n=64, block_k=64, num_warps=4, num_stages=2)
 OTHER = OneLaunchConfig(block_m=16, block_n=64, block_k=64, num_warps=4, num_stages=2)
-TWO = TwoLaunchConfig(block_m=32, block_n=64, project_r=16, block_k=64, tile_k=64, tile_r=16, num_warps=4, num_stages=2)
+TWO = TwoLaunchConfig(
+    block_m=32, block_n=64, project_r=16, block_k=64, slab_stages=2, tile_k=64, tile_r=16, num_warps=4, num_stages=2
+)
 SLUG = "triton_interpreter"
 SPEC = replace(DEFAULT, name=tune.INTERPRETER)
 OPTIONS = micro.MicroOptions(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from interpreter import INTERPRETED, needs_triton
 
@@ -32,6 +34,37 @@ def test_one_configuration_of_each_architecture(arch: str, name: str) -> None:
     row = compile_job(job)
     assert row.problems == ()
     assert compile_check.differences([row], triton_version()) == []
+
+
+def steps(ptx: str) -> list[list[str]]:
+    """Of each loop that multiplies: its products, by their width, and its waits for them, in order."""
+    lines = ptx.splitlines()
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"(\$L__BB\w+):", line))}
+    loops = []
+    for end, line in enumerate(lines):
+        found = re.search(r"bra(?:\.uni)?\s+(\$L__BB\w+)", line)
+        if found and labels.get(found[1], end) < end:
+            body = "\n".join(lines[labels[found[1]] : end])
+            events = re.findall(r"wgmma\.mma_async\S*\.m64(n\d+)k16|wgmma\.(wait_group)\S* (\d)", body)
+            loops.append(["".join(event) for event in events])
+    return [loop for loop in loops if any(event.startswith("n") for event in loop)]
+
+
+@pytest.mark.parametrize(
+    ("name", "waits", "wide"),
+    [
+        ("project 16-bit R<=8192", 1, ["n256"] * 4 + ["n16"] * 4),  # for dB
+        ("expand_slab 16-bit R<=256", 2, ["n64"] * 16),  # for dA and for the adapter's part
+        ("expand_tiles 16-bit R<=8192", 0, ["n256"] * 4),
+    ],
+)
+def test_wide_products_are_in_flight_over_a_step(name: str, waits: int, wide: list[str]) -> None:
+    """A step drains no product but the thin ones that it issues before the wide one."""
+    job = next(job for job in jobs_for("sm_90") if job.name == f"{name} P<=16 aligned plain")
+    loop = max(steps(compile_check.compile_kernel(job).asm["ptx"]), key=len)
+    assert loop.count("wait_group0") == waits
+    drained = max((i for i, event in enumerate(loop) if event == "wait_group0"), default=-1)
+    assert [event for event in loop[drained + 1 :] if event.startswith("n")] == wide
 
 
 @pytest.mark.slow

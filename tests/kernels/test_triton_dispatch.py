@@ -359,13 +359,13 @@ def test_rows_are_counted_along_the_first_dimension_of_a_grid(R: int, monkeypatc
     for name in ("project", "expand_slab", "expand_tiles"):
         monkeypatch.setattr(launch, name, Kernel())
     config = TwoLaunchConfig(
-        block_m=16, block_n=32, project_r=64, block_k=32, tile_k=64, tile_r=32, num_warps=4, num_stages=2
+        block_m=16, block_n=32, project_r=64, block_k=32, slab_stages=2, tile_k=64, tile_r=32, num_warps=4, num_stages=2
     )
     rows, N, K, P = 70_000, 40, 200, 8
     make = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
     operands = (make(16 * rows, N), make(16 * rows, K), make(16 * rows, P), make(N, R), make(R, K), make(P, K))
     launch.backward(*operands, make(N, P), 1.0, config=config)
     project, expand = grids
-    assert project[0] == rows
+    assert project[0] % rows == 0
     assert math.prod(expand) % rows == 0
     assert max(*project[1:], *expand[1:], 0) <= 65_535

@@ -16,18 +16,22 @@ from loge_kernels import triton_kernels as tk
 from loge_kernels.backend import reference
 from loge_kernels.backend.problem import BackwardProblem, Operands
 from loge_kernels.triton_kernels.configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig
-from loge_kernels.triton_kernels.cost_model import Flags, Traffic, predicted_bytes
+from loge_kernels.triton_kernels.cost_model import Flags, Traffic, estimate_two_launch, predicted_bytes
+from loge_kernels.triton_kernels.rates import DEFAULT
 from loge_kernels.triton_kernels.traffic import Recorder, recording
 
 pytestmark = needs_triton
 
 Config = OneLaunchConfig | TwoLaunchConfig
 ONE = OneLaunchConfig(block_m=32, block_n=32, block_k=32, num_warps=4, num_stages=2)
-TWO = TwoLaunchConfig(block_m=32, block_n=32, project_r=64, block_k=32, tile_k=64, tile_r=32, num_warps=4, num_stages=2)
+TWO = TwoLaunchConfig(
+    block_m=32, block_n=32, project_r=64, block_k=32, slab_stages=2, tile_k=64, tile_r=32, num_warps=4, num_stages=2
+)
 FORWARD = ForwardConfig(block_m=32, block_n=32, block_k=32, group=2, num_warps=4, num_stages=2)
 FORMS = pytest.mark.parametrize("config", [ONE, TWO], ids=["one_launch", "two_launch"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 SIZES = [(1, 33, 17, 5, 3), (7, 40, 72, 24, 4), (33, 100, 71, 37, 5), (70, 57, 41, 100, 17)]  # M, N, K, R, P
+SPLIT = [(33, 320, 72, 37, 5), (40, 300, 41, 100, 17)]  # N in two, with T on chip and in tiles
 OPERANDS = ("dy", "x", "xa", "left", "right", "lora_A", "lora_B")
 
 
@@ -92,7 +96,9 @@ class TestBackward:
     @FORMS
     @DTYPES
     @pytest.mark.parametrize("deterministic", [False, True])
-    @pytest.mark.parametrize("sizes", [*SIZES, (50, 96, 64, 16, 8), (64, 64, 64, 64, 16), (40, 1, 1, 1, 1)])
+    @pytest.mark.parametrize(
+        "sizes", [*SIZES, *SPLIT, (50, 96, 64, 16, 8), (64, 64, 64, 64, 16), (40, 1, 1, 1, 1), (40, 56, 200, 20, 5)]
+    )
     def test_shapes(self, sizes: tuple[int, ...], deterministic: bool, dtype: torch.dtype, config: Config) -> None:
         check(problem(*sizes, dtype, deterministic=deterministic), config)
 
@@ -100,7 +106,8 @@ class TestBackward:
     @DTYPES
     @pytest.mark.parametrize("probability", [0.1, 0.7])  # thresholds on both sides of 2^31
     def test_dropout(self, probability: float, dtype: torch.dtype, config: Config) -> None:
-        check(problem(50, 40, 72, 20, 5, dtype, dropout=probability), config)
+        for R in (20, 100):
+            check(problem(50, 40, 72, R, 5, dtype, dropout=probability), config)
 
     @FORMS
     @pytest.mark.parametrize("needs", [n for n in product([False, True], repeat=4) if any(n)])
@@ -144,6 +151,12 @@ class TestBackward:
         assert recorded(replace(p, deterministic=False), config)[0].atomics
         for name, gradient in run(p, config).items():
             assert torch.equal(gradient, first[name]), name
+
+    @FORMS
+    @DTYPES
+    def test_no_columns(self, dtype: torch.dtype, config: Config) -> None:
+        for need_dA in (False, True):
+            check(problem(9, 56, 0, 20, 5, dtype, need_dA=need_dA), config)
 
     def test_default_choice(self) -> None:
         for M in (5, 90):
@@ -233,6 +246,27 @@ class TestTraffic:
         assert recorder.of(p.x) == Traffic(loaded=p.x.numel() * 4)
         assert recorder.of(named["dx"]) == Traffic(stored=p.x.numel() * 4)
 
+    @pytest.mark.parametrize(("R", "width", "reads"), [(40, 64 + 16, 2), (100, 128 + 16, 3)])  # chunks, tiles of K
+    @DTYPES
+    def test_T_is_written_once_in_the_inputs_dtype(self, R: int, width: int, reads: int, dtype: torch.dtype) -> None:
+        recorder, named = recorded(problem(70, 57, 130, R, 5, dtype, torch.float32, need_dbias=False), TWO)
+        total, counted = recorder.total(), [recorder.of(t) for t in named.values()]
+        of_t = 3 * 32 * width * dtype.itemsize  # whole tiles
+        assert total.stored - sum(t.stored for t in counted) == of_t
+        assert total.loaded - sum(t.loaded for t in counted) == reads * of_t
+
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    @pytest.mark.parametrize("deterministic", [False, True])
+    @DTYPES
+    @pytest.mark.parametrize("sizes", [*SIZES, *SPLIT], ids=str)
+    def test_the_model_of_two_launches_counts_every_byte(
+        self, sizes: tuple[int, ...], dtype: torch.dtype, deterministic: bool, dropout: float
+    ) -> None:
+        total = recorded(problem(*sizes, dtype, deterministic=deterministic, dropout=dropout), TWO)[0].total()
+        flags = Flags(need_dbias=True, dropout=dropout > 0, deterministic=deterministic)
+        phases = estimate_two_launch(*sizes, TWO, flags, DEFAULT, dtype.itemsize).phases
+        assert total.loaded + total.stored == sum(p.l2_bytes for p in phases if p.name in ("project", "expand"))
+
 
 class Spy:
     """A kernel that notes its launches."""
@@ -293,6 +327,42 @@ class TestWorkspace:
         leaf.grad.add_(leaf.grad)
         leaf.grad = None
         assert torch.equal(computed["dB"], before)
+
+    @pytest.mark.parametrize("deterministic", [False, True])
+    @pytest.mark.parametrize(("N", "parts"), [(100, 0), (300, 1)])
+    def test_parts_of_T_are_zeroed_only_where_they_are_added(
+        self, N: int, parts: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        buffers = Buffers()
+        monkeypatch.setattr("loge_kernels.triton_kernels.launch.torch", buffers)
+        run(problem(40, N, 41, 20, 5, torch.float16, need_dA=False, need_dB=False, deterministic=deterministic), TWO)
+        pairs = zip(buffers.filled, buffers.allocated, strict=True)
+        zeroed = [inner.numel() for fill, (_, inner) in pairs if fill == "zeros"]
+        assert sum(zeroed) == (0 if deterministic else N + parts * 64 * (32 + 16))  # db, and whole tiles
+
+    def test_sizes_that_split_n_compile_nothing_new(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A pointer's type is part of what a kernel is compiled for."""
+        from loge_kernels.triton_kernels import launch
+
+        kinds: dict[str, set[Any]] = {}
+
+        def note(name: str, kernel: Any) -> Any:
+            def call(*arguments: Any, **constants: Any) -> None:
+                types = tuple(a.dtype if isinstance(a, torch.Tensor) else type(a) for a in arguments)
+                kinds.setdefault(name, set()).add((types, tuple(constants.items())))
+
+            return type("Kernel", (), {"__getitem__": lambda self, grid: call})()
+
+        for name in ("project", "expand_slab", "expand_tiles"):
+            monkeypatch.setattr(launch, name, note(name, getattr(launch, name)))
+        for N in (100, 300):
+            for R in (37, 100):
+                run(problem(40, N, 41, R, 5, torch.float16), TWO)
+        assert {name: len(found) for name, found in kinds.items()} == {
+            "project": 2,
+            "expand_slab": 1,
+            "expand_tiles": 1,
+        }
 
     @pytest.mark.parametrize("sizes", [(0, 57, 41, 20, 5), (9, 0, 41, 20, 5), (9, 57, 0, 20, 5)], ids=str)
     @pytest.mark.parametrize("deterministic", [False, True])
