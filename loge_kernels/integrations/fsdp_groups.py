@@ -52,8 +52,8 @@ class ShardedCopy(EightBitWeight):
 
     store: CopyStore
     note_recomputation: Any
-    tensor = property(lambda self: from_bits(self.store.tensor).t())  # type: ignore[assignment]
-    scale = property(lambda self: self.store.scale.view(torch.float32))  # type: ignore[assignment]
+    tensor = property(lambda self: from_bits(self.store.tensor).t())
+    scale = property(lambda self: self.store.scale.view(torch.float32))
 
     @classmethod
     def become_(cls, copy: EightBitWeight) -> None:
