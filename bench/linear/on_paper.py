@@ -21,7 +21,7 @@ import loge_kernels as loge
 from loge_kernels.machine import DTYPES
 from loge_kernels.triton_kernels.devices import device_spec
 from loge_kernels.triton_kernels.explanation import Explanation
-from loge_kernels.triton_kernels.phases import Estimate
+from loge_kernels.triton_kernels.phases import Estimate, Phase
 from loge_kernels.triton_kernels.rates import KNOWN
 
 from ..measure.output import print_wide, write
@@ -87,8 +87,7 @@ def run(cases: Sequence[Case], gpu: str, console: Console, json: Path | None = N
             for candidate in found.candidates[:_SHOWN]:
                 row = _row(case, R, candidate, plain, found, spec)
                 report["rows"].append(row)
-                long = [phase for phase in row["phases"] if phase["us"] >= 0.02 * row["us"]]
-                phases = ", ".join(f"{phase['name']} {phase['us']:.0f} {phase['limit']}" for phase in long)
+                phases = ", ".join(f"{phase} {text}" for phase, text in row["phases"].items())
                 numbers = [f"{row['us']:.1f}", f"{row['speedup']:.2f}", f"{100 * row['roofline']:.0f}"]
                 table.add_row("exact" if R is None else str(R), candidate.name, *numbers, phases)
         console.print(f"\n[bold]{name}, predicted: {case.title}, backward[/bold]", highlight=False, soft_wrap=True)
@@ -117,12 +116,23 @@ def _row(
         "R": R,
         "dtype": case.dtype,
         "candidate": candidate.name,
-        "us": candidate.predicted_us,
-        "speedup": plain.predicted_us / candidate.predicted_us,
-        "roofline": floor_us / candidate.predicted_us,
+        "us": round(candidate.predicted_us, 2),
+        "speedup": round(plain.predicted_us / candidate.predicted_us, 3),
+        "roofline": round(floor_us / candidate.predicted_us, 3),
         "hbm_bytes": candidate.hbm_bytes,
         "l2_bytes": candidate.l2_bytes,
         "flops": candidate.flops,
         "kernels": candidate.kernels,
-        "phases": [{"name": phase.name, "us": phase.us, "limit": phase.limit} for phase in candidate.phases],
+        "phases": _phases(candidate),
+    }
+
+
+def _phases(candidate: Estimate) -> dict[str, str]:
+    """Microseconds of each phase, those of the same name together, and what holds the longest of them."""
+    named: dict[str, list[Phase]] = {}
+    for phase in candidate.phases:
+        named.setdefault(phase.name, []).append(phase)
+    return {
+        name: f"{sum(phase.us for phase in same):.1f} {max(same, key=lambda phase: phase.us).limit}"
+        for name, same in named.items()
     }

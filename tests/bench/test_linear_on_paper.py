@@ -31,16 +31,16 @@ def test_each_candidate_is_predicted_by_phase(tmp_path: Path) -> None:
     assert report["device"] == H200
     assert {row["R"] for row in report["rows"]} == {None, 256, 512}
     for row in report["rows"]:
-        assert row["us"] == pytest.approx(sum(phase["us"] for phase in row["phases"]))
+        assert row["us"] == pytest.approx(sum(float(text.split()[0]) for text in row["phases"].values()), abs=0.5)
     cuda = {row["R"]: row for row in report["rows"] if row["candidate"] == "cuda sm90"}
-    assert [phase["name"] for phase in cuda[512]["phases"]] == ["project", "expand", "small"]
+    assert list(cuda[512]["phases"]) == ["project", "expand", "small"]
     torch_row = next(row for row in report["rows"] if row["candidate"] == "torch" and row["R"] == 256)
-    assert cuda[256]["speedup"] == pytest.approx(torch_row["us"] / cuda[256]["us"])
+    assert cuda[256]["speedup"] == pytest.approx(torch_row["us"] / cuda[256]["us"], rel=1e-2)
     # dY, x and dX, the factors and the adapter once at 4.3 TB/s.
     moved = 2 * (8192 * 3 * 4096 + (256 + 2 * 16) * 8192)
     assert cuda[256]["roofline"] == pytest.approx(moved / 4.3e6 / cuda[256]["us"], rel=0.05)
     assert "cuda sm90" in text
-    assert "walk N 33 shared" in text
+    assert "walk N 33.1 shared" in text
 
 
 def test_a_gpu_is_named_by_a_part_of_its_name() -> None:
@@ -75,3 +75,19 @@ def test_measured_rows_stand_beside_what_was_predicted(monkeypatch: pytest.Monke
 def test_every_gpu_that_is_known_can_be_predicted() -> None:
     for name in KNOWN:
         assert predict(on_paper=name)[0]["rows"]
+
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results" / "predicted"
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*-linear.json")), ids=lambda file: file.stem)
+def test_committed_predictions_are_those_of_the_model(file: Path) -> None:
+    """`bench linear M,N,K ... --on-paper GPU --rank 64,128,256,512 --json FILE` writes them anew."""
+    kept = json.loads(file.read_text())
+    first = kept["rows"][0]
+    shape = ",".join(str(first[key]) for key in ("M", "N", "K"))
+    now, _ = predict(on_paper=kept["device"], shapes=(shape,), ranks=(64, 128, 256, 512))
+    assert kept["rates"] == now["rates"]
+    assert kept["rows"][: len(now["rows"])] == now["rows"]
+    measured = {(row["N"], row["K"], row["M"], row["R"]) for row in kept["rows"]}
+    assert len(measured) == 4 * 3 * 5
