@@ -103,11 +103,12 @@ def useful_flops(M: int, N: int, K: int, R: int, P: int, flags: Flags) -> int:
 
 
 def finishing(N: int, K: int, P: int, flags: Flags, device: DeviceSpec, itemsize: int, slabs: int) -> Phase:
-    """The small kernels around ours: a zero fill and, for 16-bit adapters, a cast of each fp32 gradient; without
-    atomics a sum over the slabs instead of the fill."""
+    """The small kernels around ours: one zero fill and, for 16-bit adapters, a cast of each fp32 gradient; without
+    atomics a sum over the slabs of each instead of the fill."""
     elements = [P * K] * flags.need_dA + [N * P] * flags.need_dB + [N] * flags.need_dbias
     read = slabs if flags.deterministic else 0
-    kernels = len(elements) * (1 + (itemsize == 2))
+    fills = len(elements) if flags.deterministic else min(1, len(elements))
+    kernels = fills + len(elements) * (itemsize == 2)
     nbytes = sum(elements) * (4 * (1 + read) + (4 + itemsize) * (itemsize == 2))
     return passes("small", device, nbytes, kernels)
 

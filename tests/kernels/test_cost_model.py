@@ -213,9 +213,10 @@ class TestPhases:
             arguments = (4096, 4096, 4096, 64, P, config("one_launch", 64), Flags(**flags), DEFAULT, itemsize)
             return estimate_one_launch(*arguments).kernels
 
-        assert kernels(2) == 1 + 2 + 2
-        assert kernels(4) == 1 + 2  # fp32 gradients need no cast
-        assert kernels(2, need_dbias=True) == 1 + 3 + 3
+        assert kernels(2) == 1 + 1 + 2
+        assert kernels(4) == 1 + 1  # fp32 gradients need no cast
+        assert kernels(2, need_dbias=True) == 1 + 1 + 3
+        assert kernels(2, deterministic=True) == 1 + 2 + 2
         assert kernels(2, need_dA=False, need_dB=False) == 1
 
 
