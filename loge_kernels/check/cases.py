@@ -34,6 +34,7 @@ _SHAPES = (
     (150, 1032, 776, 136, 24),
 )
 _SUBSET_SHAPE = (19, 48, 40, 16, 8)
+_LARGE_RANK = (150, 520, 392, 328, 24)  # beyond what one launch takes: several tiles of T, in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def describe(case: Case) -> str:
 
 
 def grid() -> Iterator[Case]:
-    """Every shape with every feature, all gradients; and on one shape every subset of the gradients."""
+    """Every shape with every feature, all gradients; on one shape every subset of the gradients; and a large rank."""
     modes: tuple[Mode, ...] = ("low-rank", "exact", "exact rows")
     more: tuple[Mode, ...] = ("residual", "float8", "int8", "low-rank float8", "low-rank int8")
     flags = (False, True)
@@ -80,6 +81,10 @@ def grid() -> Iterator[Case]:
         for wanted in itertools.combinations(GRADIENTS, count):
             for mode, dropout in itertools.product(modes, flags):
                 yield Case(M, N, K, R, P, mode, True, dropout, True, wanted)
+    M, N, K, R, P = _LARGE_RANK
+    for adapter in flags:
+        wanted = ("x", "lora_A", "lora_B") if adapter else ("x",)
+        yield Case(M, N, K, R, P if adapter else 0, "low-rank", False, False, True, wanted)
 
 
 def inputs_of(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -103,7 +103,7 @@ SIXTEEN = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=
 
 
 @SIXTEEN
-@pytest.mark.parametrize(("R", "P"), [(40, 8), (128, 16), (256, 64)])
+@pytest.mark.parametrize(("R", "P"), [(40, 8), (128, 16), (256, 64), (328, 16), (512, 64)])
 @pytest.mark.parametrize(("kernel", "cluster"), CUDA_KERNELS)
 def test_cuda_kernels(
     kernel: str, cluster: str, R: int, P: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
