@@ -53,7 +53,7 @@ def test_the_sanitizers_watch_both_kinds_of_kernels() -> None:
     if built:
         assert "test_cuda_kernels" in plan["memcheck-cuda"]
         assert "sm90-1-" not in plan["memcheck-cuda"]
-        assert "(sm80-1- or sm90-1-)" in plan["racecheck-cuda"]  # not for clusters
+        assert "(sm80-1x1- or sm90-1x1-)" in plan["racecheck-cuda"]  # not for clusters
 
 
 def test_outcomes_log_and_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

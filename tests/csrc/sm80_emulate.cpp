@@ -1,6 +1,7 @@
 // The Ampere kernels' blocks, one after the other, on the host; see problem_io.h. Last line of stderr: the instructions
-// counted. `cluster` is the number of multiprocessors. Bits of `schedule`: 1: cp.async lands late, and the blocks run
-// from the last to the first; 2: as if L2 had no room for parts of dB, so that slabs are twice as high where they can.
+// counted. `cluster` is 1 x the number of multiprocessors. Bits of `schedule`: 1: cp.async lands late, and the blocks
+// run from the last to the first; 2: as if L2 had no room for parts of dB, so that slabs are twice as high where they
+// can.
 #include <string>
 
 #include "problem_io.h"
@@ -53,7 +54,7 @@ int main(int argc, char** argv) {
         if (!reason.empty()) emulator::fail(reason.c_str());
         const bool late = (options.schedule & 1) != 0, high = (options.schedule & 2) != 0;
         const loge::Plan plan =
-            loge::sm80_plan(p, options.cluster, loge::sm80::kSharedBytes, high ? 0 : loge::sm80::kPartsInL2);
+            loge::sm80_plan(p, options.splits, loge::sm80::kSharedBytes, high ? 0 : loge::sm80::kPartsInL2);
         const emulator::Buffer scratch(4 * plan.scratch, 0xff), counters((plan.grid + plan.second.grid + 3) / 4 * 16);
         p.scratch = scratch.data, p.finished = static_cast<unsigned*>(counters.data);
         if (p.dtype == loge::DType::kFloat16)

@@ -111,9 +111,7 @@ VARIANTS: dict[str, tuple[dict[str, Any] | None, Callable[[Any], Any]]] = {
     "int8": (INT8, by_us),
     "int8, offloaded": (INT8, lambda model: by_us(model, offload_policy=CPUOffloadPolicy(pin_memory=False))),
     "int8, checkpointed": (INT8, lambda model: by_us(checkpointed(model, False))),
-    "int8, reentrant": (INT8, lambda model: by_us(checkpointed(model, reentrant=True))),
     "int8 every": ({**EVERY, **INT8}, by_us),
-    "int8 in upper layers": ({**UPPER, **INT8}, by_us),
     "several, int8": ({**EVERY, **INT8}, lambda model: Several(by_us(model))),
     "float8": ({"exact_dtype": "float8"}, by_us),
     "bf16 int8": (INT8, lambda model: by_us(model, **BF16)),
@@ -289,7 +287,6 @@ FACTORS = {"factors": 1.0, "rest": 1.0}
         ("int8, offloaded", COPIES, COPIES),
         ("int8, checkpointed", PEFTS, PEFTS),  # which then makes its copies of them
         ("int8 every", {**COPIES, "factors": 1.0}, FACTORS),
-        ("int8 in upper layers", {"copies": 0.5, "factors": 0.5, "rest": 1.0}, None),
         ("exact by us", PEFTS, PEFTS),
     ],
 )

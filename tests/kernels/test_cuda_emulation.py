@@ -44,7 +44,7 @@ class Case:
     deterministic: bool = False
     need: tuple[bool, bool, bool] = (True, True, True)  # dx, dA, dB
     schedule: int = 1  # when what is asynchronous happens; sm80: 1 for at its wait, 0 for at its issue
-    cluster: str = "1x1"  # sm90 alone: slabs that share the factors' loads, by splits of N and K
+    cluster: str = "1x1"  # slabs that share the factors' loads, by splits of N and K; sm80: 1 by multiprocessors
     rounded: bool = False  # dA and dB in dtype, by the last block, and not in fp32
 
     def __str__(self) -> str:
@@ -151,36 +151,36 @@ def run(emulator: Emulator, case: Case) -> tuple[dict[str, Tensor], dict[str, in
 SM80 = [
     Case(128, 64, 128, 64, 16),
     Case(1, 8, 8, 8, 8),
-    Case(130, 200, 136, 48, 8, schedule=0, cluster=3),
-    Case(300, 328, 264, 72, 16, dy_gap=8, x_gap=24, cluster=5),
+    Case(130, 200, 136, 48, 8, schedule=0, cluster="1x3"),
+    Case(300, 328, 264, 72, 16, dy_gap=8, x_gap=24, cluster="1x5"),
     Case(33, 136, 200, 128, 64, dtype=torch.bfloat16, cluster="1x2"),
-    Case(140, 264, 392, 256, 16, dtype=torch.bfloat16, cluster=4),
-    Case(140, 392, 264, 248, 24, deterministic=True, cluster=3),
+    Case(140, 264, 392, 256, 16, dtype=torch.bfloat16, cluster="1x4"),
+    Case(140, 392, 264, 248, 24, deterministic=True, cluster="1x3"),
     Case(130, 72, 328, 256, 64, schedule=0, deterministic=True, dtype=torch.bfloat16, cluster="1x2"),
-    Case(66, 328, 200, 64, 0, need=(True, False, False), cluster=3),
-    Case(150, 200, 328, 256, 0, need=(True, False, False), schedule=0, cluster=4),
+    Case(66, 328, 200, 64, 0, need=(True, False, False), cluster="1x3"),
+    Case(150, 200, 328, 256, 0, need=(True, False, False), schedule=0, cluster="1x4"),
     Case(300, 200, 136, 0, 16, need=(False, True, True), cluster="1x2"),
-    Case(300, 136, 328, 0, 64, need=(False, True, False), schedule=0, cluster=4),
+    Case(300, 136, 328, 0, 64, need=(False, True, False), schedule=0, cluster="1x4"),
     Case(300, 200, 136, 0, 16, need=(False, False, True), cluster="1x2"),
-    Case(50, 72, 136, 128, 16, need=(True, False, True), cluster=3),
+    Case(50, 72, 136, 128, 16, need=(True, False, True), cluster="1x3"),
     Case(50, 72, 136, 128, 40, need=(True, True, False), schedule=0),
-    Case(150, 136, 200, 312, 16, rounded=True, cluster=5),
-    Case(150, 72, 136, 512, 16, rounded=True, schedule=0, cluster=3),
-    Case(140, 136, 72, 472, 64, dtype=torch.bfloat16, cluster=7),
-    Case(200, 200, 136, 64, 16, rounded=True, cluster=3),
-    Case(200, 136, 200, 256, 64, rounded=True, dtype=torch.bfloat16, schedule=0, cluster=5),
-    Case(270, 200, 136, 0, 16, need=(False, False, True), rounded=True, schedule=0, cluster=5),
+    Case(150, 136, 200, 312, 16, rounded=True, cluster="1x5"),
+    Case(150, 72, 136, 512, 16, rounded=True, schedule=0, cluster="1x3"),
+    Case(140, 136, 72, 472, 64, dtype=torch.bfloat16, cluster="1x7"),
+    Case(200, 200, 136, 64, 16, rounded=True, cluster="1x3"),
+    Case(200, 136, 200, 256, 64, rounded=True, dtype=torch.bfloat16, schedule=0, cluster="1x5"),
+    Case(270, 200, 136, 0, 16, need=(False, False, True), rounded=True, schedule=0, cluster="1x5"),
     Case(270, 200, 136, 0, 16, need=(False, True, True), rounded=True, cluster="1x2"),
-    Case(270, 200, 136, 48, 8, need=(True, True, False), rounded=True, schedule=0, cluster=5),
+    Case(270, 200, 136, 48, 8, need=(True, True, False), rounded=True, schedule=0, cluster="1x5"),
 ]
 SM80 += [
-    Case(300, 264, 136, 64, 16, schedule=3, cluster=3),
+    Case(300, 264, 136, 64, 16, schedule=3, cluster="1x3"),
     Case(520, 200, 136, 120, 8, schedule=2, cluster="1x2", dtype=torch.bfloat16),
-    Case(300, 328, 72, 320, 16, schedule=3, cluster=4, need=(True, False, True)),
+    Case(300, 328, 72, 320, 16, schedule=3, cluster="1x4", need=(True, False, True)),
     Case(520, 200, 136, 0, 16, schedule=3, need=(False, True, True)),
 ]
 # Tiles of T, and columns of dA, that three blocks or four share.
-SHARED = Case(270, 1032, 136, 48, 8, cluster=8, deterministic=True)
+SHARED = Case(270, 1032, 136, 48, 8, cluster="1x8", deterministic=True)
 
 
 @pytest.mark.parametrize("case", SM80, ids=str)
