@@ -59,7 +59,7 @@ demo: $(BASE) $(DEMO) ## fine-tune SmolLM2-135M with PEFT's LoRA, apply(model) a
 	$(RUN) -m loge_kernels finetune $(ARGS)
 
 # A process a core, where pytest-xdist is there; a file stays together, and with it what its tests share.
-PARALLEL = $$($(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n auto --dist loadfile')
+PARALLEL = $$($(RUN) -c 'import xdist' 2>/dev/null && printf '%s' '-n auto --dist loadfile --no-loadscope-reorder')
 
 test: $(BASE) $(TEST) ## run the tests that take seconds and need no GPU
 	$(RUN) -m pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)

@@ -25,6 +25,15 @@ _OPTIONAL = "accelerate|bitsandbytes|datasets|gguf|matplotlib|peft|tokenizers|to
 _MISSING = re.compile(rf"ModuleNotFoundError: .*\b({_OPTIONAL})\b")
 
 
+# Files of which one or a few tests take a minute. They come first: begun last, they would keep one process busy and
+# leave the others idle.
+_LONG = ("test_fsdp.py", "test_triton_interpreter.py", "test_cuda_emulation.py", "test_triton_exact.py", "test_tune.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     """A file whose import needs a package that is not installed is skipped, and says which."""
