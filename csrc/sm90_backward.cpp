@@ -90,8 +90,7 @@ sm90::Arguments arguments_of(const BackwardParams& p, const Plan& plan, int devi
     }
     a.clusters = static_cast<std::int32_t>(plan.grid / plan.cluster);
     a.rows = rows;
-    while (rows << a.log_splits < plan.cluster)
-        ++a.log_splits;
+    a.log_splits = sm90::log_of(plan.cluster / rows);
     return a;
 }
 

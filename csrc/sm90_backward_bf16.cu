@@ -1,19 +1,8 @@
-// The Hopper kernels compiled for bfloat16: tiles of R (0: without dX) by tiles of P (0: without an adapter).
+// The Hopper kernels of one launch, compiled for bfloat16.
 #include "sm90_launch.cuh"
 
 namespace loge::sm90 {
 
-constexpr DType kType = DType::kBFloat16;
-template Compiled compiled<kType, 0, 16>();
-template Compiled compiled<kType, 0, 64>();
-template Compiled compiled<kType, 64, 0>();
-template Compiled compiled<kType, 64, 16>();
-template Compiled compiled<kType, 64, 64>();
-template Compiled compiled<kType, 128, 0>();
-template Compiled compiled<kType, 128, 16>();
-template Compiled compiled<kType, 128, 64>();
-template Compiled compiled<kType, 256, 0>();
-template Compiled compiled<kType, 256, 16>();
-template Compiled compiled<kType, 256, 64>();
+LOGE_SM90_KERNELS(LOGE_SM90_KERNEL, DType::kBFloat16)
 
 }  // namespace loge::sm90

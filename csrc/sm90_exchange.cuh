@@ -67,16 +67,23 @@ __device__ __forceinline__ void round_t(const Accumulators& t, float factor, Fra
 }
 
 // One block's side of the exchange, for one of its consumer threads.
+template <class Layouts>
 struct Exchange {
-    char* ring;
-    std::uint64_t *partials, *sums;  // barriers that count the bytes that come
-    int split, splits, log_splits;
-    int rows, row;
-    int slots;
+    static constexpr int kGranules = granules_of(Layouts::kRankColumns, Layouts::kAdapterColumns);
+    static constexpr BarrierMap kBarriers = Block<Layouts>::kBarriers;
+
+    const Block<Layouts>& block;
     int thread;  // among the consumers
+    int split = block.split, splits = block.splits, log_splits = block.log_splits;
+    int slots = slot_count(kGranules, log_splits);
+    char* ring = block.shared;
+    // They count the bytes that come.
+    std::uint64_t *partials = block.barrier(kBarriers.partials), *sums = block.barrier(kBarriers.sums);
+
+    __device__ __forceinline__ Exchange(const Block<Layouts>& block, int thread) : block(block), thread(thread) {}
 
     __device__ __forceinline__ std::uint32_t at_split(const void* pointer, int other) const {
-        return remote_address(pointer, other * rows + row);
+        return remote_address(pointer, block.rank_of(block.row, other));
     }
 
     __device__ __forceinline__ void push_share(int granule, const float (&v)[kGranuleValues]) const {
@@ -124,8 +131,9 @@ struct Exchange {
     __device__ __forceinline__ bool owns(int granule) const { return granule_owner(granule, log_splits) == split; }
 };
 
-template <class Accumulators>
-__device__ __forceinline__ void push_shares(const Exchange& exchange, const Accumulators& t, int first_granule) {
+template <class Layouts, class Accumulators>
+__device__ __forceinline__ void push_shares(const Exchange<Layouts>& exchange, const Accumulators& t,
+                                            int first_granule) {
     CUTE_UNROLL
     for (int g = 0; g < decltype(cute::size(t))::value / kGranuleValues; ++g) {
         if (exchange.owns(first_granule + g)) continue;
@@ -135,8 +143,8 @@ __device__ __forceinline__ void push_shares(const Exchange& exchange, const Accu
     }
 }
 
-template <class Element, class Accumulators, class Fragment>
-__device__ __forceinline__ void sum_owned(const Exchange& exchange, const Accumulators& t, int first_granule,
+template <class Element, class Layouts, class Accumulators, class Fragment>
+__device__ __forceinline__ void sum_owned(const Exchange<Layouts>& exchange, const Accumulators& t, int first_granule,
                                           float factor, Fragment& fragment) {
     CUTE_UNROLL
     for (int g = 0; g < decltype(cute::size(t))::value / kGranuleValues; ++g) {
@@ -153,8 +161,8 @@ __device__ __forceinline__ void sum_owned(const Exchange& exchange, const Accumu
     }
 }
 
-template <class Fragment>
-__device__ __forceinline__ void read_sums(const Exchange& exchange, int first_granule, Fragment& fragment) {
+template <class Layouts, class Fragment>
+__device__ __forceinline__ void read_sums(const Exchange<Layouts>& exchange, int first_granule, Fragment& fragment) {
     CUTE_UNROLL
     for (int g = 0; g < decltype(cute::size(fragment))::value / kGranuleValues; ++g)
         if (!exchange.owns(first_granule + g)) write_granule(fragment, g, exchange.read_sum(first_granule + g));
@@ -166,27 +174,16 @@ __device__ __forceinline__ void exchange_t(const Arguments& args, const Block<La
                                            const RankSums& t_r, const AdapterSums& t_p, RankFragment& rank_fragment,
                                            AdapterFragment& adapter_fragment) {
     constexpr int kRankGranules = Layouts::kRankColumns / kGranuleColumns;
-    constexpr int kGranules = granules_of(Layouts::kRankColumns, Layouts::kAdapterColumns);
     constexpr BarrierMap kBarriers = Block<Layouts>::kBarriers;
-    const int splits = block.splits, split = block.split;
-    const Exchange exchange{block.shared,
-                            block.barrier(kBarriers.partials),
-                            block.barrier(kBarriers.sums),
-                            split,
-                            splits,
-                            block.log_splits,
-                            block.rows,
-                            block.row,
-                            slot_count(kGranules, block.log_splits),
-                            thread};
+    const Exchange<Layouts> exchange(block, thread);
     // This block's ring may be written to, by each of the others. What has been read from it needs no release.
     std::uint64_t* drained = block.barrier(kBarriers.drained);
     if (thread == 0) {
-        const int owned = granules_owned(kGranules, split, block.log_splits);
-        barrier_expect(exchange.partials, owned * (splits - 1) * kShareBytes);
-        barrier_expect(exchange.sums, (kGranules - owned) * kSumBytes);
+        const int owned = granules_owned(exchange.kGranules, block.split, block.log_splits);
+        barrier_expect(exchange.partials, owned * (block.splits - 1) * kShareBytes);
+        barrier_expect(exchange.sums, (exchange.kGranules - owned) * kSumBytes);
     }
-    if (thread < splits && thread != split) remote_arrive(exchange.at_split(drained, thread));
+    if (thread < block.splits && thread != block.split) remote_arrive(exchange.at_split(drained, thread));
     barrier_wait_cluster(drained, 0);
     if constexpr (Layouts::kHasRank) push_shares(exchange, t_r, 0);
     if constexpr (Layouts::kHasAdapter) push_shares(exchange, t_p, kRankGranules);

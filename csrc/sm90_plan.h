@@ -19,6 +19,13 @@ using Residency = std::array<int, 4>;
 constexpr int cluster_of(int index) {
     return 1 << index;
 }
+// Of a power of two.
+constexpr int log_of(int power) {
+    int log = 0;
+    while (1 << log < power)
+        ++log;
+    return log;
+}
 
 // What to expect of a device that cannot be asked. A cluster lies within one GPC, of which a full one has 16 or 18
 // multiprocessors.
@@ -111,10 +118,7 @@ inline void sm90_cut_second(const BackwardParams& p, Plan& plan, std::int64_t re
 // As asked for, where a plan has been made: the second launch shares loads between as many slabs.
 inline void sm90_cut_as(const BackwardParams& p, Plan& plan, int rows, int splits) {
     const std::int64_t blocks = plan.second.grid;
-    int log_splits = 0;
-    while (1 << log_splits < splits)
-        ++log_splits;
-    sm90_cut(p, plan, {rows, log_splits});
+    sm90_cut(p, plan, {rows, sm90::log_of(splits)});
     if (sm90::takes_two_launches(p)) sm90_cut_second(p, plan, blocks / rows);
 }
 

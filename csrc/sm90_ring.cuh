@@ -104,7 +104,7 @@ struct Ring {
         }
     }
 
-    // A box that both rows read, loaded by one of them, in turns.
+    // A box that both rows read, loaded by one of them, in turns: for boxes whose halves would be small.
     __device__ __forceinline__ void load_in_turn(int turn, const CUtensorMap& map, std::uint64_t* barrier, char* box,
                                                  int column, int first_row) const {
         if (rows == 1) {

@@ -129,14 +129,11 @@ CompiledExpand compiled_expand() {
     return {compiled<kType, 0, kAdapter>().prepare,
             [](const ExpandArguments&, const Plan&, void*) { ++counts.kernels; }};
 }
-#define LOGE_INSTANTIATE_TWO(kAdapter)                                    \
-    template Compiled compiled_project<DType::kFloat16, kAdapter>();      \
-    template Compiled compiled_project<DType::kBFloat16, kAdapter>();     \
-    template CompiledExpand compiled_expand<DType::kFloat16, kAdapter>(); \
-    template CompiledExpand compiled_expand<DType::kBFloat16, kAdapter>();
-LOGE_INSTANTIATE_TWO(0)
-LOGE_INSTANTIATE_TWO(16)
-LOGE_INSTANTIATE_TWO(64)
+
+LOGE_SM90_KERNELS(LOGE_SM90_KERNEL, DType::kFloat16)
+LOGE_SM90_KERNELS(LOGE_SM90_KERNEL, DType::kBFloat16)
+LOGE_SM90_TWO_LAUNCHES(LOGE_SM90_TWO_KERNELS, DType::kFloat16)
+LOGE_SM90_TWO_LAUNCHES(LOGE_SM90_TWO_KERNELS, DType::kBFloat16)
 
 }  // namespace sm90
 
@@ -152,21 +149,7 @@ LOGE_INSTANTIATE_TWO(64)
 #define LOGE_EXPAND(kWidth, kAdapter)                   \
     LOGE_EXPAND_TYPE(DType::kFloat16, kWidth, kAdapter) \
     LOGE_EXPAND_TYPE(DType::kBFloat16, kWidth, kAdapter)
-#define LOGE_NULL_SM90(kRank, kAdapter)                                         \
-    template sm90::Compiled sm90::compiled<DType::kFloat16, kRank, kAdapter>(); \
-    template sm90::Compiled sm90::compiled<DType::kBFloat16, kRank, kAdapter>();
 LOGE_SM80_PROJECT(LOGE_PROJECT)
 LOGE_SM80_EXPAND(LOGE_EXPAND)
-LOGE_NULL_SM90(0, 16)
-LOGE_NULL_SM90(0, 64)
-LOGE_NULL_SM90(64, 0)
-LOGE_NULL_SM90(64, 16)
-LOGE_NULL_SM90(64, 64)
-LOGE_NULL_SM90(128, 0)
-LOGE_NULL_SM90(128, 16)
-LOGE_NULL_SM90(128, 64)
-LOGE_NULL_SM90(256, 0)
-LOGE_NULL_SM90(256, 16)
-LOGE_NULL_SM90(256, 64)
 
 }  // namespace loge

@@ -104,28 +104,10 @@ CompiledExpand compiled_expand() {
     return {residency, launch_expand<kType, kAdapter>};
 }
 
-#define LOGE_INSTANTIATE(kRank, kAdapter)                           \
-    template Compiled compiled<DType::kFloat16, kRank, kAdapter>(); \
-    template Compiled compiled<DType::kBFloat16, kRank, kAdapter>();
-LOGE_INSTANTIATE(0, 16)
-LOGE_INSTANTIATE(0, 64)
-LOGE_INSTANTIATE(64, 0)
-LOGE_INSTANTIATE(64, 16)
-LOGE_INSTANTIATE(64, 64)
-LOGE_INSTANTIATE(128, 0)
-LOGE_INSTANTIATE(128, 16)
-LOGE_INSTANTIATE(128, 64)
-LOGE_INSTANTIATE(256, 0)
-LOGE_INSTANTIATE(256, 16)
-LOGE_INSTANTIATE(256, 64)
-#define LOGE_INSTANTIATE_TWO(kAdapter)                                    \
-    template Compiled compiled_project<DType::kFloat16, kAdapter>();      \
-    template Compiled compiled_project<DType::kBFloat16, kAdapter>();     \
-    template CompiledExpand compiled_expand<DType::kFloat16, kAdapter>(); \
-    template CompiledExpand compiled_expand<DType::kBFloat16, kAdapter>();
-LOGE_INSTANTIATE_TWO(0)
-LOGE_INSTANTIATE_TWO(16)
-LOGE_INSTANTIATE_TWO(64)
+LOGE_SM90_KERNELS(LOGE_SM90_KERNEL, DType::kFloat16)
+LOGE_SM90_KERNELS(LOGE_SM90_KERNEL, DType::kBFloat16)
+LOGE_SM90_TWO_LAUNCHES(LOGE_SM90_TWO_KERNELS, DType::kFloat16)
+LOGE_SM90_TWO_LAUNCHES(LOGE_SM90_TWO_KERNELS, DType::kBFloat16)
 
 }  // namespace sm90
 
@@ -137,7 +119,7 @@ int main(int argc, char** argv) {
         schedule = {(bits & 1) != 0, (bits & 2) != 0,  (bits & 4) != 0,
                     (bits & 8) != 0, (bits & 16) != 0, (bits & 32) != 0};
         loge::Plan plan = loge::sm90_prepare(p, 0);
-        if (options.rows != 0) loge::sm90_cut(p, plan, {options.rows, __builtin_ctz(options.splits)});
+        if (options.rows != 0) loge::sm90_cut(p, plan, {options.rows, loge::sm90::log_of(options.splits)});
         // Two blocks or pairs of them, so that each has tiles to take in turn.
         if (loge::sm90::takes_two_launches(p)) loge::sm90_cut_second(p, plan, 2);
         emulator::Buffer scratch(4 * plan.scratch, 0xff);

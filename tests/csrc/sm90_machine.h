@@ -19,9 +19,10 @@
 #include <vector>
 
 #include "fibers.h"
-#include "formats.h"
 #include "params.h"
+#include "sm90_counts.h"
 #include "sm90_tiles.h"
+#include "sm90_wgmma.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -33,7 +34,6 @@
 namespace emulator {
 
 using loge::sm90::kThreads;
-using loge::sm90::kWarpgroupThreads;
 
 inline constexpr int kWindow = 1 << 18;  // bytes of a block's shared memory: the addresses of shared_address.h
 inline constexpr int kBase = 16;         // where dynamic shared memory starts: not on a swizzle's boundary
@@ -52,42 +52,6 @@ struct Schedule {
     bool late_stores;    // TMA reads shared memory when it is waited for
     bool late_pushes;    // what is pushed to another block comes when nobody can run
     bool counts_alone;   // nothing is moved or multiplied
-};
-
-struct Counters {
-    long long loads = 0, stores = 0, products = 0, reductions = 0, conflicts = 0, pushes = 0;
-
-    void operator+=(const Counters& other) {
-        loads += other.loads, stores += other.stores, products += other.products;
-        reductions += other.reductions, conflicts += other.conflicts, pushes += other.pushes;
-    }
-};
-
-// What the time of a phase follows from, of all blocks: bytes that TMA reads from and writes to L2, within the
-// matrices, and once where several blocks get them; bytes added there; bytes pushed to other blocks. Of the busiest
-// block: bytes through its shared memory, products by their width (16, 64, 128, 256), and how often a consumer looks at
-// a barrier.
-inline constexpr int kPhases = 4;
-struct Traffic {
-    long long loaded = 0, stored = 0, added = 0, pushed = 0;
-    long long shared = 0, products[4] = {}, waits = 0;
-
-    void add_blocks(const Traffic& other) {
-        loaded += other.loaded, stored += other.stored, added += other.added, pushed += other.pushed;
-        if (other.shared < shared) return;
-        shared = other.shared, waits = other.waits;
-        std::copy(other.products, other.products + 4, products);
-    }
-};
-
-// One wgmma of a warpgroup: D [64, columns] += A [64, 16] B [16, columns].
-struct Product {
-    loge::DType dtype;
-    int columns;
-    bool accumulate;
-    bool a_in_registers;
-    bool a_mn_major, b_mn_major;
-    std::uint64_t a, b;  // descriptors
 };
 
 class Cluster {
@@ -364,12 +328,6 @@ class Cluster {
         int arrived = 0, kind = 0;
         std::array<Lane, 32> lanes;
     };
-    struct Issued {
-        Product product;
-        int arrived;
-        std::array<float*, kWarpgroupThreads> acc;
-        std::array<const std::uint16_t*, kWarpgroupThreads> a;
-    };
     struct Warpgroup {
         std::deque<Issued> products;    // not complete; the first is number `done`
         long long done = 0, until = 0;  // complete, and to be completed before those that wait go on
@@ -493,61 +451,6 @@ class Cluster {
             ++counters.products;
             warpgroup.products.pop_front();
         }
-    }
-
-    // The byte that a descriptor names for (i, j) of an operand [mn, 16] (PTX, "Shared Memory Matrix Layout").
-    static int operand_offset(std::uint64_t descriptor, bool mn_major, int i, int j) {
-        const auto field = [descriptor](int bit) { return static_cast<int>(descriptor >> bit & 0x3fff) << 4; };
-        const int start = field(0), leading = field(16), stride = field(32), mode = static_cast<int>(descriptor >> 62);
-        if ((descriptor >> 49 & 7) != 0 || (mode != 1 && mode != 3)) fail("a descriptor of another kind", mode);
-        const int bits = mode == 1 ? 3 : 1, width = 16 << bits;
-        const int offset = mn_major ? i % (width / 2) * 2 + i / (width / 2) * leading + j % 8 * width + j / 8 * stride
-                                    : i % 8 * width + i / 8 * stride + j * 2;
-        return (start + offset) ^ (((start + offset) >> 7 & ((1 << bits) - 1)) << 4);
-    }
-
-    // `values` [16, mn].
-    template <loge::DType kType>
-    static void gather(const char* window, std::uint64_t descriptor, bool mn_major, int mn, float* values) {
-        for (int i = 0; i < mn; ++i)
-            for (int j = 0; j < 16; ++j) {
-                std::uint16_t bits;
-                std::memcpy(&bits, window + operand_offset(descriptor, mn_major, i, j), 2);
-                values[j * mn + i] = widen<kType>(bits);
-            }
-    }
-
-    template <loge::DType kType>
-    static void multiply(const Issued& issued, const char* window) {
-        const Product& p = issued.product;
-        static float a[16 * 64], b[16 * 256], d[256];
-        const auto row_of = [](int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + (i >> 1 & 1) * 8; };
-        const auto column_of = [](int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + (i & 1); };
-        gather<kType>(window, p.b, p.b_mn_major, p.columns, b);
-        if (!p.a_in_registers) gather<kType>(window, p.a, p.a_mn_major, 64, a);
-        for (int thread = 0; p.a_in_registers && thread < kWarpgroupThreads; ++thread)
-            for (int i = 0; i < 8; ++i)
-                a[column_of(thread, i) * 64 + row_of(thread, i)] = widen<kType>(issued.a[thread][i]);
-        for (int row = 0; row < 64; ++row) {
-            multiply_row(a + row, b, d, p.columns);
-            // The eight columns of a block of this row lie with four threads, two with each.
-            const int first = row / 16 * 32 + row % 8 * 4, half = row / 8 % 2 * 2;
-            for (int column = 0; column < p.columns; ++column) {
-                float& value = issued.acc[first + column % 8 / 2][column / 8 * 4 + half + column % 2];
-                value = (p.accumulate ? value : 0.0f) + d[column];
-            }
-        }
-    }
-
-    __attribute__((no_sanitize("address", "undefined"), optimize("O3"))) static void multiply_row(const float* a,
-                                                                                                  const float* b,
-                                                                                                  float* d,
-                                                                                                  int columns) {
-        for (int j = 0; j < columns; ++j)
-            d[j] = 0.0f;
-        for (int k = 0; k < 16; ++k)
-            for (int j = 0; j < columns; ++j)
-                d[j] += a[k * 64] * b[k * columns + j];
     }
 
     void rendezvous(std::vector<int>& waiting, int threads) {

@@ -301,6 +301,9 @@ def test_the_cost_model_counts_what_the_kernels_do(sm90: Emulator, case: Case) -
         "walk K": model.adapter * c.need[1],
         "expand": model.t_width,
     }
+    # What one thread waits for: every step, xa, and in the exchange three times for other blocks.
+    waits = {"walk N": steps_n + c.need[2], "exchange": 3, "walk K": steps_k}
+    waits["expand"] = in_turn * (-(-c.R // 64) * 2 + max(1, c.P // 32) + 4)
     found = [("walk N", model.walk_n(), model.step_n(), steps_n)]
     if splits > 1:
         found.append(("exchange", model.exchange(), None, 0))
@@ -310,6 +313,7 @@ def test_the_cost_model_counts_what_the_kernels_do(sm90: Emulator, case: Case) -
         found.append(("walk K", model.walk_k(), model.step_k(), steps_k))
     for name, phase, step, steps in found:
         counted = phases[name]
+        assert counted["waits"] == waits[name], name
         assert sum(counted[key] for key in ("loaded", "stored", "added", "pushed")) == phase.l2_bytes, name
         if step is not None:
             cycles = sum(counted[f"n{width}"] * max(width // 2, WGMMA_LEAST) for width in (16, 64, 128, 256))
