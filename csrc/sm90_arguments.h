@@ -78,10 +78,11 @@ template <DType kType, int kAdapter>
 CompiledExpand compiled_expand();
 
 // All that are compiled, as X(dtype, R tile, P tile), and as X(dtype, P tile) for two launches; and what makes one.
-#define LOGE_SM90_KERNELS(X, kType)                                                                      \
-    X(kType, 0, 16)                                                                                      \
-    X(kType, 0, 64) X(kType, 64, 0) X(kType, 64, 16) X(kType, 64, 64) X(kType, 128, 0) X(kType, 128, 16) \
-        X(kType, 128, 64) X(kType, 256, 0) X(kType, 256, 16) X(kType, 256, 64)
+#define LOGE_SM90_RANK_0(X, kType) X(kType, 0, 16) X(kType, 0, 64)
+#define LOGE_SM90_RANK(X, kType, kRank) X(kType, kRank, 0) X(kType, kRank, 16) X(kType, kRank, 64)
+#define LOGE_SM90_KERNELS(X, kType) \
+    LOGE_SM90_RANK_0(X, kType)      \
+    LOGE_SM90_RANK(X, kType, 64) LOGE_SM90_RANK(X, kType, 128) LOGE_SM90_RANK(X, kType, 256)
 #define LOGE_SM90_TWO_LAUNCHES(X, kType) X(kType, 0) X(kType, 16) X(kType, 64)
 #define LOGE_SM90_KERNEL(kType, kRank, kAdapter) template Compiled compiled<kType, kRank, kAdapter>();
 #define LOGE_SM90_TWO_KERNELS(kType, kAdapter)             \
