@@ -8,8 +8,8 @@ of factors, a low-rank backward gathers R·(N + K) / (N·K) of the bytes, and no
 the device a second time.
 
 A backward that does read the dense weight gathers it as torch does: that of an exact forward without 8 bits, and one
-that computes its layer again (activation checkpointing), which then makes its 8-bit copies of the weights that are
-there.
+that computes its layer again (activation checkpointing). There the weight is at hand, so the layer's backward is exact,
+with an 8-bit copy of that weight or with itself, and nothing else is gathered: never more than by PEFT.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from ..freezing.frozen_module import is_frozen
 from ..layers.linear import LoGELinear
 from ..layers.quantized import QuantizedLinear
 from ..numerics.eight_bit import as_bits, why_not
-from .fsdp_groups import CopyGroup, FactorGroup, FrozenWeights, OnDemand, ShardedCopy, ShardedFactors, as_fsdp
+from .fsdp_groups import (
+    CopyGroup,
+    FactorGroup,
+    FrozenWeights,
+    Group,
+    ShardedCopy,
+    ShardedFactors,
+    as_fsdp,
+)
 
 
 def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, **arguments: Any) -> nn.Module:
@@ -74,10 +82,10 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
             tensor, scale = copy.current(layer.weight.to(_device(mesh)))
             _agree([as_bits(tensor.t()), scale], mesh)
             ShardedCopy.become_(copy)
-    previous: list[Any] = []
+    previous: list[nn.Module] = []
     for block in chosen:
         layers = _cheap_layers(block)
-        stages: list[Any] = []
+        groups: list[Group] = []
         for group in (FrozenWeights(layers), FactorGroup(layers), CopyGroup(layers)):
             mine = group.members() - ignored
             if mine:
@@ -86,20 +94,18 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
                 shard(group, **kept, ignored_params=ignored | set(group.parameters()) - mine)
                 ignored |= set(group.members())
                 group.around(block)
-                stages.append(group)
-        on_demand = [stage for stage in stages if isinstance(stage, OnDemand)]
-        for stage in on_demand:
-            stage.asked = tuple(on_demand) if stage is on_demand[0] else ()
+                groups.append(group)
+        for group in groups:
+            group.asked = tuple(groups) if group is groups[0] else ()
         shard(block, **arguments, ignored_params=ignored)
         if is_frozen(block):
             as_fsdp(block).set_unshard_in_backward(False)
-        stages.append(block)
         if previous:
-            for stage in stages:
-                stage.set_modules_to_backward_prefetch(previous)
-                if isinstance(stage, OnDemand):
-                    stage.together = (stage, *(s for s in previous if type(s) is type(stage)))
-        previous = stages
+            for stage in (*groups, block):
+                as_fsdp(stage).set_modules_to_backward_prefetch(previous)
+            for group in groups:
+                group.together = (group, *(stage for stage in previous if type(stage) is type(group)))
+        previous = [*groups, block]
     shard(model, **arguments, ignored_params=ignored)
     for layer in named.values():
         layer.note_shard()

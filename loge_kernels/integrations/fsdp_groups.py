@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..factors.factors import Factors
 from ..layers.linear import LoGELinear
-from ..numerics.eight_bit import EightBitWeight, as_bits, from_bits, quantize_columns
+from ..layers.sharded import computed_again, in_backward
+from ..numerics.eight_bit import DTYPES, EightBitWeight, as_bits, from_bits, quantize_columns
 
 
 class FactorStore(nn.Module):
@@ -48,10 +49,10 @@ class ShardedFactors(Factors):
 
 
 class ShardedCopy(EightBitWeight):
-    """An 8-bit copy whose tensors are those of a `CopyStore`, as FSDP has them at the moment."""
+    """An 8-bit copy whose tensors are those of a `CopyStore`, as FSDP has them at the moment. Where a checkpoint
+    computes the layer again, the weight is there, and the copy is made of it."""
 
     store: CopyStore
-    note_recomputation: Any
     tensor = property(lambda self: from_bits(self.store.tensor).t())
     scale = property(lambda self: self.store.scale.view(torch.float32))
 
@@ -71,9 +72,8 @@ class ShardedCopy(EightBitWeight):
                 "the weight of a layer has changed since it was sharded, and its 8-bit copy cannot follow: load or "
                 "merge weights before the model is sharded"
             )
-        if in_backward():  # a checkpoint computes the layer again, and its weight is there
-            self.note_recomputation()
-            return quantize_columns(weight.detach(), from_bits(self.store.tensor).dtype)
+        if in_backward() and computed_again():
+            return quantize_columns(weight.detach(), DTYPES[self.dtype])
         return self.tensor, self.scale
 
     def invalidate(self) -> None:
@@ -95,9 +95,12 @@ class CopyStore(nn.Module):
 
 
 class Group(nn.Module):
-    """Some parameters of one block as one group of FSDP's, which stands around the block's forward.
+    """Some parameters of one block as one group of FSDP's, which stands around the block's forward and is gathered for
+    the backward of a forward that says so.
 
-    It has submodules while FSDP takes stock, and none afterwards: neither names nor state dicts change.
+    Several forwards may come before their backwards, and each has its own kind: a hook on the block's output, which
+    runs before FSDP's own, tells FSDP which it is. The group has submodules while FSDP takes stock, and none
+    afterwards: neither names nor state dicts change.
     """
 
     name: str  # in the block
@@ -116,8 +119,16 @@ class Group(nn.Module):
         """The parameters that belong to the group, as they are now: whole or sharded."""
         raise NotImplementedError
 
+    def wanted(self) -> bool:
+        """Whether the backward of the forward under way reads what the group holds."""
+        raise NotImplementedError
+
     def around(self, block: Any) -> None:
         """Stand around the forward of `block` from now on."""
+        self.together: tuple[Group, ...] = (self,)  # and those that FSDP gathers ahead in its backward
+        # Of the same block. One hook for all of them: FSDP's own of the first would gather ahead for the others.
+        self.asked: tuple[Group, ...] = (self,)
+        as_fsdp(self).set_unshard_in_backward(False)  # until a forward asks for it
         self._modules.clear()
         # Looked up at each call: FSDP and transformers' checkpointing change the block's class.
         self._run = vars(block).get("forward") or (lambda *args, **kwargs: type(block).forward(block, *args, **kwargs))
@@ -129,37 +140,16 @@ class Group(nn.Module):
         return self(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(*args, **kwargs)
-
-
-class OnDemand(Group):
-    """Gathered for the backward of a forward that says so.
-
-    Several forwards may come before their backwards, and each has its own kind: a hook on the block's output, which
-    runs before FSDP's own, tells FSDP which it is.
-    """
-
-    def around(self, block: Any) -> None:
-        super().around(block)
-        self.together: tuple[OnDemand, ...] = (self,)  # and those that FSDP gathers ahead in its backward
-        # Of the same block. One hook for all of them: FSDP's own of the first would gather ahead for the others.
-        self.asked: tuple[OnDemand, ...] = (self,)
-
-    def wanted(self) -> bool:
-        """Whether the backward of the forward under way reads what the group holds."""
-        raise NotImplementedError
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)
-        if self.asked and torch.is_grad_enabled() and not in_backward():
-            answers = [(stage, stage.wanted()) for stage in self.asked]
+        output = self._run(*args, **kwargs)
+        if self.asked and torch.is_grad_enabled():
+            answers = [(group, group.wanted()) for group in self.asked]
             for tensor in tree_leaves(output):
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
                     tensor.register_hook(lambda gradient: _before_backward(answers))
         return output
 
 
-def _before_backward(answers: list[tuple[OnDemand, bool]]) -> None:
+def _before_backward(answers: list[tuple[Group, bool]]) -> None:
     for group, wanted in answers:
         for stage in group.together:
             as_fsdp(stage).set_unshard_in_backward(wanted)
@@ -168,7 +158,7 @@ def _before_backward(answers: list[tuple[OnDemand, bool]]) -> None:
             as_fsdp(group).unshard()  # FSDP itself would not, after another forward's backward in the same pass
 
 
-class FrozenWeights(OnDemand):
+class FrozenWeights(Group):
     """Gathered for the forward, and for a backward that reads the dense weight or computes its layer again."""
 
     name = "loge_frozen_weights"
@@ -179,25 +169,19 @@ class FrozenWeights(OnDemand):
 
     def around(self, block: Any) -> None:
         super().around(block)
-        self._recomputed = False
         for layer in self._layers:
             layer.gather = self._gather
 
     def wanted(self) -> bool:
-        recomputed, self._recomputed = self._recomputed, False
-        return recomputed or any(map(reads_weight, self._layers))
+        return any(map(reads_weight, self._layers))
 
     def _gather(self) -> None:
-        """Called by a layer that finds its weight sharded: in backward a checkpoint computes it again. The next step's
-        backward will prefetch."""
-        if not in_backward():
-            return
-        self._recomputed = True
+        """Called by a layer that a checkpoint computes again in backward, and that finds its weight sharded."""
         as_fsdp(self).set_unshard_in_backward(True)
         as_fsdp(self).unshard()
 
 
-class CopyGroup(OnDemand):
+class CopyGroup(Group):
     """8-bit copies, gathered for the backward of an exact forward, and never for a forward, which hands them on without
     reading them. A block that a checkpoint computes again has its weights there, and makes its copies of them: then
     nothing is gathered twice."""
@@ -212,22 +196,14 @@ class CopyGroup(OnDemand):
 
     def around(self, block: Any) -> None:
         super().around(block)
-        self._recomputed = False
         as_fsdp(self).set_custom_all_gather(GatherInBackward())
-        for layer in self._layers:
-            if isinstance(layer.eight_bit, ShardedCopy):
-                layer.eight_bit.note_recomputation = self._note
 
     def wanted(self) -> bool:
-        recomputed, self._recomputed = self._recomputed, False
-        return not recomputed and any(map(reads_copy, self._layers))
-
-    def _note(self) -> None:
-        self._recomputed = True
+        return any(map(reads_copy, self._layers))
 
 
 class FactorGroup(Group):
-    """Gathered for the backward alone.
+    """Gathered for the backward alone, of a forward whose layers no checkpoint computes again.
 
     A forward hands factors on to its backward without reading them, so in FSDP's gather before a forward nothing is
     sent: the factors have their shape, and no values yet.
@@ -249,6 +225,9 @@ class FactorGroup(Group):
         for layer in self._layers:
             if layer.factors is not None:
                 layer.factors.gather = self._gather
+
+    def wanted(self) -> bool:
+        return any(isinstance(layer, LoGELinear) and layer.reads_factors() for layer in self._layers)
 
     def _gather(self) -> None:
         """Called in a forward that reads factors (it casts them, under autocast), and for all that follow."""
@@ -273,10 +252,6 @@ class GatherInBackward:
         return torch.distributed.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
-def in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
 def as_fsdp(module: Any) -> Any:
     """A module whose class torch has changed to an FSDPModule's."""
     return module
@@ -284,7 +259,9 @@ def as_fsdp(module: Any) -> Any:
 
 def reads_copy(layer: nn.Module) -> bool:
     """Whether the backward of the forward under way reads the layer's sharded 8-bit copy."""
-    return isinstance(layer, LoGELinear) and isinstance(layer.eight_bit, ShardedCopy) and layer.reads_dense()
+    if not isinstance(layer, LoGELinear) or not isinstance(layer.eight_bit, ShardedCopy):
+        return False
+    return layer.reads_dense() and not layer.recomputed
 
 
 def reads_weight(layer: nn.Module) -> bool:

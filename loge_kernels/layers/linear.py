@@ -111,6 +111,7 @@ class LoGELinear(ShardedLinear):
         self.exact_every = None
         self.backend = None if backend is None else check_name(backend, "backend")
         self.gather = None
+        self.recomputed = False
         self.shard_sums = None
 
     def _add_adapter(self, lora_rank: int, lora_alpha: float) -> None:
@@ -169,9 +170,13 @@ class LoGELinear(ShardedLinear):
 
     def reads_dense(self) -> bool:
         """Whether the backward of the forward under way takes the dense product: with the weight or its 8-bit copy."""
-        if self.factors is None or self.exact_fraction > 0.0 or self._thawed():
-            return True
-        return self.exact_every is not None and self.exact_every.is_exact()
+        return self.exact_fraction > 0.0 or not self.reads_factors()
+
+    def reads_factors(self) -> bool:
+        """Whether it reads the factors. It does not where a checkpoint has the sharded weight gathered anyway."""
+        if self.factors is None or self.recomputed or self.exact_fraction == 1.0 or self._thawed():
+            return False
+        return self.exact_every is None or not self.exact_every.is_exact()
 
     def _thawed(self) -> bool:
         """Whether the weight was frozen when `apply` came and trains now, as in a copy that PEFT makes for
@@ -221,9 +226,7 @@ class LoGELinear(ShardedLinear):
         None for an exact one."""
         factors = self.factors
         self.gather_weight()
-        if factors is None or self.exact_fraction == 1.0 or self._thawed():
-            return None
-        if self.exact_every is not None and self.exact_every.is_exact():
+        if factors is None or not self.reads_factors():
             return None
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return factors

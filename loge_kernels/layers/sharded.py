@@ -17,7 +17,8 @@ class ShardedLinear(nn.Linear):
 
     factors: Factors | None
     eight_bit: EightBitWeight | None
-    gather: Callable[[], None] | None  # brings a sharded weight that a checkpoint reads in backward
+    gather: Callable[[], None] | None  # brings a weight that `fully_shard` sharded and a checkpoint reads in backward
+    recomputed: bool  # whether a checkpoint computes this forward again, from the weight that `gather` brings
     shard_sums: Tensor | None  # of this rank's part of a weight that `fully_shard` sharded
 
     def invalidate(self) -> None:
@@ -76,8 +77,10 @@ class ShardedLinear(nn.Linear):
 
     def gather_weight(self) -> None:
         """Have a sharded weight brought, where a checkpoint computes the layer again in backward."""
-        if self.gather is not None and hasattr(self.weight, "placements"):
-            self.gather()
+        if self.gather is not None:
+            self.recomputed = computed_again()
+            if in_backward() and hasattr(self.weight, "placements"):
+                self.gather()
 
     def refuse_partitioned(self) -> None:
         """Raise ValueError for a weight that DeepSpeed ZeRO-3 has partitioned."""
@@ -87,6 +90,18 @@ class ShardedLinear(nn.Linear):
                 "DeepSpeed ZeRO-3, whose backward gathers whole weights: use ZeRO stage 1 or 2, or "
                 "loge_kernels.fully_shard"
             )
+
+
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def computed_again() -> bool:
+    """Whether the forward under way is one that a checkpoint computes again in backward, or that computation itself."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        return in_backward() or not torch.is_grad_enabled()  # a reentrant one, whose first pass records nothing
+    return getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint"
 
 
 def _sums(weight: Any) -> Tensor:

@@ -19,7 +19,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, M
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
 import loge_kernels as loge
-from loge_kernels.integrations import fsdp as sharding
 
 STEPS = 20
 FEW = 4
@@ -101,6 +100,30 @@ class Several(nn.Module):
         return outputs[0]
 
 
+class NowAndThen(nn.Module):
+    """Checkpointed in every other step."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.steps = model, 0
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        if self.steps % 2 == 0:
+            checkpointed(self.model, False)
+        else:
+            self.model.gradient_checkpointing_disable()
+        self.steps += 1
+        return self.model(input_ids=input_ids, labels=labels)
+
+
+def half_checkpointed(model: Any) -> Any:
+    """The MLP alone of every block."""
+    for layer in layers_of(model):
+        run = layer.mlp.forward
+        layer.mlp.forward = lambda x, run=run: torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
+    return model
+
+
 VARIANTS: dict[str, tuple[dict[str, Any] | None, Callable[[Any], Any]]] = {
     "peft": (None, by_torch),
     "loge": (LOW, by_us),
@@ -111,6 +134,8 @@ VARIANTS: dict[str, tuple[dict[str, Any] | None, Callable[[Any], Any]]] = {
     "int8": (INT8, by_us),
     "int8, offloaded": (INT8, lambda model: by_us(model, offload_policy=CPUOffloadPolicy(pin_memory=False))),
     "int8, checkpointed": (INT8, lambda model: by_us(checkpointed(model, False))),
+    "int8, reentrant": (INT8, lambda model: by_us(checkpointed(model, True))),
+    "int8, now and then": (INT8, lambda model: NowAndThen(by_us(model))),
     "int8 every": ({**EVERY, **INT8}, by_us),
     "several, int8": ({**EVERY, **INT8}, lambda model: Several(by_us(model))),
     "float8": ({"exact_dtype": "float8"}, by_us),
@@ -130,6 +155,8 @@ VARIANTS: dict[str, tuple[dict[str, Any] | None, Callable[[Any], Any]]] = {
     "reentrant": (LOW, lambda model: by_us(checkpointed(model, reentrant=True))),
     "reentrant, exact every": (EVERY, lambda model: by_us(checkpointed(model, reentrant=True))),
     "hooks inside": (LOW, lambda model: hooked_checkpoints(by_us(model))),
+    "now and then": (LOW, lambda model: NowAndThen(by_us(model))),
+    "one half": (LOW, lambda model: by_us(half_checkpointed(model))),
     "kept": (LOW, lambda model: by_us(model, reshard_after_forward=False)),
     "frozen": ({**LOW, "freeze_below": 1}, by_us),
     "bf16": (LOW, lambda model: by_us(model, **BF16)),
@@ -144,7 +171,8 @@ def work(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (policy, shard) in VARIANTS.items():
         model = shard(lora() if policy is None else applied(policy))
-        losses = train(model, rows, STEPS if name == "loge" else FEW)
+        with Collectives() as first:
+            losses = train(model, rows, STEPS if name == "loge" else FEW)
         sent = []
         for _ in range(2):
             with Collectives() as seen:
@@ -152,6 +180,7 @@ def work(rank: int) -> dict[str, Any]:
             sent.append({way: seen.total("allgather", way == "backward") for way in ("forward", "backward")})
         found[name] = {"losses": losses, **sent[0], "reduced": seen.total("reduce_scatter", True)}
         found[name]["next backward"] = sent[1]["backward"]
+        found[name]["first backwards"] = first.total("allgather", True)
         if name == "loge":
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             found["state"] = get_model_state_dict(model, options=options)
@@ -234,13 +263,23 @@ def test_two_ranks_train_as_one_process(ranks: list[dict[str, Any]]) -> None:
         assert (exact - mean_losses(ranks, name)[:FEW]).abs().max() > 1e-4
 
 
+# A layer that a checkpoint computes again is exact: its weight is there.
+EXACT: dict[str, Any] = {"exact_dtype": None}
+ALONE: dict[str, dict[str, Any]] = {
+    **{name: EXACT for name in VARIANTS if "checkpointed" in name or "reentrant" in name or "hooks" in name},
+    "int8, checkpointed": INT8,
+    "int8, reentrant": INT8,
+    "now and then": EVERY,
+    "one half": {**LOW, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+}
 SETTINGS = [name for name in VARIANTS if name not in ("peft", "loge") and name.split()[0] not in ("bf16", "autocast")]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_in_every_setting(ranks: list[dict[str, Any]], name: str) -> None:
+    policy = ALONE.get(name, VARIANTS[name][0])
     wrap = Several if name.startswith("several") else lambda model: model
-    expected = alone(FEW, VARIANTS[name][0], wrap)
+    expected = alone(FEW, policy, wrap)
     assert (mean_losses(ranks, name) - expected).abs().max() < 1e-4
 
 
@@ -276,17 +315,23 @@ FACTORS = {"factors": 1.0, "rest": 1.0}
     [
         ("offloaded", FACTORS, FACTORS),  # what is not gathered is not copied to the device either
         ("kept", {"factors": 1.0}, {"factors": 1.0}),
-        ("exact every", ALL, FACTORS),  # exact, then low-rank
+        ("exact every", PEFTS, FACTORS),  # exact, then low-rank
         ("upper layers", {"weights": 0.5, "factors": 0.5, "rest": 1.0}, None),
-        ("exact rows", ALL, ALL),
+        ("exact rows", PEFTS, PEFTS),
         ("frozen", {"factors": 0.5, "rest": 0.5}, None),
-        ("checkpointed", ALL, ALL),  # computed again, from the weights
-        ("hooks inside", ALL, ALL),
+        ("checkpointed", PEFTS, PEFTS),  # computed again, from the weights, which then serve backward as well
+        ("checkpointed, exact every", PEFTS, PEFTS),
+        ("reentrant", PEFTS, PEFTS),
+        ("hooks inside", PEFTS, PEFTS),
+        ("now and then", PEFTS, FACTORS),
+        ("one half", ALL, ALL),
         ("int8", COPIES, COPIES),
         ("float8", COPIES, COPIES),
         ("int8, offloaded", COPIES, COPIES),
         ("int8, checkpointed", PEFTS, PEFTS),  # which then makes its copies of them
-        ("int8 every", {**COPIES, "factors": 1.0}, FACTORS),
+        ("int8, reentrant", PEFTS, PEFTS),
+        ("int8, now and then", PEFTS, COPIES),
+        ("int8 every", COPIES, FACTORS),
         ("exact by us", PEFTS, PEFTS),
     ],
 )
@@ -296,6 +341,7 @@ def test_what_backward_gathers(
     blocks, found = block_bytes(), ranks[0][name]
     for kinds, backward in ((expected, "backward"), (following or expected, "next backward")):
         assert found[backward] == sum(share * blocks[kind] for kind, share in kinds.items())
+    assert found["first backwards"] == FEW // 2 * (found["backward"] + found["next backward"])
     assert found["forward"] == ranks[0]["peft"]["forward"]
 
 
@@ -342,47 +388,3 @@ def test_ranks_agree_on_factors(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         for got, expected in zip(rank["other factors"], [*factors.tensors, factors.rows], strict=True):
             assert torch.equal(got, expected)
-
-
-# Refusals, in this process
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lora, r"is applied: call loge_kernels.apply\(model\) first, or torch's own fully_shard"),
-        (lambda: applied({**LOW, "low_rank_dtype": "int8"}), "has low_rank_dtype='int8'"),
-    ],
-)
-def test_what_cannot_be_sharded(make: Callable[[], Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        loge.fully_shard(make())
-
-
-def test_what_is_not_a_model_of_blocks() -> None:
-    with pytest.raises(TypeError, match="model is a int"):
-        loge.fully_shard(3)  # type: ignore[arg-type]
-    plain = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(False)
-    loge.apply(plain, 16)
-    with pytest.raises(ValueError, match="give blocks="):
-        loge.fully_shard(plain)
-    with pytest.raises(ValueError, match="blocks holds a Linear that is no module of model"):
-        loge.fully_shard(plain, blocks=[nn.Linear(2, 2)])
-    with pytest.raises(ValueError, match="blocks holds no converted layer"):
-        loge.fully_shard(plain, blocks=[])
-    holding = nn.Sequential(nn.ModuleList(plain))
-    with pytest.raises(ValueError, match="blocks holds a ModuleList, which has no forward: give its members"):
-        loge.fully_shard(holding, blocks=[holding[0]])
-    with pytest.raises(ValueError, match="init_process_group"):
-        loge.fully_shard(plain, blocks=list(plain))
-    trains = nn.Sequential(nn.Linear(64, 64))
-    loge.apply(trains, 16, targets=["0"])
-    with pytest.raises(ValueError, match="layer '0' has factors of a weight that trains"):
-        loge.fully_shard(trains)
-
-
-def test_of_lists_of_lists_the_members_are_blocks() -> None:
-    model = nn.ModuleList([nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)]) for _ in range(2)])
-    model.requires_grad_(False)
-    loge.apply(model, 16)
-    assert sharding._blocks(model, None) == [layer for pair in model for layer in pair]
