@@ -56,14 +56,15 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
 
     Raises:
         ValueError, TypeError: a model that is not applied or sharded already, one whose blocks are not known, a
-            quantised weight, factors in 8 bits (`low_rank_dtype`): the message says what to apply instead. The model is
-            as it was.
+            quantised weight that FSDP2 cannot split (torchao's) or would cast, factors in 8 bits (`low_rank_dtype`):
+            the message says what to do instead. The model is as it was.
 
     Source: Zhao et al., arXiv 2304.11277 (fully sharded data parallelism); its second version is torch's.
     """
     from torch.distributed.fsdp import fully_shard as shard
 
-    named = _check(model)
+    policy = arguments.get("mp_policy")
+    named = _check(model, None if policy is None else policy.param_dtype)
     chosen = _blocks(model, blocks)
     mesh = arguments.pop("mesh", None) or _default_mesh()
     arguments["mesh"] = mesh
@@ -77,11 +78,13 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
         ShardedFactors.become_(factors)
     for layer in named.values():
         copy = layer.eight_bit
-        frozen = not layer.weight.requires_grad  # or the copy would have to follow it
+        frozen = not layer.weight.requires_grad and not isinstance(layer, QuantizedLinear)  # or it could not follow
         if copy is not None and frozen and why_not(copy.dtype, _device(mesh), *layer.weight.shape) is None:
             tensor, scale = copy.current(layer.weight.to(_device(mesh)))
             _agree([as_bits(tensor.t()), scale], mesh)
             ShardedCopy.become_(copy)
+        if isinstance(layer, QuantizedLinear):
+            layer.before_sharding()
     previous: list[nn.Module] = []
     for block in chosen:
         layers = _cheap_layers(block)
@@ -118,7 +121,7 @@ def _cheap_layers(block: nn.Module) -> list[LoGELinear]:
     return [layer for layer in found if layer.factors is not None or isinstance(layer.eight_bit, ShardedCopy)]
 
 
-def _check(model: nn.Module) -> dict[str, LoGELinear]:
+def _check(model: nn.Module, param_dtype: torch.dtype | None) -> dict[str, LoGELinear]:
     """The converted layers by name; ValueError or TypeError where they cannot be sharded."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -134,9 +137,7 @@ def _check(model: nn.Module) -> dict[str, LoGELinear]:
         )
     for name, layer in named.items():
         if isinstance(layer, QuantizedLinear):
-            raise ValueError(
-                f"layer {name!r} is quantised ({layer.label(layer)}): its weight cannot be sharded; use DDP"
-            )
+            _check_quantized(name, layer, param_dtype)
         if layer.factors is not None and layer.weight.requires_grad:
             raise ValueError(
                 f"layer {name!r} has factors of a weight that trains, which could not follow it: freeze the weight, or "
@@ -148,6 +149,19 @@ def _check(model: nn.Module) -> dict[str, LoGELinear]:
                 "would keep whole: apply with low_rank_dtype=None"
             )
     return named
+
+
+def _check_quantized(name: str, layer: QuantizedLinear, param_dtype: torch.dtype | None) -> None:
+    reason, stored = layer.why_not_sharded(), layer.weight.dtype
+    if reason is not None:
+        raise ValueError(
+            f"layer {name!r} is quantised ({layer.label(layer)}): {reason}; use DDP, or quantise by bitsandbytes"
+        )
+    if stored.is_floating_point and param_dtype not in (None, stored):
+        raise ValueError(
+            f"layer {name!r} has its packed weight in {stored}, which mp_policy's param_dtype={param_dtype} would "
+            f"cast: load the model with bnb_4bit_quant_storage={param_dtype}, or torch.uint8"
+        )
 
 
 def _blocks(model: nn.Module, blocks: Iterable[nn.Module] | None) -> list[nn.Module]:

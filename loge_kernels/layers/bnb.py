@@ -42,6 +42,9 @@ class LoGELinear4bit(QuantizedLinear, bnb.nn.Linear4bit):
             packed, state = functional._convert_weight_packed_for_cpu_inverse(packed, copy.copy(state))
         return functional.dequantize_4bit(packed, state).to(dtype)
 
+    def why_not_sharded(self) -> str | None:
+        return None
+
     def product_dtype(self, input: Tensor) -> torch.dtype:
         layer: Any = self
         return layer.compute_dtype or input.dtype
@@ -75,6 +78,19 @@ class LoGELinear8bitLt(QuantizedLinear, bnb.nn.Linear8bitLt):
     def dequantize(layer: Any, dtype: torch.dtype) -> Tensor:
         # As bitsandbytes' own backward does, for it has no public function that gives another dtype than float32.
         return layer.weight.data.to(dtype).mul_(_scales(layer).unsqueeze(1).mul(1.0 / 127.0))
+
+    def why_not_sharded(self) -> str | None:
+        return None
+
+    def before_sharding(self) -> None:
+        state: Any = self.state
+        state.CB, state.SCB = None, _scales(self)  # the state would keep the weight whole
+
+    def library_forward(self, input: Tensor) -> Tensor:
+        weight: Any = self.weight
+        if not isinstance(weight, bnb.nn.Int8Params):  # as FSDP gathered it; the library looks for what it lost
+            weight.CB, weight.SCB = weight.data, self.state.SCB
+        return super().library_forward(input)
 
 
 CLASSES: dict[type, type[QuantizedLinear]] = {

@@ -65,6 +65,13 @@ class QuantizedLinear(LoGELinear):
         """The weight [N, K] in `dtype`, a new tensor."""
         raise NotImplementedError
 
+    def why_not_sharded(self) -> str | None:
+        """Why FSDP2 cannot shard the weight, or None."""
+        return f"FSDP2 cannot split a {type(self.weight).__name__}"
+
+    def before_sharding(self) -> None:
+        """Keep what the forward reads beside the weight: FSDP makes a plain parameter of it."""
+
     def product_dtype(self, input: Tensor) -> torch.dtype:
         """The dtype in which the library multiplies `input`, and the backward dY."""
         return autocast_dtype(input) or input.dtype

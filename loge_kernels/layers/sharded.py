@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..factors.factors import Factors
 from ..numerics.eight_bit import EightBitWeight
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class ShardedLinear(nn.Linear):
     """The part of `LoGELinear` that is about engines."""
@@ -106,5 +108,7 @@ def computed_again() -> bool:
 
 def _sums(weight: Any) -> Tensor:
     """Two sums over this rank's part of a weight, which tell it from another: float64 [2]."""
-    mine = (weight.to_local() if hasattr(weight, "to_local") else weight).detach().double().flatten()
+    mine = (weight.to_local() if hasattr(weight, "to_local") else weight).detach().contiguous().flatten()
+    # Bits: packed numbers of fewer bits, kept as floating ones, may be NaN.
+    mine = mine.view(torch.uint8).view(_INTEGERS[mine.element_size()]).double()
     return torch.stack([mine.sum(), mine @ torch.arange(1, mine.numel() + 1, dtype=mine.dtype, device=mine.device)])

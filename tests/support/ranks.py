@@ -1,4 +1,4 @@
-"""Two gloo ranks on this machine, what they train, and what they sent each other."""
+"""Gloo ranks on this machine, what they train, and what they sent each other."""
 
 from __future__ import annotations
 
@@ -21,17 +21,22 @@ TIMEOUT = timedelta(seconds=120)  # a process that waits for a dead one fails, a
 
 
 def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
+    """`on_ranks` on two."""
+    return on_ranks(work, folder, WORLD)
+
+
+def on_ranks(work: Callable[[int], Any], folder: Path, world: int) -> list[Any]:
     """What `work(rank)`, a module's function, returned on each rank: tensors, numbers and strings in containers."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ["OMP_NUM_THREADS"] = "1"
-    mp.spawn(_rank, (work, folder), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    mp.spawn(_rank, (work, folder, world), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
-def _rank(rank: int, work: Callable[[int], Any], folder: Path) -> None:
+def _rank(rank: int, work: Callable[[int], Any], folder: Path, world: int) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=TIMEOUT)
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=TIMEOUT)
     # `work` has returned, and what it wrapped is gone, before the group ends: DDP's reducer, destroyed afterwards, may
     # wait for ever.
     torch.save(work(rank), folder / f"{rank}.pt")
@@ -83,6 +88,18 @@ class Collectives(TorchDispatchMode):
     def total(self, name: str, backward: bool) -> int:
         """Bytes of the collectives whose operator has `name` in it."""
         return sum(s.nbytes for s in self.sent if name in s.name and s.backward == backward)
+
+
+def train_counted(model: Any, rows: slice, steps: int) -> tuple[list[float], list[Collectives]]:
+    """The loss of every step, and what it sent."""
+    begins: list[int] = []
+    with Collectives() as seen:
+        model.register_forward_pre_hook(lambda *args: begins.append(len(seen.sent)), prepend=True)  # before FSDP's
+        losses = train(model, rows, steps)
+    parts = [Collectives() for _ in begins]
+    for part, begin, end in zip(parts, begins, [*begins[1:], None], strict=True):
+        part.sent = seen.sent[begin:end]
+    return losses, parts
 
 
 @contextmanager
