@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from loge_kernels.command_line import SETTINGS, add_command
 
-from . import scale
+from . import collectives, scale
 from .classify import run as classify
 from .fidelity import run as fidelity
 from .linear import host
@@ -88,6 +88,13 @@ add_command(
     scale.run,
     "On paper, not measured: what PEFT and this package send under FSDP2 and DDP, and how long their steps take on 8 "
     "to 1024 GPUs, from counted collectives and published link speeds.",
+)
+add_command(
+    bench_app,
+    "collectives",
+    collectives.CollectivesOptions,
+    collectives.run,
+    "Counted on gloo ranks of this machine: what PEFT and each policy send under FSDP2, and what a rank holds.",
 )
 add_command(
     bench_app,

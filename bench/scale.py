@@ -1,26 +1,24 @@
 """A model on paper of LoRA training on many GPUs: bytes that each step moves, and how long it takes. Nothing here is
 measured.
 
-Per block, N·K the sizes of its linear layers, in bytes of the base's dtype, what each GPU receives with n GPUs is
-(n - 1) / n of
+Bytes are those of `paper.collectives`. Time: arithmetic (`paper.run`) and collectives, once with perfect overlap, where
+a block takes the longer of the two, and once with none, where they add up. A real step lies between. Links run at their
+full speed, which is optimistic for every policy alike.
 
-                             forward gathers       backward gathers        backward reduces
-    exact under FSDP2        weights + adapters    weights + adapters      adapters' gradients
-    low rank, fully_shard    weights + adapters    factors + adapters      adapters' gradients
-    DDP                      -                     -                       adapters' gradients, twice
-
-(norms count with the adapters). These are the bytes that tests count on two ranks. Activation checkpointing computes
-the forward again in backward, and makes loge.fully_shard gather the weights there as well. 8-bit copies of weights are
-for DDP alone: every GPU holds them whole.
-
-Time: a block takes the longer of its kernels (`on_paper`) and its collectives: perfect overlap, and links at their full
-speed. Both are optimistic, for every method alike.
+What a policy's steps teach is not in its time: given a report of `bench fidelity`, which has the steps that each policy
+took to a share of exact LoRA's gain, the table ends with the links at which a low-rank policy gets there sooner than
+`apply(model)`.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import pairwise, product, zip_longest
+from pathlib import Path
 from typing import Annotated, Any
 
 from rich import box
@@ -28,23 +26,21 @@ from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
 
-from loge_kernels.command_line import Json, check_counts
-from loge_kernels.factors.factors import resolve_rank
+from loge_kernels.command_line import WHOLE, Json, check_counts
 
 from .measure.output import check_writable, duration, print_wide, size, without_files, write
 from .measure.shapes import LLAMAS, Llama
+from .paper.collectives import ENGINES, Held, held, traffic
 from .paper.run import PaperPolicy, predict
+from .policies import PEFT, parse_all
 
-POLICIES = {
-    "peft": PaperPolicy("peft", peft=True),
-    "exact": PaperPolicy("exact"),
-    "apply": PaperPolicy("apply", exact_dtype="auto"),
-}
-METHODS = ("peft-fsdp2", "exact-fsdp2", "low-rank-fsdp2", "peft-ddp", "apply-ddp", "low-rank-ddp")
+DEFAULTS = ("exact", "apply", "rank=1/8", "rank=1/4,exact_layers=0.5")
+RIVAL = "apply"  # of low rank, in time to the same loss
 
 _BASE = 2  # bytes of an element: bfloat16
 _ADAPTER = 4  # float32, as PEFT makes adapters over a 16-bit base
 _TRAINED = 16  # bytes of a trained element: itself, its gradient and AdamW's two means, in float32
+_SLOWEST, _FASTEST = 1e-3, 1e4  # GB/s between nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,77 +64,30 @@ class Machine:
         return nbytes * (gpus - 1) / gpus / link
 
 
-@dataclass(frozen=True, slots=True)
-class BlockBytes:
-    """What one block holds, in bytes: frozen weights, factors, what is trained, norms; `exact` is the part of the
-    weights that has no factors, because the dense product is cheaper."""
-
-    weights: int
-    exact: int
-    factors: int
-    adapters: int
-    norms: int
-
-
-def block_bytes(
-    llama: Llama, rank: int | float, lora_rank: int, base: int = _BASE, adapter: int = _ADAPTER
-) -> BlockBytes:
-    """Bytes of a block with adapters of rank `lora_rank` on every linear layer and factors of `rank` (an int, or a
-    share of min(N, K)); a layer whose dense product is cheaper has none."""
-    linears, ranks = llama.linears(), _ranks(llama, rank)
-    factors = sum(R * (N + K) for (N, K), R in zip(linears, ranks, strict=True) if R is not None)
-    exact = sum(N * K for (N, K), R in zip(linears, ranks, strict=True) if R is None)
-    adapters = sum(lora_rank * (N + K) for N, K in linears)
-    return BlockBytes(
-        sum(N * K for N, K in linears) * base,
-        exact * base,
-        factors * base,
-        adapters * adapter,
-        2 * llama.hidden * base,
-    )
-
-
-def _ranks(llama: Llama, rank: int | float) -> list[int | None]:
-    found: list[int | None] = []
-    for N, K in llama.linears():
-        R = resolve_rank(min(rank, N, K) if isinstance(rank, int) else rank, N, K)
-        found.append(R if R * (N + K) <= N * K else None)
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """Bytes of the whole tensors of one block's collectives in a step: gathered in forward and in backward, reduced."""
-
-    forward: int
-    backward: int
-    reduced: int
-
-
-def traffic(method: str, held: BlockBytes, checkpointing: bool = False) -> Traffic:
-    """What one block sends; a DDP all-reduce counts as a reduce-scatter and an all-gather."""
-    if method.endswith("ddp"):
-        return Traffic(0, 0, 2 * held.adapters)
-    others = held.adapters + held.norms
-    backward = held.weights
-    if method.startswith("low-rank"):
-        backward = held.factors + (held.weights if checkpointing else held.exact)
-    return Traffic(held.weights + others, backward + others, held.adapters)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleOptions:
-    """The models, the GPUs, the step."""
+    """The models, the policies, the GPUs, the step."""
 
     models: Annotated[Sequence[str], Argument(help="LLaMA-3-8B, LLaMA-3-70B; default: both.")] = ()
+    policies: Annotated[
+        Sequence[str],
+        Option(
+            "--policy",
+            help='What to compare with peft, repeated: apply, or arguments of apply ("rank=1/8,exact_layers=0.5").',
+        ),
+        WHOLE,
+    ] = DEFAULTS
+    engines: Annotated[Sequence[str], Option("--engine", help="fsdp2, ddp: a list.")] = ENGINES
     gpus: Annotated[Sequence[int], Option(help="How many: a list.")] = (8, 16, 64, 256, 1024)
     tokens: Annotated[int, Option(help="Tokens a GPU and step.")] = 8192
     seq: Annotated[int, Option(help="Tokens a sequence, for attention; at most --tokens.")] = 4096
-    rank: Annotated[int | float, Option("--rank", "-R", help="R: an int, or a share of min(N, K).")] = 1 / 8
-    exact_layers: Annotated[float, Option(help="Share of the weights whose backward is exact in low-rank rows.")] = 0.0
     lora_rank: Annotated[int, Option("--lora-rank", "-P", help="P, on every linear of the blocks.")] = 16
     checkpointing: Annotated[bool, Option("--checkpointing", help="Compute blocks again in backward.")] = False
     network: Annotated[float, Option(help="Between nodes: GB/s a GPU, each way.")] = 50.0
+    learning: Annotated[
+        Path | None, Option(help="A report of `bench fidelity`: at which links is low rank there sooner?")
+    ] = None
+    share: Annotated[float, Option(help="Of exact LoRA's gain, for --learning: 0.5, 0.75, 0.9 or 1.")] = 0.75
     json: Json = None
 
     @property
@@ -149,16 +98,15 @@ class ScaleOptions:
     def sequences(self) -> int:
         return max(1, self.tokens // self.seq)
 
-    def policy(self, method: str) -> PaperPolicy:
-        known = POLICIES.get(method.rsplit("-", 1)[0])
-        return known or PaperPolicy("low rank", rank=self.rank, exact_layers=self.exact_layers)
-
-    def check(self) -> list[str]:
-        """The names of the models. Raises ValueError where a value cannot work."""
+    def check(self) -> tuple[list[str], list[PaperPolicy]]:
+        """The names of the models, and the policies, PEFT's first. Raises ValueError where a value cannot work."""
         known = {name.lower(): name for name in LLAMAS}
         for model in self.models:
             if model.lower() not in known:
                 raise ValueError(f"model {model!r} is not known; choose of {', '.join(LLAMAS)}")
+        for engine in self.engines:
+            if engine not in ENGINES:
+                raise ValueError(f"--engine {engine!r} is unknown; choose of {', '.join(ENGINES)}")
         check_counts(self, "tokens", "seq", "lora_rank")
         if self.tokens > self.seq and self.tokens % self.seq:
             raise ValueError(f"--tokens {self.tokens}: give a multiple of --seq {self.seq}")
@@ -169,99 +117,214 @@ class ScaleOptions:
         if not self.network > 0:
             raise ValueError(f"--network {self.network:g}: give GB/s above 0")
         check_writable(self.json)
-        return [known[model.lower()] for model in self.models] or list(LLAMAS)
+        policies = [policy.on_paper() for policy in parse_all((PEFT, *self.policies))]
+        return [known[model.lower()] for model in self.models] or list(LLAMAS), policies
 
 
 def run(options: ScaleOptions) -> dict[str, Any]:
-    """Print the table; returns, and writes to `options.json`, the report. Raises ValueError for bad options."""
-    names = options.check()
-    rows = [_row(name, count, method, options) for name in names for count in options.gpus for method in METHODS]
+    """Print the tables; returns, and writes to `options.json`, the report. Raises ValueError for bad options."""
+    names, policies = options.check()
+    learning = None if options.learning is None else _steps(options.learning, options.share)
+    rows = [
+        _row(name, count, policy, engine, options.machine, options)
+        for name in names
+        for count in options.gpus
+        for engine in options.engines
+        for policy in policies
+    ]
     for row in rows:
-        base = next(r for r in rows if (r["model"], r["gpus"], r["method"]) == (row["model"], row["gpus"], METHODS[0]))
-        row["speedup"] = base["seconds"] / row["seconds"]
+        same = (r for r in rows if all(r[key] == row[key] for key in ("model", "gpus", "engine")))
+        row["speedup"] = next(same)["seconds"] / row["seconds"]  # PEFT's comes first
     settings = without_files(asdict(options)) | {"machine": asdict(options.machine)}
+    settings["learning"] = None if options.learning is None else options.learning.name
     report = {"benchmark": "scale", "measured": False, "options": settings, "rows": rows}
+    if learning is not None:
+        report["sooner"] = _sooner(names, learning, options)
     _print(report, options)
     write(report, options.json)
     return report
 
 
-def _row(name: str, gpus: int, method: str, options: ScaleOptions) -> dict[str, Any]:
-    machine, llama = options.machine, LLAMAS[name]
-    held = block_bytes(llama, options.rank, options.lora_rank)
-    # Exact blocks and low-rank ones, on average.
-    exact = held.exact + options.exact_layers * (held.weights - held.exact)
-    held = replace(held, exact=round(exact), factors=round(held.factors * (1 - options.exact_layers)))
-    sent = traffic(method, held, options.checkpointing)
-    forward, backward, rest = _compute(llama, method, options)
+def _row(
+    name: str, gpus: int, policy: PaperPolicy, engine: str, machine: Machine, options: ScaleOptions
+) -> dict[str, Any]:
+    llama = LLAMAS[name]
+    block = held(llama, policy, machine.gpu, options.tokens, options.lora_rank, _BASE, _ADAPTER)
+    sent = traffic(block, engine, options.checkpointing)
+    sizes = options.tokens, options.sequences, options.lora_rank, options.checkpointing
+    forward, backward, rest = _compute(llama, machine.gpu, policy, engine, *sizes)
     gather = machine.gather_seconds
     collectives = gather(sent.forward, gpus), gather(sent.backward, gpus) + gather(sent.reduced, gpus)
     # Embedding and head are gathered once, as FSDP2's root keeps them; nothing overlaps the first gather.
-    ends = 0.0 if method.endswith("ddp") else gather(2 * llama.vocabulary * llama.hidden * _BASE, gpus)
+    ends = 0.0 if engine == "ddp" else gather(2 * llama.vocabulary * llama.hidden * _BASE, gpus)
     blocks = max(forward, llama.layers * collectives[0]) + max(backward, llama.layers * collectives[1])
-    memory = _resident(llama, method, held, gpus)
+    memory = _resident(llama, block, engine, gpus)
     received = llama.layers * (sent.forward + sent.backward + sent.reduced) * (gpus - 1) / gpus
+    compute, moving = forward + backward + rest, llama.layers * sum(collectives) + ends
     return {
         "model": name,
         "gpus": gpus,
-        "method": method,
-        "forward_bytes": llama.layers * sent.forward,
-        "backward_bytes": llama.layers * sent.backward,
-        "reduced_bytes": llama.layers * sent.reduced,
+        "engine": engine,
+        "policy": policy.name,
+        "forward_bytes": round(llama.layers * sent.forward),
+        "backward_bytes": round(llama.layers * sent.backward),
+        "reduced_bytes": round(llama.layers * sent.reduced),
         "received_bytes": round(received),
-        "compute_seconds": forward + backward + rest,
-        "collective_seconds": llama.layers * sum(collectives) + ends,
+        "compute_seconds": compute,
+        "collective_seconds": moving,
         "seconds": blocks + rest + ends,
+        "seconds_without_overlap": compute + moving,
         "resident_bytes": round(memory),
         "fits": memory < machine.memory,
     }
 
 
-def _compute(llama: Llama, method: str, options: ScaleOptions) -> tuple[float, float, float]:
-    """Seconds of the blocks forward and backward, and of the rest of a step: head, loss, optimizer."""
-    sizes = options.tokens, options.sequences, options.lora_rank, options.checkpointing
-    step = predict(llama, options.machine.gpu, options.policy(method), *sizes)
-    forward = sum(cost.seconds for name, cost in step.parts.items() if name.endswith(", forward"))
-    rest = sum(step.parts[name].seconds for name in ("output head", "cross-entropy", "optimizer"))
-    return forward, step.seconds - forward - rest, rest
+@cache
+def _compute(
+    llama: Llama, gpu: str, policy: PaperPolicy, engine: str, tokens: int, sequences: int, lora_rank: int, again: bool
+) -> tuple[float, float, float]:
+    """Seconds of the blocks forward and backward, and of the rest of a step: head, loss, optimizer. `again`: with
+    activation checkpointing."""
+    shares = [(1.0, policy)]
+    if engine == "fsdp2" and again and policy.rank is not None:
+        # The weights are there, and every layer's backward is exact; in 8 bits where it is given for exact steps.
+        exact = replace(policy, rank=None, exact_layers=0.0, exact_every=None)
+        eight = 1.0 if policy.exact_every is not None else policy.exact_layers
+        shares = [(eight, exact), (1.0 - eight, replace(exact, exact_dtype=None))]
+    forward = backward = rest = 0.0
+    for share, each in shares:
+        step = predict(llama, gpu, each, tokens, sequences, lora_rank, again)
+        ahead = sum(cost.seconds for name, cost in step.parts.items() if name.endswith(", forward"))
+        others = sum(step.parts[name].seconds for name in ("output head", "cross-entropy", "optimizer"))
+        forward += share * ahead
+        backward += share * (step.seconds - ahead - others)
+        rest += share * others
+    return forward, backward, rest
 
 
-def _resident(llama: Llama, method: str, held: BlockBytes, gpus: int) -> float:
+def _resident(llama: Llama, block: Held, engine: str, gpus: int) -> float:
     """Bytes of a GPU for weights, factors, 8-bit copies, adapters with gradients and AdamW, and of two gathered blocks;
     activations come on top."""
     ends = 2 * llama.vocabulary * llama.hidden * _BASE
-    trained = llama.layers * held.adapters / _ADAPTER * _TRAINED
-    added = {"low-rank": held.factors, "apply": held.weights / _BASE}.get(method.rsplit("-", 1)[0], 0)
-    frozen = llama.layers * (held.weights + held.norms + added)
-    if method.endswith("ddp"):
+    trained = llama.layers * block.adapters / _ADAPTER * _TRAINED
+    frozen = llama.layers * (block.weights + block.copies + block.factors + block.norms)
+    if engine == "ddp":
         return frozen + trained + ends
-    gathered = 2 * (held.weights + held.adapters + held.norms)
+    gathered = 2 * (block.weights + block.adapters + block.norms)
     return (frozen + trained + ends) / gpus + gathered + ends
+
+
+# ---- time to the same loss -------------------------------------------------------------------------------------------
+
+
+def _steps(file: Path, share: float) -> dict[str, float | None]:
+    """Steps to `share` of exact LoRA's gain by policy, None for one that did not get there. Raises ValueError for a
+    file that is no report of `bench fidelity` with `RIVAL` in it."""
+    try:
+        summary = json.loads(file.read_text())["summary"]
+        found = {entry["policy"]: entry["to_loss"][f"{share:g}"]["step"] for entry in summary}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--learning {file}: no report of bench fidelity with times to {share:g} of the gain ({error!r})"
+        ) from error
+    if found.get(RIVAL) is None:
+        raise ValueError(f"--learning {file}: policy {RIVAL!r} is not in it, or did not get to {share:g} of the gain")
+    return found
+
+
+def _sooner(names: list[str], steps: dict[str, float | None], options: ScaleOptions) -> list[dict[str, Any]]:
+    """For each low-rank policy of `steps` and each number of GPUs over several nodes: its steps over `RIVAL`'s, and the
+    networks between nodes, in ranges of GB/s a GPU, with which it is there sooner under FSDP2."""
+    policies = {policy.text: policy.on_paper() for policy in parse_all((RIVAL, *steps))}
+    counts = [count for count in options.gpus if count > options.machine.node]
+    found = []
+    for name, gpus, policy in product(names, counts, policies.values()):
+        if policy.rank is not None:
+            taken = steps[policy.name]
+            ratio = None if taken is None else taken / (steps[RIVAL] or math.inf)
+            networks = [] if ratio is None else _networks(name, gpus, policy, policies[RIVAL], ratio, options)
+            found.append({"model": name, "gpus": gpus, "policy": policy.name, "steps": ratio, "networks": networks})
+    return found
+
+
+def _networks(
+    name: str, gpus: int, policy: PaperPolicy, rival: PaperPolicy, ratio: float, options: ScaleOptions
+) -> list[tuple[float, float | None]]:
+    """The ranges, from 0 (no network is slower than `_SLOWEST`) to None (none is faster than `_FASTEST`)."""
+
+    def sooner(network: float) -> bool:
+        machine = replace(options.machine, network=network * 1e9)
+        ours, theirs = (_row(name, gpus, each, "fsdp2", machine, options)["seconds"] for each in (policy, rival))
+        return ratio * ours < theirs
+
+    count = 10 * round(math.log10(_FASTEST / _SLOWEST))
+    speeds = [_SLOWEST * 10 ** (i / 10) for i in range(count + 1)]
+    edges = [0.0] if sooner(_SLOWEST) else []
+    for low, high in pairwise(speeds):
+        if sooner(low) != sooner(high):
+            before = sooner(low)
+            while high / low > 1.001:
+                middle = math.sqrt(low * high)
+                low, high = (middle, high) if sooner(middle) == before else (low, middle)
+            edges.append(low)
+    return list(zip_longest(edges[::2], edges[1::2]))
 
 
 def _print(report: dict[str, Any], options: ScaleOptions) -> None:
     console = Console()
     machine = options.machine
     again = ", activation checkpointing" if options.checkpointing else ""
-    exact = f" below {options.exact_layers:.0%} exact layers" if options.exact_layers else ""
     console.print(
-        f"[bold]A model on paper, not measured[/bold]: {options.tokens} tokens a GPU, factors of rank "
-        f"{options.rank:g}{exact}, adapters of rank {options.lora_rank}{again}; nodes of {machine.node} {machine.gpu}, "
-        f"NVLink {machine.nvlink / 1e9:.0f} GB/s, network {machine.network / 1e9:.0f} GB/s a GPU; perfect overlap",
+        f"[bold]A model on paper, not measured[/bold]: {options.tokens} tokens a GPU, adapters of rank "
+        f"{options.lora_rank}{again}; nodes of {machine.node} {machine.gpu}, NVLink {machine.nvlink / 1e9:.0f} GB/s, "
+        f"network {machine.network / 1e9:g} GB/s a GPU",
         highlight=False,
         soft_wrap=True,
     )
-    console.print("a low-rank step teaches less than an exact one: `bench fidelity`", style="dim", highlight=False)
+    console.print(
+        "step: collectives hidden behind arithmetic wherever it lasts as long; at worst: none hidden. A low-rank step "
+        "teaches less than an exact one: `bench fidelity`",
+        style="dim",
+        highlight=False,
+        soft_wrap=True,
+    )
     for name in dict.fromkeys(row["model"] for row in report["rows"]):
-        table = Table(title=name, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        for heading in ("GPUs", "method"):
-            table.add_column(heading, no_wrap=True)
-        for heading in ("fwd gathers", "bwd gathers", "reduces", "arithmetic", "collectives", "step", "x PEFT", "held"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        sent = ("fwd gathers", "bwd gathers", "reduces")
+        table = _table(name, "GPUs", "engine", "policy", *sent, "arithmetic", "step", "x PEFT", "at worst", "held")
         for row in report["rows"]:
             if row["model"] == name:
-                sent = [size(row[f"{kind}_bytes"]) for kind in ("forward", "backward", "reduced")]
-                times = [duration(row[f"{kind}seconds"]) for kind in ("compute_", "collective_", "")]
-                held = size(row["resident_bytes"]) + ("" if row["fits"] else " [red]too much[/red]")
-                table.add_row(str(row["gpus"]), row["method"], *sent, *times, f"{row['speedup']:.2f}", held)
+                moved = [size(row[f"{kind}_bytes"]) for kind in ("forward", "backward", "reduced")]
+                times = duration(row["compute_seconds"]), duration(row["seconds"]), f"{row['speedup']:.2f}"
+                resident = size(row["resident_bytes"]) + ("" if row["fits"] else " [red]too much[/red]")
+                worst = duration(row["seconds_without_overlap"])
+                table.add_row(str(row["gpus"]), row["engine"], row["policy"], *moved, *times, worst, resident)
         print_wide(console, table)
+    if "sooner" in report:
+        title = f"Sooner than {RIVAL} at {options.share:.0%} of exact LoRA's gain, under FSDP2"
+        table = _table(title, "model", "GPUs", "policy", "steps, over its", "network between nodes")
+        for row in report["sooner"]:
+            steps = "never there" if row["steps"] is None else f"{row['steps']:.3f}"
+            table.add_row(row["model"], str(row["gpus"]), row["policy"], steps, _ranges(row["networks"]))
+        print_wide(console, table)
+
+
+def _ranges(networks: list[tuple[float, float | None]]) -> str:
+    """Ranges of GB/s in words."""
+    if not networks:
+        return "at no speed"
+    if networks[0] == (0.0, None):
+        return "at every speed"
+    words = []
+    for low, high in networks:
+        words.append(f"below {high:.3g}" if low == 0.0 else f"above {low:.3g}")
+        if low > 0.0 and high is not None:
+            words[-1] = f"{low:.3g} to {high:.3g}"
+    return f"{', '.join(words)} GB/s a GPU"
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in headings:
+        left = heading in ("model", "GPUs", "engine", "policy")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    return table

@@ -164,7 +164,7 @@ def _linear_backward(gpu: Gpu, sizes: Llama, policy: PaperPolicy, M: int, P: int
     """The backward of one block's linear layers, by parts, averaged over the layers and steps of the policy."""
     dense, quantisation, low_rank, adapters = Cost(), Cost(), Cost(), Cost()
     for N, K in sizes.linears():
-        R = _rank(policy.rank, N, K)
+        R = layer_rank(policy.rank, N, K)
         exact = 1.0 if R is None else policy.exact_share
         dtype = _dtype(gpu, policy, M, N, K)
         if policy.kernels:
@@ -188,11 +188,17 @@ def _linear_backward(gpu: Gpu, sizes: Llama, policy: PaperPolicy, M: int, P: int
     }
 
 
-def _rank(rank: int | float | None, N: int, K: int) -> int | None:
+def layer_rank(rank: int | float | None, N: int, K: int) -> int | None:
+    """R of the factors of a layer [N, K], or None where it stays exact."""
     if rank is None:
         return None
     R = resolve_rank(min(rank, N, K) if isinstance(rank, int) else rank, N, K)
     return R if R * (N + K) < N * K else None
+
+
+def layer_dtype(gpu: str, policy: PaperPolicy, M: int, N: int, K: int) -> EightBits | None:
+    """What the exact dX [M, K] of a layer [N, K] runs in; None for 16 bits."""
+    return None if policy.peft else _dtype(_gpu(gpu), policy, M, N, K)
 
 
 def _dtype(gpu: Gpu, policy: PaperPolicy, M: int, N: int, K: int) -> EightBits | None:

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from models import VOCABULARY
 from torch import Tensor, distributed
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from loge_kernels.bench.measure.collectives import Collectives
 
 WORLD = 2
 TIMEOUT = timedelta(seconds=120)  # a process that waits for a dead one fails, and the suite goes on
@@ -60,34 +61,6 @@ def train(model: Any, rows: slice, steps: int, lr: float = 1e-3, batch: Callable
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-class Sent(NamedTuple):
-    """One collective: torch's operator, the bytes of its whole tensor, whether autograd's backward called it."""
-
-    name: str
-    nbytes: int
-    backward: bool
-
-
-class Collectives(TorchDispatchMode):
-    """Counts the collectives that run in the block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: list[Sent] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            tensors = [t for t in args if isinstance(t, Tensor)] + [t for a in args if isinstance(a, list) for t in a]
-            largest = max((t.nbytes for t in tensors if isinstance(t, Tensor)), default=0)
-            in_backward = torch._C._current_graph_task_id() != -1
-            self.sent.append(Sent(func.overloadpacket.__name__, largest, in_backward))
-        return func(*args, **(kwargs or {}))
-
-    def total(self, name: str, backward: bool) -> int:
-        """Bytes of the collectives whose operator has `name` in it."""
-        return sum(s.nbytes for s in self.sent if name in s.name and s.backward == backward)
 
 
 def train_counted(model: Any, rows: slice, steps: int) -> tuple[list[float], list[Collectives]]:
