@@ -117,9 +117,17 @@ def _row(policy: str, checkpointing: bool, mesh: Any, ranks: int) -> dict[str, A
     from .step.run import StepOptions
     from .step.trainer import build
 
-    sizes = {"hidden": MODEL.hidden, "intermediate": MODEL.intermediate, "layers": MODEL.layers, "heads": HEADS}
-    sizes |= {"kv_heads": MODEL.key_value * HEADS // MODEL.hidden, "vocab": MODEL.vocabulary}
-    options = StepOptions(**sizes, batch=BATCH, seq=TOKENS, lora_rank=LORA_RANK)
+    options = StepOptions(
+        hidden=MODEL.hidden,
+        intermediate=MODEL.intermediate,
+        layers=MODEL.layers,
+        heads=HEADS,
+        kv_heads=MODEL.key_value * HEADS // MODEL.hidden,
+        vocab=MODEL.vocabulary,
+        batch=BATCH,
+        seq=TOKENS,
+        lora_rank=LORA_RANK,
+    )
     made = build(options, [parse(policy)], torch.bfloat16, checkpointing, torch.device("cpu"))
     model: Any = next(iter(made.values())).model
     inside = {id(p) for p in model.base_model.model.model.layers.parameters()}

@@ -89,7 +89,8 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
     for block in chosen:
         layers = _cheap_layers(block)
         groups: list[Group] = []
-        for group in (FrozenWeights(layers), FactorGroup(layers), CopyGroup(layers)):
+        candidates: tuple[Group, ...] = (FrozenWeights(layers), FactorGroup(layers), CopyGroup(layers))
+        for group in candidates:
             mine = group.members() - ignored
             if mine:
                 # Freed after every forward: nothing reads them until backward gathers them, or ever.

@@ -89,7 +89,7 @@ class LoGELinear8bitLt(QuantizedLinear, bnb.nn.Linear8bitLt):
     def library_forward(self, input: Tensor) -> Tensor:
         weight: Any = self.weight
         if not isinstance(weight, bnb.nn.Int8Params):  # as FSDP gathered it; the library looks for what it lost
-            weight.CB, weight.SCB = weight.data, self.state.SCB
+            weight.CB, weight.SCB = weight.data, _scales(self)
         return super().library_forward(input)
 
 

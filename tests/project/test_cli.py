@@ -86,12 +86,18 @@ def test_check_fails_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], words: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "loge_kernels", *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert all(word in line for word in words)
+    assert "Traceback" not in result.output
+
+
+def test_bad_input_in_a_process_of_its_own() -> None:
+    command = [sys.executable, "-m", "loge_kernels", "check", "--backend", "nope"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "error: backend='nope'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

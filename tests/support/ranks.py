@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,11 +31,15 @@ def on_ranks(work: Callable[[int], Any], folder: Path, world: int) -> list[Any]:
     """What `work(rank)`, a module's function, returned on each rank: tensors, numbers and strings in containers."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ["OMP_NUM_THREADS"] = "1"
-    mp.spawn(_rank, (work, folder, world), nprocs=world)
+    # Ranks are forks of a process that has imported what they need and has done nothing else: importing it in each of
+    # them takes longer than most of their work.
+    multiprocessing.set_forkserver_preload(["peft", "transformers", "loge_kernels", "torch.distributed.fsdp"])
+    mp.start_processes(_rank, (work, folder, dict(os.environ), world), nprocs=world, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
-def _rank(rank: int, work: Callable[[int], Any], folder: Path, world: int) -> None:
+def _rank(rank: int, work: Callable[[int], Any], folder: Path, environment: dict[str, str], world: int) -> None:
+    os.environ.update(environment)  # the process that forked has that of its own start
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=TIMEOUT)
