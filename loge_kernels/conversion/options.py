@@ -29,6 +29,9 @@ _OF_LOW_RANK = {
     "residual": 0.0,
 }
 
+# Where libraries keep functions that compute adapter and frozen weight without calling the layers.
+_RIVALS = ("unsloth.kernels.fast_lora", "axolotl.kernels.lora")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApplyOptions:
@@ -81,6 +84,12 @@ class ApplyOptions:
         for name, module in model.named_modules():
             if isinstance(module, LoGELinear) and module.converted:
                 raise ValueError(f"model is converted already (layer {name!r}); call loge_kernels.remove(model) first")
+            rival = _rival(module)
+            if rival is not None:
+                raise ValueError(
+                    f"in {name!r} {rival}'s fused LoRA kernels run in the place of the layers, and this package would "
+                    "change nothing: adapt the model by peft.get_peft_model, or turn those kernels off"
+                )
 
     def _check_types(self) -> None:
         for name in ("exact_layers", "exact_fraction", "residual"):
@@ -123,3 +132,13 @@ class ApplyOptions:
             value = getattr(self, name)
             if value is not None and value not in choices:
                 raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}, or None")
+
+
+def _rival(module: nn.Module) -> str | None:
+    """The library one of whose functions stands on this module in the place of its own, or None."""
+    for value in vars(module).values():
+        function = getattr(value, "__func__", value)  # of a bound method
+        home = getattr(getattr(function, "func", function), "__module__", None)  # of a functools.partial
+        if home in _RIVALS:
+            return home.partition(".")[0]
+    return None

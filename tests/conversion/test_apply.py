@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import types
+from functools import partial
 from typing import Any
 
 import models
@@ -379,3 +381,22 @@ def test_twice_raises() -> None:
     with pytest.raises(ValueError, match=r"converted already.*remove"):
         loge.apply(model, RANK)
     assert_close(gradients(model), expected, 0.0)
+
+
+@pytest.mark.parametrize("home", ["unsloth.kernels.fast_lora", "axolotl.kernels.lora"])
+@pytest.mark.parametrize("wrap", [lambda f, module: f, types.MethodType, lambda f, m: types.MethodType(partial(f), m)])
+def test_kernels_in_the_place_of_the_layers(home: str, wrap: Any) -> None:
+    """As unsloth and axolotl put them on attention and MLP modules."""
+
+    def fused(module: nn.Module, x: Tensor) -> Tensor:
+        return x
+
+    fused.__module__ = home
+    model = frozen_llama()
+    attention = model.model.layers[1].self_attn
+    attention.apply_qkv = wrap(fused, attention)
+    with pytest.raises(ValueError, match=rf"'model.layers.1.self_attn' {home.partition('.')[0]}'s fused LoRA kernels"):
+        loge.apply(model)
+    assert not modules_of(model, LoGELinear)
+    fused.__module__ = "unsloth.models.llama"  # what stands there calls the layers
+    loge.apply(model)
