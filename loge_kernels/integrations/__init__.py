@@ -1,5 +1,5 @@
 """Engines that hold the weights of an applied model, and trainers that apply it by a config.
 
-fsdp: FSDP2, whose backward gathers no frozen weight; axolotl: a plug-in, whose options are in axolotl_section.
+fsdp: FSDP2 without frozen weights in backward, once the ranks agree (agreement); axolotl: a plug-in (axolotl_section).
 Imports conversion, layers, freezing, factors and numerics.
 """

@@ -24,6 +24,7 @@ from ..freezing.frozen_module import is_frozen
 from ..layers.linear import LoGELinear
 from ..layers.quantized import QuantizedLinear
 from ..numerics.eight_bit import as_bits, why_not
+from .agreement import agreed
 from .fsdp_groups import (
     CopyGroup,
     FactorGroup,
@@ -57,16 +58,22 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
     Raises:
         ValueError, TypeError: a model that is not applied or sharded already, one whose blocks are not known, a
             quantised weight that FSDP2 cannot split (torchao's) or would cast, factors in 8 bits (`low_rank_dtype`):
-            the message says what to do instead. The model is as it was.
+            the message says what to do instead. Where one rank raises, or ranks applied the model differently
+            (`agreement`), all raise. The model is as it was.
 
     Source: Zhao et al., arXiv 2304.11277 (fully sharded data parallelism); its second version is torch's.
     """
     from torch.distributed.fsdp import fully_shard as shard
 
     policy = arguments.get("mp_policy")
-    named = _check(model, None if policy is None else policy.param_dtype)
-    chosen = _blocks(model, blocks)
+
+    def check() -> tuple[dict[str, LoGELinear], list[nn.Module]]:
+        return _check(model, None if policy is None else policy.param_dtype), _blocks(model, blocks)
+
+    if not torch.distributed.is_initialized():
+        check()  # what is wrong with the model is said first
     mesh = arguments.pop("mesh", None) or _default_mesh()
+    named, chosen = agreed(model, mesh, _device(mesh), check)
     arguments["mesh"] = mesh
     ignored = set(arguments.pop("ignored_params", None) or ())
     for layer in named.values():

@@ -172,6 +172,13 @@ class FrozenWeights(Group):
         for layer in self._layers:
             layer.gather = self._gather
 
+    @torch.compiler.disable
+    def _enter(self, *args: Any, **kwargs: Any) -> Any:
+        for layer in self._layers:
+            if isinstance(layer, LoGELinear):  # not after `remove`
+                layer.follow_shard()
+        return self(*args, **kwargs)
+
     def wanted(self) -> bool:
         return any(map(reads_weight, self._layers))
 

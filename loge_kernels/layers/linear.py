@@ -113,6 +113,7 @@ class LoGELinear(ShardedLinear):
         self.gather = None
         self.recomputed = False
         self.shard_sums = None
+        self.handed_out = False
 
     def _add_adapter(self, lora_rank: int, lora_alpha: float) -> None:
         # As PEFT does: float32 adapters over a 16-bit base, A uniform (Kaiming), B zero.

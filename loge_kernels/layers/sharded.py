@@ -22,6 +22,7 @@ class ShardedLinear(nn.Linear):
     gather: Callable[[], None] | None  # brings a weight that `fully_shard` sharded and a checkpoint reads in backward
     recomputed: bool  # whether a checkpoint computes this forward again, from the weight that `gather` brings
     shard_sums: Tensor | None  # of this rank's part of a weight that `fully_shard` sharded
+    handed_out: bool  # whether a state dict has that part since then, into which a checkpoint may be read
 
     def invalidate(self) -> None:
         """Declare the weight changed in a way that torch does not count."""
@@ -67,6 +68,20 @@ class ShardedLinear(nn.Linear):
         into the tensors of `state_dict()`, as distributed checkpoints do it."""
         stands_in = self.factors is not None or self.eight_bit is not None
         self.shard_sums = _sums(self.weight) if self.sharded and stands_in else None
+        self.handed_out = False
+
+    def follow_shard(self) -> None:
+        """Declare the weight changed where other values were read into the tensors of a state dict, and never loaded:
+        a distributed checkpoint that fails half way leaves them so."""
+        if self.handed_out and hasattr(self.weight, "placements"):
+            self.handed_out = False
+            if self.shard_sums is not None and not torch.equal(self.shard_sums, _sums(self.weight)):
+                self.invalidate()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        parent: Any = super()
+        parent._save_to_state_dict(*args, **kwargs)
+        self.handed_out = self.shard_sums is not None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         parent: Any = super()

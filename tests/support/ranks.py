@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from models import VOCABULARY
 from torch import Tensor, distributed
 
 from loge_kernels.bench.measure.collectives import Collectives
@@ -51,6 +50,8 @@ def _rank(rank: int, work: Callable[[int], Any], folder: Path, environment: dict
 
 def batch(step: int) -> Tensor:
     """Four sequences, of which each rank has two."""
+    from models import VOCABULARY  # it brings transformers and PEFT, which not every rank of every test needs
+
     return torch.randint(VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(step % 5))
 
 
