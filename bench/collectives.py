@@ -3,7 +3,8 @@
 The model has bfloat16 weights and adapters of rank 4, `MixedPrecisionPolicy(param_dtype=bfloat16)` and two blocks. PEFT
 is sharded by torch's own `fully_shard`, each block and then the model; what is applied by `loge_kernels.fully_shard`.
 Counted are whole tensors, of the blocks and of the root (embedding, head, last norm), which both gather once. What
-rank 0 holds between steps is counted too: its shards of parameters, 8-bit copies and factors.
+rank 0 holds between steps is counted too, its shards of parameters, 8-bit copies and factors; and the most that it
+holds in a step, with gathered tensors and activations.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,7 @@ import loge_kernels as loge
 from loge_kernels.command_line import WHOLE, Json
 
 from .measure.collectives import Collectives
+from .measure.memory import with_peak_memory
 from .measure.output import check_writable, print_wide, size, spinner, without_files, write
 from .measure.shapes import Llama
 from .policies import PEFT, Policy, parse, parse_all
@@ -133,7 +135,12 @@ def _row(policy: str, checkpointing: bool, mesh: Any, ranks: int) -> dict[str, A
     inside = {id(p) for p in model.base_model.model.model.layers.parameters()}
     ends = sum(p.nbytes for p in model.parameters() if id(p) not in inside)
     _shard(model, policy, mesh)
-    losses, sent = _train(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with Collectives() as sent:
+        losses = [_step(model, optimizer) for _ in range(_STEPS)]
+    peaks = [_peak(lambda: _step(model, optimizer)) for _ in range(3 * _STEPS)]
+    # Gloo's threads have buffers of their own at times of their own: the least of a kind of step is without them.
+    peak = max(min(peaks[kind::_STEPS]) for kind in range(_STEPS))
     held = sum(_local(tensor).nbytes for tensor in [*model.parameters(), *_kept(model)])
     # The root's are gathered once, before the first block.
     totals = {way: sent.total("allgather", way == "backward") // _STEPS for way in ("forward", "backward")}
@@ -146,6 +153,7 @@ def _row(policy: str, checkpointing: bool, mesh: Any, ranks: int) -> dict[str, A
         "reduced_bytes": sent.total("reduce_scatter", True) // _STEPS,
         "root_bytes": ends,
         "held_bytes": held,
+        "peak_bytes": held + peak,
         "loss": losses[-1],
     }
 
@@ -162,18 +170,21 @@ def _shard(model: Any, policy: str, mesh: Any) -> None:
         loge.fully_shard(model, **arguments)
 
 
-def _train(model: Any) -> tuple[list[float], Collectives]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+def _peak(call: Callable[[], Any]) -> int:
+    """Bytes, of rank 0 alone: the profile takes longer than the step."""
+    if torch.distributed.get_rank() == 0:
+        return with_peak_memory(call, torch.device("cpu"))[1]
+    call()
+    return 0
+
+
+def _step(model: Any, optimizer: torch.optim.Optimizer) -> float:
     tokens = torch.randint(MODEL.vocabulary, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
-    losses = []
-    with Collectives() as sent:
-        for _ in range(_STEPS):
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-    return losses, sent
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
 
 
 def _kept(model: Any) -> list[Any]:
@@ -194,17 +205,18 @@ def _print(console: Console, report: dict[str, Any]) -> None:
     model = report["model"]
     console.print(
         f"[bold]Counted[/bold]: whole tensors of {model['layers']} blocks {model['hidden']} wide in bfloat16, adapters "
-        f"of rank {model['lora_rank']}, FSDP2 over gloo ranks; bytes of a step, and what rank 0 holds",
+        f"of rank {model['lora_rank']}, FSDP2 over gloo ranks: bytes of a step; what rank 0 holds between steps, and "
+        "the most in one",
         highlight=False,
         soft_wrap=True,
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("ranks", "policy"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("checkpointing", "fwd gathers", "bwd gathers", "x PEFT", "reduces", "held"):
+    for heading in ("checkpointing", "fwd gathers", "bwd gathers", "x PEFT", "reduces", "held", "peak"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report["rows"]:
-        sent = [size(row[f"{kind}_bytes"]) for kind in ("forward", "backward", "reduced", "held")]
+        sent = [size(row[f"{kind}_bytes"]) for kind in ("forward", "backward", "reduced", "held", "peak")]
         again = "yes" if row["checkpointing"] else "no"
         share = f"{row['backward_over_peft']:.3f}"
         table.add_row(str(row["ranks"]), row["policy"], again, *sent[:2], share, *sent[2:])

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..numerics.eight_bit import from_bits
+from ..numerics.eight_bit import DTYPES, as_bits, from_bits, quantize_columns
 
 # What the frozen path's part of dX is: dY · left · right; the same with dense rows among them; dY · W; and that in
 # 8 bits.
@@ -55,11 +55,19 @@ class Operands(NamedTuple):
     dropout: float = 0.0
     exact_fraction: float = 0.0
     backend: str = "auto"
+    quantise: str = ""  # "float8", "int8": dense is made of the weight in backward
 
     @property
     def kind(self) -> Kind:
         """What the frozen path's part of dX is."""
         return kind_of(self.left, self.dense, self.exact_fraction)
+
+    def with_dense_copy(self) -> Operands:
+        """These with `dense` made of the weight, where `quantise` asks for it."""
+        if not self.quantise or self.weight is None:
+            return self
+        dense, scale = quantize_columns(self.weight, DTYPES[self.quantise])
+        return self._replace(weight=None, dense=as_bits(dense), dense_scale=scale)
 
     @property
     def stand_ins(self) -> tuple[Tensor | None, ...]:

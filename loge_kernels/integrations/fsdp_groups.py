@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ..factors.factors import Factors
 from ..layers.linear import LoGELinear
 from ..layers.sharded import computed_again, in_backward
-from ..numerics.eight_bit import DTYPES, EightBitWeight, as_bits, from_bits, quantize_columns
+from ..numerics.eight_bit import EightBitWeight, as_bits, from_bits
 
 
 class FactorStore(nn.Module):
@@ -72,9 +72,11 @@ class ShardedCopy(EightBitWeight):
                 "the weight of a layer has changed since it was sharded, and its 8-bit copy cannot follow: load or "
                 "merge weights before the model is sharded"
             )
-        if in_backward() and computed_again():
-            return quantize_columns(weight.detach(), DTYPES[self.dtype])
         return self.tensor, self.scale
+
+    def made_in_backward(self) -> bool:
+        # Layer by layer: a block's copies, made by its recomputation, would lie beside its weights.
+        return computed_again()
 
     def invalidate(self) -> None:
         self.changed = True

@@ -62,6 +62,10 @@ class EightBitWeight:
         self.scale: Tensor | None = None
         self._made_of = WeightVersion()
 
+    def made_in_backward(self) -> bool:
+        """Whether the backward of the forward under way makes it of the weight, which it has."""
+        return False
+
     def moved(self) -> None:
         """The weight goes to another device or dtype, where the next use makes the copy anew."""
         self.invalidate()
