@@ -36,7 +36,8 @@ def choose(weight: Tensor, requested: str | None) -> tuple[str | None, str]:
             if why_not(name, weight.device, N, K) is None:
                 return faster_dtype(N, K, name, weight.dtype, weight.device)
         return None, "no 8-bit products here"
-    if weight.device.type != "cpu":
+    # Meta: the other ranks' part of Accelerate's cpu_ram_efficient_loading, whose rank 0 has its weights on the CPU.
+    if weight.device.type not in ("cpu", "meta"):
         return None, f"no 8-bit products on {weight.device.type}"
     if not cpu_multiplies_int8():
         return None, "this CPU has no int8 products"

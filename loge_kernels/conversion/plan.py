@@ -57,7 +57,13 @@ def make_plan(
 
 def _check_weight(target: TargetLayer, options: ApplyOptions) -> None:
     weight = target.weight()
-    if not torch.isfinite(weight).all():
+    if weight.is_meta and options.directions in PROJECTIONS:
+        raise ValueError(
+            f"calibration with the weight of layer {target.name!r} on the meta device, where Accelerate's "
+            "cpu_ram_efficient_loading leaves it on all ranks but one: set fsdp_cpu_ram_efficient_loading to false, or "
+            "apply without calibration"
+        )
+    if not weight.is_meta and not torch.isfinite(weight).all():
         raise ValueError(f"the weight of layer {target.name!r} contains NaN or inf; the model is unchanged")
     for argument in ("exact_dtype", "low_rank_dtype"):
         dtype = getattr(options, argument)
@@ -152,7 +158,9 @@ def _factors(target: TargetLayer, found: Subspace | None, options: ApplyOptions)
         return None, f"dense is cheaper at this rank (break-even at {N * K // (N + K)})"
     weight = target.weight()
     made = cached_factors(weight, rank) if found is None else found.factors(weight, rank)
-    if rows:
+    if rows and weight.is_meta:
+        made = Factors.to_come(weight, rank, rows)
+    elif rows:
         made = made.with_residual(weight, rows, None if found is None else found.importance)
     made.low_rank_dtype = options.low_rank_dtype
     return made, ""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..collectives import distributed
 from ..freezing.frozen_module import is_frozen
 from ..freezing.prefix import embeddings
 from ..layers.formats import layer_class
@@ -177,7 +178,7 @@ def _why_not(
         )
     if getattr(module, "_is_fsdp_managed_module", False):
         return "is inside a sharded module (FSDP): apply first, and shard by loge_kernels.fully_shard"
-    if module.weight.is_meta:
+    if module.weight.is_meta and not distributed():  # with ranks beside it, Accelerate brings the values from rank 0
         return "its weight is on the meta device: load the model first"
     if quantized is not None:
         reason = quantized.why_not(module)

@@ -26,7 +26,10 @@ _FORMAT = "loge_kernels factors 1"
 
 
 def cached_factors(weight: Tensor, rank: int | float) -> Factors:
-    """`factorize(weight, rank)`, from the cache where this content was factorised before."""
+    """`factorize(weight, rank)`, from the cache where this content was factorised before; factors without values of a
+    weight without values, on the meta device."""
+    if weight.is_meta:
+        return Factors.to_come(weight, resolve_rank(rank, *weight.shape))
     directory = cache_dir()
     if directory is None or not torch.isfinite(weight).all():
         return factorize(weight, rank)
@@ -42,7 +45,8 @@ def cached_factors(weight: Tensor, rank: int | float) -> Factors:
 def fingerprint(weight: Tensor) -> str:
     """SHA-256, in hexadecimal, of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)} ".encode())
-    digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for part in weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).split(1 << 24):
+        digest.update(part.clone().numpy().data)  # a copy: FSDP cannot free storage that numpy has seen
     return digest.hexdigest()
 
 

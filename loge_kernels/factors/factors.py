@@ -68,6 +68,19 @@ class Factors:
         self.made_of = WeightVersion()
         self._warned = False
 
+    @classmethod
+    def to_come(cls, weight: Tensor, rank: int, rows: int = 0) -> Factors:
+        """Factors "svd" of a weight [N, K] on the meta device, as Accelerate's `cpu_ram_efficient_loading` leaves it on
+        all ranks but one: `refresh` gives them values once the weight has some."""
+        (N, K), like = weight.shape, weight.detach()
+        kept = (like.new_empty(rows, dtype=torch.int64), like.new_empty(rows, K)) if rows else (None, None)
+        return cls(like.new_empty(N, rank), like.new_empty(rank, K), "svd", math.nan, *kept)
+
+    @property
+    def without_values(self) -> bool:
+        """Whether they are on the meta device: `to_come`, or moved there with their layer."""
+        return self.left.is_meta
+
     @property
     def rank(self) -> int:
         return self.left.shape[1]
@@ -207,6 +220,8 @@ class Factors:
 
     def apply_(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Change every tensor as `torch.nn.Module._apply` changes parameters: a move, a cast, shared memory."""
+        if self.without_values:
+            return
         self.left, self.right = fn(self.left), fn(self.right)
         self.rows = None if self.rows is None else fn(self.rows)
         self.residual = None if self.residual is None else fn(self.residual)
@@ -315,5 +330,5 @@ def _check_residual(left: Tensor, right: Tensor, rows: Tensor | None, residual: 
     if residual.shape != (rows.shape[0], right.shape[1]):
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected {(rows.shape[0], right.shape[1])}")
     N = left.shape[0]
-    if rows.numel() and (rows[0] < 0 or rows[-1] >= N or (rows.diff() <= 0).any()):
+    if rows.numel() and not rows.is_meta and (rows[0] < 0 or rows[-1] >= N or (rows.diff() <= 0).any()):
         raise ValueError(f"rows must ascend, without repeats, within 0..{N - 1}")

@@ -146,6 +146,11 @@ def _check(model: nn.Module, param_dtype: torch.dtype | None) -> dict[str, LoGEL
     for name, layer in named.items():
         if isinstance(layer, QuantizedLinear):
             _check_quantized(name, layer, param_dtype)
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"layer {name!r} has its weight on the meta device: load the model on every rank (for Accelerate, "
+                "fsdp_cpu_ram_efficient_loading: false)"
+            )
         if layer.factors is not None and layer.weight.requires_grad:
             raise ValueError(
                 f"layer {name!r} has factors of a weight that trains, which could not follow it: freeze the weight, or "

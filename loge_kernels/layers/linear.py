@@ -33,7 +33,6 @@ class LoGELinear(ShardedLinear):
     pre-trained layer.
     """
 
-    eight_bit: EightBitWeight | None
     exact_every: ExactEvery | None
     _added: tuple[str, ...]  # the attributes that `convert_` gave it
     _was_frozen: bool  # the weight, when `apply` came
@@ -229,12 +228,16 @@ class LoGELinear(ShardedLinear):
         self.gather_weight()
         if factors is None or not self.reads_factors():
             return None
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return factors
+        if not torch.is_grad_enabled():
+            return None if factors.without_values else factors
         if torch._C._are_functorch_transforms_active():
             return factors  # the op refuses them
         self.refuse_partitioned()
         made_of = factors.made_of
+        if factors.without_values and not self.weight.is_meta:
+            self.give_values(factors)
         if not made_of.changed(self.weight):
             if not made_of.bound:
                 factors.bind(self.weight)

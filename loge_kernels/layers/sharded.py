@@ -17,8 +17,8 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class ShardedLinear(nn.Linear):
     """The part of `LoGELinear` that is about engines."""
 
-    factors: Factors | None
     eight_bit: EightBitWeight | None
+    factors: Factors | None
     gather: Callable[[], None] | None  # brings a weight that `fully_shard` sharded and a checkpoint reads in backward
     recomputed: bool  # whether a checkpoint computes this forward again, from the weight that `gather` brings
     shard_sums: Tensor | None  # of this rank's part of a weight that `fully_shard` sharded
@@ -26,6 +26,10 @@ class ShardedLinear(nn.Linear):
 
     def invalidate(self) -> None:
         """Declare the weight changed in a way that torch does not count."""
+        raise NotImplementedError
+
+    def refresh(self) -> None:
+        """Recompute the factors, if any, from the weight as it is now."""
         raise NotImplementedError
 
     @property
@@ -36,12 +40,7 @@ class ShardedLinear(nn.Linear):
 
     def follow_shards(self, factors: Factors) -> None:
         """Take the weight as FSDP gathered it for the one that the factors are of; ValueError where it is another."""
-        if hasattr(self.weight, "placements"):
-            raise ValueError(
-                f"the weight {tuple(self.weight.shape)} of this layer is a DTensor with placements "
-                f"{self.weight.placements}: FSDP gathers weights in the forward of the modules that it shards, and "
-                "tensor parallelism is not supported"
-            )
+        self._refuse_parts()
         if not isinstance(self.weight, nn.Parameter):
             raise ValueError(
                 "a layer with factors is inside a FullyShardedDataParallel (FSDP1), which flattens its parameters: "
@@ -53,6 +52,27 @@ class ShardedLinear(nn.Linear):
                 "weights before the model is sharded"
             )
         factors.bind(self.weight)
+
+    def give_values(self, factors: Factors) -> None:
+        """Compute factors that are on the meta device, where Accelerate moves a model before it shards it, from the
+        weight as FSDP gathered it; ValueError for those that do not follow from it alone."""
+        self._refuse_parts()
+        if factors.method != "svd":
+            raise ValueError(
+                f"factors of subspace={factors.method!r} lost their values on the meta device, to which Accelerate's "
+                "cpu_ram_efficient_loading moves a model: set fsdp_cpu_ram_efficient_loading to false, or apply "
+                "without calibration"
+            )
+        self.refresh()
+
+    def _refuse_parts(self) -> None:
+        """Raise ValueError where the weight is not whole."""
+        if hasattr(self.weight, "placements"):
+            raise ValueError(
+                f"the weight {tuple(self.weight.shape)} of this layer is a DTensor with placements "
+                f"{self.weight.placements}: FSDP gathers weights in the forward of the modules that it shards, and "
+                "tensor parallelism is not supported"
+            )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if hasattr(param, "placements") and not self.sharded and getattr(self, "factors", None) is not None:
@@ -67,7 +87,7 @@ class ShardedLinear(nn.Linear):
         """Remember what this rank's part of a sharded weight holds: a later load of other values is then seen, also one
         into the tensors of `state_dict()`, as distributed checkpoints do it."""
         stands_in = self.factors is not None or self.eight_bit is not None
-        self.shard_sums = _sums(self.weight) if self.sharded and stands_in else None
+        self.shard_sums = _sums(self.weight) if stands_in and self.sharded and not self.weight.is_meta else None
         self.handed_out = False
 
     def follow_shard(self) -> None:
@@ -80,13 +100,15 @@ class ShardedLinear(nn.Linear):
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         parent: Any = super()
+        if self.shard_sums is None:
+            self.note_shard()  # sharded by torch's own `fully_shard`
         parent._save_to_state_dict(*args, **kwargs)
         self.handed_out = self.shard_sums is not None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         parent: Any = super()
         if self.shard_sums is None:
-            self.note_shard()  # sharded by torch's own `fully_shard`
+            self.note_shard()
         before = self.shard_sums
         parent._load_from_state_dict(*args, **kwargs)
         if before is not None and not torch.equal(before, _sums(self.weight)):
