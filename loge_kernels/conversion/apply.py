@@ -125,6 +125,7 @@ def _convert(wrapped: nn.Module, targets: Targets, options: ApplyOptions) -> Rep
     for target in chosen:
         plan = plans[target.name]
         target.convert_(plan.factors, options.exact_fraction, options.backend, plan.exact_dtype)
+        target.linear.path = target.name  # type: ignore[assignment]
         if plan.factors is None:
             target.linear.prepare()  # type: ignore[operator]
     with_factors = [target for target in chosen if plans[target.name].factors is not None]

@@ -110,6 +110,7 @@ class LoGELinear(ShardedLinear):
         self.exact_every = None
         self.backend = None if backend is None else check_name(backend, "backend")
         self.gather = None
+        self.path = ""
         self.recomputed = False
         self.shard_sums = None
         self.handed_out = False

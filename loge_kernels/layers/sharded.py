@@ -20,6 +20,7 @@ class ShardedLinear(nn.Linear):
     eight_bit: EightBitWeight | None
     factors: Factors | None
     gather: Callable[[], None] | None  # brings a weight that `fully_shard` sharded and a checkpoint reads in backward
+    path: str  # in the model that was applied
     recomputed: bool  # whether a checkpoint computes this forward again, from the weight that `gather` brings
     shard_sums: Tensor | None  # of this rank's part of a weight that `fully_shard` sharded
     handed_out: bool  # whether a state dict has that part since then, into which a checkpoint may be read
@@ -75,11 +76,11 @@ class ShardedLinear(nn.Linear):
             )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if hasattr(param, "placements") and not self.sharded and getattr(self, "factors", None) is not None:
+        if hasattr(param, "placements") and not self.sharded:
             # As torch's ColwiseParallel and RowwiseParallel do. FSDP puts its DTensors in by another way.
             raise ValueError(
-                "a layer with factors cannot be split by a tensor-parallel plan: leave it out of the plan, or shard "
-                "the model by loge_kernels.fully_shard"
+                f"layer {self.path!r}, which loge_kernels.apply has converted, cannot be split by a tensor-parallel "
+                "plan: leave it out of the plan or out of targets=, or shard the model by FSDP2 instead"
             )
         super().register_parameter(name, param)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import assert_close, gradients, lora, tokens
+from ranks import WORLD, error_of, on_two_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -31,6 +33,10 @@ def mlp() -> nn.Module:
     return nn.ModuleDict({"up": nn.Linear(64, 96), "down": nn.Linear(96, 64)}).requires_grad_(False)
 
 
+LORA = [
+    *((f"{name}.base_layer", ColwiseParallel()) for name in ("self_attn.[qkv]_proj", "mlp.gate_proj", "mlp.up_proj")),
+    *((f"{name}.base_layer", RowwiseParallel()) for name in ("self_attn.o_proj", "mlp.down_proj")),
+]
 PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 
 
@@ -40,12 +46,35 @@ def test_tensor_parallel_layers_are_left_alone() -> None:
         loge.apply(model, RANK)
 
 
+@pytest.mark.parametrize("policy", [{"rank": RANK}, {}, {"exact_dtype": "int8"}])
 @pytest.mark.parametrize("name", ["up", "down"])
-def test_tensor_parallel_after_apply(name: str) -> None:
+def test_tensor_parallel_after_apply(name: str, policy: dict[str, Any]) -> None:
     model = mlp()
-    loge.apply(model, RANK)
-    with pytest.raises(ValueError, match="a layer with factors cannot be split by a tensor-parallel plan"):
+    loge.apply(model, **policy)
+    with pytest.raises(ValueError, match=f"layer '{name}', which .* cannot be split by a tensor-parallel plan: leave"):
         parallelize_module(model, mesh(), {name: PLAN[name]})
+
+
+def split_on_two_ranks(rank: int) -> list[str]:
+    """What a plan for both layers of LoRA says, and `apply` after one."""
+    two = init_device_mesh("cpu", (WORLD,))
+    said = []
+    for name, style in (("q_proj", ColwiseParallel()), ("o_proj", RowwiseParallel())):
+        model = lora()
+        loge.apply(model)
+        plan = {f"base_model.model.model.layers.1.self_attn.{name}.base_layer": style}
+        said.append(error_of(lambda model=model, plan=plan: parallelize_module(model, two, plan)))
+    model = parallelize_module(lora(), two, {f"base_model.model.model.layers.*.{name}": style for name, style in LORA})
+    said.append(error_of(lambda: loge.apply(model)))
+    return said
+
+
+def test_tensor_parallel_is_refused_on_every_rank(tmp_path: Path) -> None:
+    for column, row, before in on_two_ranks(split_on_two_ranks, tmp_path):
+        assert "layer 'base_model.model.model.layers.1.self_attn.q_proj', which" in column
+        assert "layer 'base_model.model.model.layers.1.self_attn.o_proj', which" in row
+        assert "layers.0.self_attn.q_proj its weight is a DTensor with placements (Shard(dim=0),)" in before
+        assert "tensor parallelism is not supported" in before
 
 
 def test_a_layer_called_beside_fsdps_forward() -> None:
