@@ -142,3 +142,33 @@ def test_named_blocks() -> None:
     for one in (model, expected):
         one(x).square().mean().backward()
     assert_close({"w": model[0].weight.grad.full_tensor()}, {"w": expected[0].weight.grad})
+
+
+@pytest.mark.parametrize("method", ["svd", "gradient"])
+def test_factors_come_back_from_the_meta_device_where_the_weight_is_enough(method: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.ModuleDict({"up": nn.Linear(64, 96)}).requires_grad_(False)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    loge.apply(layer, RANK)
+    expected, up = layer.up.factors, layer.up
+    left, right = expected.left, expected.right
+    expected.method = method
+    layer.to("meta").to_empty(device="cpu").load_state_dict(state)
+    x = torch.randn(3, 64, requires_grad=True)
+    with torch.no_grad():
+        up(x)  # an evaluation needs none
+    if method == "gradient":
+        with pytest.raises(ValueError, match=r"subspace='gradient' lost their values.*loading to false, or apply with"):
+            up(x)
+        return
+    up(x).sum().backward()
+    torch.testing.assert_close(x.grad, (torch.ones(3, 96) @ left) @ right)
+
+
+def test_meta_weights_need_no_calibration() -> None:
+    model = mlp().to("meta")
+    with pytest.raises(ValueError, match=r"layer 'up' on the meta device, where .* apply without calibration"):
+        loge.apply(model, RANK, calibration=[torch.ones(1)])
+    loge.apply(model, RANK)
+    with pytest.raises(ValueError, match="on the meta device: load the model on every rank"):
+        loge.fully_shard(model)
