@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import assert_close, gradients, lora, tokens
-from ranks import WORLD, error_of, on_two_ranks
+from ranks import error_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -55,26 +54,22 @@ def test_tensor_parallel_after_apply(name: str, policy: dict[str, Any]) -> None:
         parallelize_module(model, mesh(), {name: PLAN[name]})
 
 
-def split_on_two_ranks(rank: int) -> list[str]:
-    """What a plan for both layers of LoRA says, and `apply` after one."""
-    two = init_device_mesh("cpu", (WORLD,))
+def test_tensor_parallel_over_lora_names_the_layer() -> None:
     said = []
     for name, style in (("q_proj", ColwiseParallel()), ("o_proj", RowwiseParallel())):
         model = lora()
         loge.apply(model)
         plan = {f"base_model.model.model.layers.1.self_attn.{name}.base_layer": style}
-        said.append(error_of(lambda model=model, plan=plan: parallelize_module(model, two, plan)))
-    model = parallelize_module(lora(), two, {f"base_model.model.model.layers.*.{name}": style for name, style in LORA})
+        said.append(error_of(lambda model=model, plan=plan: parallelize_module(model, mesh(), plan)))
+    model = parallelize_module(
+        lora(), mesh(), {f"base_model.model.model.layers.*.{name}": style for name, style in LORA}
+    )
     said.append(error_of(lambda: loge.apply(model)))
-    return said
-
-
-def test_tensor_parallel_is_refused_on_every_rank(tmp_path: Path) -> None:
-    for column, row, before in on_two_ranks(split_on_two_ranks, tmp_path):
-        assert "layer 'base_model.model.model.layers.1.self_attn.q_proj', which" in column
-        assert "layer 'base_model.model.model.layers.1.self_attn.o_proj', which" in row
-        assert "layers.0.self_attn.q_proj its weight is a DTensor with placements (Shard(dim=0),)" in before
-        assert "tensor parallelism is not supported" in before
+    column, row, before = said
+    assert "layer 'base_model.model.model.layers.1.self_attn.q_proj', which" in column
+    assert "layer 'base_model.model.model.layers.1.self_attn.o_proj', which" in row
+    assert "layers.0.self_attn.q_proj its weight is a DTensor with placements (Shard(dim=0),)" in before
+    assert "tensor parallelism is not supported" in before
 
 
 def test_a_layer_called_beside_fsdps_forward() -> None:
