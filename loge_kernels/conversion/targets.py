@@ -167,15 +167,15 @@ def _why_not(
         return f"is a {_CONV1D}, whose weight is stored transposed, [K, N]: not supported"
     if quantized is None and type(module) is not nn.Linear:
         return f"is a {_full_name(module)}, not a plain torch.nn.Linear"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance (an offloading hook?)"
     if hasattr(module.weight, "ds_id"):
         return "its weight is partitioned by DeepSpeed ZeRO-3: use stage 1 or 2, or loge_kernels.fully_shard"
     if hasattr(module.weight, "placements"):
         return (
-            f"its weight is a DTensor with placements {module.weight.placements}: apply before the model is sharded; "
-            "tensor parallelism is not supported"
+            f"its weight is a DTensor with placements {module.weight.placements}: apply before FSDP2 shards it; tensor "
+            "parallelism is not supported"
         )
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance (an offloading hook?)"
     if getattr(module, "_is_fsdp_managed_module", False):
         return "is inside a sharded module (FSDP): apply first, and shard by loge_kernels.fully_shard"
     if module.weight.is_meta and not distributed():  # with ranks beside it, Accelerate brings the values from rank 0

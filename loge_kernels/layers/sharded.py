@@ -41,7 +41,6 @@ class ShardedLinear(nn.Linear):
 
     def follow_shards(self, factors: Factors) -> None:
         """Take the weight as FSDP gathered it for the one that the factors are of; ValueError where it is another."""
-        self._refuse_parts()
         if not isinstance(self.weight, nn.Parameter):
             raise ValueError(
                 "a layer with factors is inside a FullyShardedDataParallel (FSDP1), which flattens its parameters: "
@@ -57,7 +56,6 @@ class ShardedLinear(nn.Linear):
     def give_values(self, factors: Factors) -> None:
         """Compute factors that are on the meta device, where Accelerate moves a model before it shards it, from the
         weight as FSDP gathered it; ValueError for those that do not follow from it alone."""
-        self._refuse_parts()
         if factors.method != "svd":
             raise ValueError(
                 f"factors of subspace={factors.method!r} lost their values on the meta device, to which Accelerate's "
@@ -70,9 +68,9 @@ class ShardedLinear(nn.Linear):
         """Raise ValueError where the weight is not whole."""
         if hasattr(self.weight, "placements"):
             raise ValueError(
-                f"the weight {tuple(self.weight.shape)} of this layer is a DTensor with placements "
+                f"the weight {tuple(self.weight.shape)} of layer {self.path!r} is a DTensor with placements "
                 f"{self.weight.placements}: FSDP gathers weights in the forward of the modules that it shards, and "
-                "tensor parallelism is not supported"
+                "tensor parallelism is not supported: leave the layer out of the plan or out of targets="
             )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -116,18 +114,21 @@ class ShardedLinear(nn.Linear):
             self.invalidate()
 
     def gather_weight(self) -> None:
-        """Have a sharded weight brought, where a checkpoint computes the layer again in backward."""
+        """Have a sharded weight brought, where a checkpoint computes the layer again in backward; ValueError where it
+        stays in parts, before an op that would wait for the other ranks."""
         if self.gather is not None:
             self.recomputed = computed_again()
             if in_backward() and hasattr(self.weight, "placements"):
                 self.gather()
+        if type(self.weight) is not nn.Parameter:
+            self._refuse_parts()
 
     def refuse_partitioned(self) -> None:
         """Raise ValueError for a weight that DeepSpeed ZeRO-3 has partitioned."""
         if hasattr(self.weight, "ds_id"):
             raise ValueError(
-                f"the weight of this {(self.out_features, self.in_features)} layer with factors is partitioned by "
-                "DeepSpeed ZeRO-3, whose backward gathers whole weights: use ZeRO stage 1 or 2, or "
+                f"the weight of layer {self.path!r}, which has factors, is partitioned by DeepSpeed ZeRO-3, whose "
+                "backward gathers whole weights: apply exact layers (no rank=), or use ZeRO stage 1 or 2, or "
                 "loge_kernels.fully_shard"
             )
 

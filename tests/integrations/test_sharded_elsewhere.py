@@ -1,4 +1,5 @@
-"""Engines that take a weight apart by other rules: refused by name, before and after `apply`, or right."""
+"""Engines that take a weight apart by other rules: refused by name, before and after `apply`, or right; tensor
+parallelism is in a file of its own."""
 
 from __future__ import annotations
 
@@ -7,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 from models import assert_close, gradients, lora, tokens
-from ranks import error_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import loge_kernels as loge
 
@@ -30,46 +29,6 @@ def layers_of(model: Any) -> Any:
 def mlp() -> nn.Module:
     torch.manual_seed(0)
     return nn.ModuleDict({"up": nn.Linear(64, 96), "down": nn.Linear(96, 64)}).requires_grad_(False)
-
-
-LORA = [
-    *((f"{name}.base_layer", ColwiseParallel()) for name in ("self_attn.[qkv]_proj", "mlp.gate_proj", "mlp.up_proj")),
-    *((f"{name}.base_layer", RowwiseParallel()) for name in ("self_attn.o_proj", "mlp.down_proj")),
-]
-PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-
-
-def test_tensor_parallel_layers_are_left_alone() -> None:
-    model = parallelize_module(mlp(), mesh(), PLAN)
-    with pytest.raises(ValueError, match=r"nothing to convert.*up its weight is a DTensor with placements \(Shard"):
-        loge.apply(model, RANK)
-
-
-@pytest.mark.parametrize("policy", [{"rank": RANK}, {}, {"exact_dtype": "int8"}])
-@pytest.mark.parametrize("name", ["up", "down"])
-def test_tensor_parallel_after_apply(name: str, policy: dict[str, Any]) -> None:
-    model = mlp()
-    loge.apply(model, **policy)
-    with pytest.raises(ValueError, match=f"layer '{name}', which .* cannot be split by a tensor-parallel plan: leave"):
-        parallelize_module(model, mesh(), {name: PLAN[name]})
-
-
-def test_tensor_parallel_over_lora_names_the_layer() -> None:
-    said = []
-    for name, style in (("q_proj", ColwiseParallel()), ("o_proj", RowwiseParallel())):
-        model = lora()
-        loge.apply(model)
-        plan = {f"base_model.model.model.layers.1.self_attn.{name}.base_layer": style}
-        said.append(error_of(lambda model=model, plan=plan: parallelize_module(model, mesh(), plan)))
-    model = parallelize_module(
-        lora(), mesh(), {f"base_model.model.model.layers.*.{name}": style for name, style in LORA}
-    )
-    said.append(error_of(lambda: loge.apply(model)))
-    column, row, before = said
-    assert "layer 'base_model.model.model.layers.1.self_attn.q_proj', which" in column
-    assert "layer 'base_model.model.model.layers.1.self_attn.o_proj', which" in row
-    assert "layers.0.self_attn.q_proj its weight is a DTensor with placements (Shard(dim=0),)" in before
-    assert "tensor parallelism is not supported" in before
 
 
 def test_a_layer_called_beside_fsdps_forward() -> None:
