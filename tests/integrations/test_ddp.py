@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import lora
+from models import lora, tokens
 from ranks import broadcasts, on_two_ranks, train
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +18,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "exact": {"exact_dtype": None},
     "low rank": {"rank": 16, "exact_dtype": None},
     "exact every": {"rank": 16, "exact_every": 3, "exact_dtype": None},
+    "int8": {"exact_dtype": "int8"},
+    "calibrated": {"rank": 16, "exact_dtype": None, "calibration": [{"input_ids": tokens(), "labels": tokens()}]},
 }
 
 
@@ -69,7 +71,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_two_ranks_train_as_one_process(ranks: list[dict[str, Any]], name: str) -> None:
     together, peft = (torch.tensor([rank[kind] for rank in ranks]).mean(0) for kind in (name, "peft"))
     assert (together - torch.tensor(train(applied(name), slice(None), STEPS))).abs().max() < 1e-3
-    assert ((together - peft).abs().max() > 1e-3) == (name != "exact")
+    assert ((together - peft).abs().max() > 1e-4) == (name != "exact")
     for rank in ranks:  # nothing is sent for factors
         assert rank[f"{name} broadcasts"] == rank["peft broadcasts"]
         assert sum(rank["peft broadcasts"]) > 0

@@ -28,6 +28,7 @@ EVERY = {**LOW, "exact_every": 2}
 UPPER = {**LOW, "exact_layers": 0.5}
 INT8: dict[str, Any] = {"exact_dtype": "int8"}
 RESIDUAL = {**LOW, "residual": 0.2}
+CALIBRATED = {**LOW, "calibration": [{"input_ids": tokens(), "labels": tokens()}]}
 
 
 def applied(policy: dict[str, Any] = LOW, model: Any = None) -> Any:
@@ -130,6 +131,9 @@ VARIANTS: dict[str, tuple[dict[str, Any] | None, Callable[[Any], Any]]] = {
     "torch's own": (LOW, by_torch),
     "exact": ({"exact_dtype": None}, by_torch),
     "exact, FSDP1": ({"exact_dtype": None}, by_fsdp1),
+    "int8, FSDP1": (INT8, by_fsdp1),
+    "calibrated": (CALIBRATED, by_us),
+    "calibrated by torch": (CALIBRATED, by_torch),
     "int8 by torch": (INT8, by_torch),
     "int8": (INT8, by_us),
     "int8, offloaded": (INT8, lambda model: by_us(model, offload_policy=CPUOffloadPolicy(pin_memory=False))),
