@@ -71,6 +71,8 @@ def work(rank: int) -> dict[str, Any]:
         "every, whole": losses(rank, "every", False, STEPS),
         "int8, efficient": losses(rank, "int8", True, STEPS),
         "residual, meta": losses(rank, "residual", True, STEPS, meta=True),
+        "calibrated, whole": losses(rank, "calibrated", False, FEW),
+        "calibrated, efficient": error_of(lambda: losses(rank, "calibrated", True, FEW)),
         "full": resumed(rank, True, "FULL_STATE_DICT"),
         "other weights": other_weights(rank),
     }
@@ -79,9 +81,11 @@ def work(rank: int) -> dict[str, Any]:
 def long_work(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {"sharded": resumed(rank, False, "SHARDED_STATE_DICT")}
     for name in POLICIES:
+        efficient = name != "calibrated"
         found[f"{name}, whole"] = losses(rank, name, False, LONG)
-        found[f"{name}, efficient"] = losses(rank, name, True, LONG)
-        found[f"{name}, checkpointed"] = losses(rank, name, True, LONG, activation_checkpointing=True)
+        found[f"{name}, checkpointed"] = losses(rank, name, efficient, LONG, activation_checkpointing=True)
+        if efficient:
+            found[f"{name}, efficient"] = losses(rank, name, True, LONG)
     return found
 
 
@@ -112,16 +116,23 @@ def difference(ranks: list[dict[str, Any]], setting: str, other: str) -> float:
     return (got - expected(other, len(got))).abs().max().item()
 
 
-@pytest.mark.parametrize("setting", ["every, whole", "int8, efficient", "residual, meta"])
+@pytest.mark.parametrize("setting", ["every, whole", "int8, efficient", "residual, meta", "calibrated, whole"])
 def test_two_ranks_train_as_one_process(ranks: list[dict[str, Any]], setting: str) -> None:
     assert difference(ranks, setting, setting.split(",")[0]) < 5e-5
     assert difference(ranks, setting, "peft") > 1e-4, "the policy is in force"
+
+
+def test_efficient_loading_refuses_calibrated_factors(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert "subspace='gradient' lost their values on the meta device" in rank["calibrated, efficient"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("loading", ["whole", "efficient", "checkpointed"])
 def test_a_hundred_steps(long_ranks: list[dict[str, Any]], name: str, loading: str) -> None:
+    if (name, loading) == ("calibrated", "efficient"):
+        pytest.skip("refused")
     found = difference(long_ranks, f"{name}, {loading}", name)
     print(f"largest difference {found:.1e}")
     assert found < 1e-3

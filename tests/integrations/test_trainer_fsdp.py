@@ -107,17 +107,21 @@ def goes_on(rank: int, name: str, steps: int, fsdp: dict[str, Any], policy: str,
     return found
 
 
-def by_sft(folder: Path, ranks: int, fsdp: dict[str, Any] | None, **more: Any) -> Any:
+def by_sft(folder: Path, ranks: int, fsdp: dict[str, Any] | None, policy: str, **more: Any) -> Any:
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    model = model_of(POLICIES["every"])
+    model = model_of(POLICIES[policy])
     # Of one length: the mean over a rank's tokens is then that over all tokens.
     rows = Dataset.from_list([{"text": tiny_llama.TEXT[400:500]} for _ in range(4 * FEW)])
     made = arguments(SFTConfig, folder, ranks, fsdp, gradient_checkpointing=False, **more)
     tokenizer = AutoTokenizer.from_pretrained(os.environ[accelerating.BASE])
     return SFTTrainer(model, made, train_dataset=rows, processing_class=tokenizer)
+
+
+TRAINERS = {"Trainer": by_trainer, "SFTTrainer": by_sft}
+SHORT: dict[str, Any] = {"max_steps": FEW, "save_strategy": "no"}
 
 
 def work(rank: int) -> dict[str, Any]:
@@ -126,10 +130,12 @@ def work(rank: int) -> dict[str, Any]:
         "torch's": goes_on(rank, "torch's", FEW, WHOLE, "low"),
         "loge's": goes_on(rank, "loge's", FEW, WHOLE | OURS, "low", ours=True),
     }
-    if find_spec("trl") is not None:
-        with as_gpus(rank):
-            sft = by_sft(Path(os.environ[OUT]) / "sft", WORLD, EFFICIENT, max_steps=FEW, save_strategy="no")
-            found["SFTTrainer"] = {"losses": losses_of(sft)}
+    for kind, by in TRAINERS.items():
+        for policy in POLICIES if kind == "Trainer" or find_spec("trl") is not None else ():
+            with as_gpus(rank):
+                fsdp = WHOLE if policy == "calibrated" else EFFICIENT
+                trainer = by(Path(os.environ[OUT]) / kind, WORLD, fsdp, policy, **SHORT)
+                found[f"{kind}, {policy}"] = {"losses": losses_of(trainer)}
     return found
 
 
@@ -174,7 +180,10 @@ def test_a_model_that_loge_sharded_gathers_no_weights_in_backward(ranks: list[di
         assert 0 < ours < 0.75 * torchs
 
 
-def test_sft_trainer(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
-    pytest.importorskip("trl", reason="TRL is not installed: pip install -c constraints.txt trl (Python 3.11 or newer)")
-    alone = losses_of(by_sft(tmp_path, 1, None, max_steps=FEW, save_strategy="no"))
-    assert difference(ranks, "SFTTrainer", alone) < 1e-4
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_every_policy(ranks: list[dict[str, Any]], tmp_path: Path, kind: str, policy: str) -> None:
+    if kind == "SFTTrainer":
+        pytest.importorskip("trl", reason="TRL is not installed: pip install -c constraints.txt trl (Python 3.11)")
+    alone = losses_of(TRAINERS[kind](tmp_path, 1, None, policy, **SHORT))
+    assert difference(ranks, f"{kind}, {policy}", alone) < 1e-3

@@ -19,6 +19,12 @@ from transformers import AutoModelForCausalLM
 
 import loge_kernels as loge
 
+
+def ids(step: int) -> Tensor:
+    """Four sequences, of which each rank has two."""
+    return torch.randint(200, (4, 12), generator=torch.Generator().manual_seed(step % 5))
+
+
 POLICIES: dict[str, dict[str, Any]] = {
     "exact": {"exact_dtype": None},
     "int8": {"exact_dtype": "int8"},
@@ -26,13 +32,9 @@ POLICIES: dict[str, dict[str, Any]] = {
     "upper": {"rank": 0.25, "exact_layers": 0.5, "exact_dtype": None},
     "every": {"rank": 0.25, "exact_every": 2, "exact_dtype": None},
     "residual": {"rank": 0.25, "residual": 0.2, "exact_dtype": None},
+    "calibrated": {"rank": 0.25, "exact_dtype": None, "calibration": [{"input_ids": ids(0), "labels": ids(0)}]},
 }
 BASE = "LOGE_TEST_BASE"  # the variable that names the model's directory to the ranks
-
-
-def ids(step: int) -> Tensor:
-    """Four sequences, of which each rank has two."""
-    return torch.randint(200, (4, 12), generator=torch.Generator().manual_seed(step % 5))
 
 
 def model_of(policy: dict[str, Any] | None, meta: bool = False) -> Any:
