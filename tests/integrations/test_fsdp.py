@@ -235,8 +235,9 @@ def changed_weights() -> dict[str, str]:
     state = {name: 2 * tensor if ".base_layer." in name else tensor for name, tensor in model.state_dict().items()}
     model.load_state_dict(state)
     said["copies"] = error_of(lambda: model(input_ids=tokens(), labels=tokens()).loss.backward())
-    flat = by_fsdp1(applied())
-    said["FSDP1"] = error_of(lambda: flat(input_ids=tokens(), labels=tokens()))
+    for policy in (LOW, UPPER, RESIDUAL, CALIBRATED, EVERY):
+        flat = by_fsdp1(applied(policy))
+        said[f"FSDP1 {sorted(policy)}"] = error_of(lambda flat=flat: train(flat, slice(None), 2))
     return said
 
 
@@ -405,7 +406,9 @@ def test_a_weight_that_changes_under_its_factors_is_told(ranks: list[dict[str, A
         assert "has changed since it was sharded" in rank["changed"]["other"]
         assert "has changed since it was sharded" in rank["changed"]["in place"]
         assert "its 8-bit copy cannot follow" in rank["changed"]["copies"]
-        assert "inside a FullyShardedDataParallel (FSDP1)" in rank["changed"]["FSDP1"]
+        flat = [said for name, said in rank["changed"].items() if name.startswith("FSDP1")]
+        assert len(flat) == 5
+        assert all("inside a FullyShardedDataParallel (FSDP1)" in said for said in flat)
 
 
 def test_ranks_agree_on_factors(ranks: list[dict[str, Any]]) -> None:

@@ -23,6 +23,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "exact": {"exact_dtype": None},
     "int8": {"exact_dtype": "int8"},
     "low": {"rank": 16, "exact_dtype": None},
+    "every": {"rank": 16, "exact_dtype": None, "exact_every": 2},
+    "calibrated": {"rank": 16, "exact_dtype": None, "calibration": [{"input_ids": tokens(), "labels": tokens()}]},
 }
 LAYER = "base_model.model.model.layers.1"
 COLUMNS = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj"])  # PEFT 0.21's adapters over rows do not run

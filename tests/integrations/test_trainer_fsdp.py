@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def by_trainer(
 
     made = arguments(TrainingArguments, folder, ranks, fsdp, train_sampling_strategy="sequential", **more)
     model = model_of(POLICIES[policy])
-    if ours:
+    if ours and fsdp is not None:
         loge.fully_shard(model)
     rows = [{"input_ids": row, "labels": row} for step in range(STEPS) for row in ids(step)]
     return Trainer(model, made, train_dataset=rows, callbacks=callbacks)
@@ -120,7 +121,7 @@ def by_sft(folder: Path, ranks: int, fsdp: dict[str, Any] | None, policy: str, *
     return SFTTrainer(model, made, train_dataset=rows, processing_class=tokenizer)
 
 
-TRAINERS = {"Trainer": by_trainer, "SFTTrainer": by_sft}
+TRAINERS = {"Trainer": by_trainer, "Trainer after loge's": partial(by_trainer, ours=True), "SFTTrainer": by_sft}
 SHORT: dict[str, Any] = {"max_steps": FEW, "save_strategy": "no"}
 
 
@@ -131,9 +132,9 @@ def work(rank: int) -> dict[str, Any]:
         "loge's": goes_on(rank, "loge's", FEW, WHOLE | OURS, "low", ours=True),
     }
     for kind, by in TRAINERS.items():
-        for policy in POLICIES if kind == "Trainer" or find_spec("trl") is not None else ():
+        for policy in POLICIES if kind != "SFTTrainer" or find_spec("trl") is not None else ():
             with as_gpus(rank):
-                fsdp = WHOLE if policy == "calibrated" else EFFICIENT
+                fsdp = WHOLE | OURS if "loge" in kind else WHOLE if policy == "calibrated" else EFFICIENT
                 trainer = by(Path(os.environ[OUT]) / kind, WORLD, fsdp, policy, **SHORT)
                 found[f"{kind}, {policy}"] = {"losses": losses_of(trainer)}
     return found
