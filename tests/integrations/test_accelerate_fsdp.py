@@ -17,7 +17,7 @@ from torch import Tensor
 
 pytest.importorskip("accelerate", reason="Accelerate is not installed")
 
-STEPS, FEW, HALF, LONG = 12, 6, 4, 100
+FEW, HALF, LONG = 6, 4, 100
 OUT = "LOGE_TEST_OUT"
 
 
@@ -68,9 +68,9 @@ def other_weights(rank: int) -> str:
 
 def work(rank: int) -> dict[str, Any]:
     return {
-        "every, whole": losses(rank, "every", False, STEPS),
-        "int8, efficient": losses(rank, "int8", True, STEPS),
-        "residual, meta": losses(rank, "residual", True, STEPS, meta=True),
+        "every, whole": losses(rank, "every", False, FEW),
+        "int8, efficient": losses(rank, "int8", True, FEW),
+        "residual, meta": losses(rank, "residual", True, FEW, meta=True),
         "calibrated, whole": losses(rank, "calibrated", False, FEW),
         "calibrated, efficient": error_of(lambda: losses(rank, "calibrated", True, FEW)),
         "full": resumed(rank, True, "FULL_STATE_DICT"),
