@@ -142,7 +142,14 @@ def assert_trains_alike(
             optimizer.step()
 
 
-@pytest.mark.parametrize("name", list(MODELS)[1:])
+# Methods of their own reach the same op by the same way as the policies.
+OTHERS = [
+    pytest.param(name, marks=[pytest.mark.slow] if name.startswith(("loretta", "switchlora")) else [])
+    for name in list(MODELS)[1:]
+]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_policies_and_methods_are_one_graph(name: str) -> None:
     model, other = MODELS[name](), MODELS[name]()
     optimizers = [(switching_optimizer if name == "switchlora" else sgd)(each) for each in (model, other)]
@@ -151,10 +158,10 @@ def test_other_policies_and_methods_are_one_graph(name: str) -> None:
     assert not breaks()
 
 
-SLOW = pytest.param(None, "inductor", marks=pytest.mark.slow)
+SLOW = [pytest.param(None, backend, marks=pytest.mark.slow) for backend in ("aot_eager", "inductor")]
 
 
-@pytest.mark.parametrize(("exact_dtype", "backend"), [(None, "aot_eager"), ("int8", "aot_eager"), SLOW])
+@pytest.mark.parametrize(("exact_dtype", "backend"), [("int8", "aot_eager"), *SLOW])
 def test_one_exact_forward_in_two_is_two_graphs(exact_dtype: str | None, backend: str) -> None:
     dropout = 0.0 if backend == "inductor" else 0.3  # inductor draws other numbers
     model, other = (applied(adapted(1, dropout), exact_every=2, exact_dtype=exact_dtype) for _ in range(2))

@@ -296,7 +296,7 @@ class Blocks(nn.Module):
 
 @pytest.mark.parametrize(
     ("reentrant", "autocast"),
-    [(None, False), (False, False), (True, False), (None, True)],
+    [(None, False), (False, False), pytest.param(True, False, marks=pytest.mark.slow), (None, True)],
     ids=["plain", "non-reentrant", "reentrant", "autocast"],
 )
 def test_compiled(reentrant: bool | None, autocast: bool, compiler: Any) -> None:
