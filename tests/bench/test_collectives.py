@@ -50,6 +50,17 @@ def test_a_rank_holds_pefts_share_and_its_own() -> None:
         assert row["held_bytes"] == pytest.approx(peft["held_bytes"] + added, rel=1e-3)
 
 
+def test_a_step_holds_at_most_pefts_and_its_own() -> None:
+    """PEFT's peak, a rank's part of factors and copies, and what one layer's copy takes while it is made or read."""
+    largest = max(N * K for N, K in MODEL.linears())
+    for row in ROWS:
+        peft = next(
+            r for r in ROWS if r["policy"] == "peft" and all(r[k] == row[k] for k in ("ranks", "checkpointing"))
+        )
+        added = row["held_bytes"] - peft["held_bytes"]
+        assert row["peak_bytes"] <= peft["peak_bytes"] + added + 2 * largest
+
+
 @pytest.mark.slow
 def test_counted_again(tmp_path: Path) -> None:
     file = tmp_path / "collectives.json"
