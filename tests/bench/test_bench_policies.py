@@ -176,7 +176,11 @@ def test_options_are_the_fields_of_a_dataclass() -> None:
             fidelity.FidelityOptions(together=False, seeds=(3,), policies=("rank=1/8,exact_every=2",), gpu="A100"),
         ),
         (["scratch", "there"], scratch, scratch.ScratchOptions(out=Path("there"))),
-        (["scale", "LLaMA-3-8B", "--rank", "64"], scale, scale.ScaleOptions(models=("LLaMA-3-8B",), rank=64)),
+        (
+            ["scale", "LLaMA-3-8B", "--policy", "rank=64"],
+            scale,
+            scale.ScaleOptions(models=("LLaMA-3-8B",), policies=("rank=64",)),
+        ),
         (
             ["classify", "--policy", "rank=16", "--freeze-below", "1", "--seed", "4"],
             classify,

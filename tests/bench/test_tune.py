@@ -89,6 +89,7 @@ def break_backward(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_in_a_process_of_its_own() -> None:
     assert_passes_interpreted(__file__)
 

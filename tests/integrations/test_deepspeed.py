@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from models import lora, tokens
-from ranks import WORLD, batch, error_of, on_two_ranks, train
+from ranks import batch, error_of, on_two_ranks, train
 from torch import Tensor
+from zero import deepspeed_on, engine
 
 import loge_kernels as loge
 
@@ -42,27 +43,6 @@ def applied(name: str) -> Any:
     return model
 
 
-def engine(model: Any, stage: int) -> Any:
-    import deepspeed
-
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "gradient_clipping": 0.0,  # its default is 1
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # it would be compiled
-    }
-    made, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=parameters,
-        optimizer=torch.optim.AdamW(parameters, lr=1e-3),
-        config=config,
-        dist_init_required=False,
-    )
-    return made
-
-
 def losses(model: Any, rows: slice) -> list[float]:
     """Of every step on these rows of its batch, by DeepSpeed's own backward and step."""
     found = []
@@ -76,15 +56,7 @@ def losses(model: Any, rows: slice) -> list[float]:
 
 
 def work(rank: int) -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_SIZE": WORLD}.items():
-            patch.setenv(name, str(value))
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        import deepspeed
-
-        # Collectives in shared memory, which it would compile for minutes: gloo's are enough.
-        patch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
-        deepspeed.init_distributed("gloo", dist_init_required=False)
+    with deepspeed_on(rank):
         rows = slice(2 * rank, 2 * rank + 2)
         found: dict[str, Any] = {}
         for stage in (1, 2, 3):

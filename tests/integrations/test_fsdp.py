@@ -157,7 +157,6 @@ VARIANTS: dict[str, tuple[dict[str, Any] | None, Callable[[Any], Any]]] = {
     "checkpointed": (LOW, lambda model: by_us(checkpointed(model, False))),
     "checkpointed, exact every": (EVERY, lambda model: by_us(checkpointed(model, False))),
     "reentrant": (LOW, lambda model: by_us(checkpointed(model, reentrant=True))),
-    "reentrant, exact every": (EVERY, lambda model: by_us(checkpointed(model, reentrant=True))),
     "hooks inside": (LOW, lambda model: hooked_checkpoints(by_us(model))),
     "now and then": (LOW, lambda model: NowAndThen(by_us(model))),
     "one half": (LOW, lambda model: by_us(half_checkpointed(model))),

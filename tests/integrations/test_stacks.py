@@ -118,7 +118,7 @@ def trainer(out: Path, policy: dict[str, Any] | None, *callbacks: Any, dropout: 
     return Measured(model, TrainingArguments(str(out), **arguments), train_dataset=data, callbacks=[*callbacks])
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 @pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=str)
 def test_no_more_is_kept_than_by_peft(
     options: dict[str, Any], dropout: float, tmp_path: Path, fresh_state: None

@@ -265,8 +265,10 @@ def exported(model: nn.Module, ids: Tensor) -> tuple[Any, set[str]]:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("export", [traced, exported])
+@pytest.mark.parametrize(
+    ("export", "training"),
+    [(traced, False), (traced, True), (exported, True), pytest.param(exported, False, marks=pytest.mark.slow)],
+)
 @every_policy
 def test_what_is_exported_is_the_plain_model(policy: dict[str, Any], export: Any, training: bool) -> None:
     plain, model = (Logits(one).train(training) for one in pair(policy=policy))
