@@ -193,7 +193,8 @@ def _kept(model: Any) -> list[Any]:
     for layer in model.modules():
         if isinstance(layer, loge.LoGELinear):
             found += [] if layer.factors is None else layer.factors.tensors
-            found += [] if layer.eight_bit is None else list(getattr(layer.eight_bit, "store", layer).parameters())
+            store = getattr(layer.eight_bit, "store", None)
+            found += [] if store is None else store.parameters()
     return found
 
 

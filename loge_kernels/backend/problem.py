@@ -55,7 +55,7 @@ class Operands(NamedTuple):
     dropout: float = 0.0
     exact_fraction: float = 0.0
     backend: str = "auto"
-    quantise: str = ""  # "float8", "int8": dense is made of the weight in backward
+    quantize: str = ""  # "float8", "int8": dense is made of the weight in backward
 
     @property
     def kind(self) -> Kind:
@@ -63,10 +63,10 @@ class Operands(NamedTuple):
         return kind_of(self.left, self.dense, self.exact_fraction)
 
     def with_dense_copy(self) -> Operands:
-        """These with `dense` made of the weight, where `quantise` asks for it."""
-        if not self.quantise or self.weight is None:
+        """These with `dense` made of the weight, where `quantize` asks for it."""
+        if not self.quantize or self.weight is None:
             return self
-        dense, scale = quantize_columns(self.weight, DTYPES[self.quantise])
+        dense, scale = quantize_columns(self.weight, DTYPES[self.quantize])
         return self._replace(weight=None, dense=as_bits(dense), dense_scale=scale)
 
     @property

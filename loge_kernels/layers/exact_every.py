@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharded import in_backward
+
 # A compiled graph can do nothing to Python objects but through an operator, and an operator takes tensors and numbers:
 # so it names the object by a number.
 _LIBRARY = torch.library.Library("loge_kernels", "FRAGMENT")
@@ -53,7 +55,7 @@ class ExactEvery:
         if torch.compiler.is_compiling():
             # The graph was chosen by `exact` before it runs, so it prepares the next forward.
             torch.ops.loge_kernels.count_forward(self._number)
-        elif not _in_backward():
+        elif not in_backward():
             if self._ran:
                 self.advance()
             self._ran = True
@@ -67,7 +69,7 @@ class ExactEvery:
 
     def is_exact(self) -> bool:
         """The kind of the forward under way; inside backward, of the one that is computed again."""
-        if torch.compiler.is_compiling() or not _in_backward():
+        if torch.compiler.is_compiling() or not in_backward():
             return self.exact
         # Autograd numbers its nodes as they are made: the node that asks for the recomputation tells its forward.
         node: Any = torch._C._current_autograd_node()
@@ -106,10 +108,6 @@ def _common(model: nn.Module, names: list[str]) -> nn.Module:
         if type(module).forward is not nn.Module.forward:
             found = module
     return found
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _count_forward(number: Tensor) -> None:

@@ -178,7 +178,7 @@ def _with_dense_copy(operands: Operands, exact_dtype: str | EightBitWeight, weig
     reason = why_not(copy.dtype, x.device, *weight.shape)
     if reason is None:
         if copy.made_in_backward():
-            return operands._replace(quantise=copy.dtype)
+            return operands._replace(quantize=copy.dtype)
         tensor, scale = copy.current(weight)
         return operands._replace(dense=as_bits(tensor), dense_scale=scale)
     if not torch.compiler.is_compiling():

@@ -13,7 +13,7 @@ import pytest
 import tiny_llama
 import torch
 from models import lora
-from ranks import WORLD
+from ranks import WORLD, launched
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -78,8 +78,7 @@ def as_gpus(rank: int) -> Iterator[None]:
     from accelerate.utils import DistributedType
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}.items():
-            patch.setenv(name, str(value))
+        launched(patch, rank)
         patch.setenv("ACCELERATE_USE_FSDP", "true")
         patch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
         patch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # set again by the plugin

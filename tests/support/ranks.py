@@ -48,6 +48,14 @@ def _rank(rank: int, work: Callable[[int], Any], folder: Path, environment: dict
     distributed.destroy_process_group()
 
 
+def launched(patch: pytest.MonkeyPatch, rank: int) -> None:
+    """The variables that a launcher gives to this rank."""
+    for name in ("RANK", "LOCAL_RANK"):
+        patch.setenv(name, str(rank))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        patch.setenv(name, str(WORLD))
+
+
 def batch(step: int) -> Tensor:
     """Four sequences, of which each rank has two."""
     from models import VOCABULARY  # it brings transformers and PEFT, which not every rank of every test needs

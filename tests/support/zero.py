@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import WORLD
+from ranks import launched
 
 
 @contextmanager
 def deepspeed_on(rank: int) -> Iterator[None]:
     """DeepSpeed takes this rank's process group for its own."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_SIZE": WORLD}.items():
-            patch.setenv(name, str(value))
+        launched(patch, rank)
         patch.setenv("DS_ACCELERATOR", "cpu")
         import deepspeed
 
