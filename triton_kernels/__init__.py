@@ -29,6 +29,7 @@ __all__ = [
     "fuses",
     "prepare",
     "product",
+    "quantize",
     "why_not",
     "why_not_exact",
     "why_not_here",
@@ -37,11 +38,15 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """What launches, imported with Triton on its first use."""
-    if name not in ("backward", "forward", "prepare", "product"):
+    if name not in ("backward", "forward", "prepare", "product", "quantize"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import exact_launch, launch
 
     globals().update(
-        backward=launch.backward, forward=launch.forward, prepare=exact_launch.prepare, product=exact_launch.product
+        backward=launch.backward,
+        forward=launch.forward,
+        prepare=exact_launch.prepare,
+        product=exact_launch.product,
+        quantize=exact_launch.quantize,
     )
     return globals()[name]

@@ -84,7 +84,7 @@ def _entry_jobs(arch: str, entry: Entry) -> list[Job]:
     if entry.kernel.startswith("exact_"):
         # dY is divided by its scales in one tile for all adapters.
         quantizes = entry.kernel == "exact_prepare" and entry.adapter > 16
-        kernels = (entry.kernel, "exact_quantize") if quantizes else (entry.kernel,)
+        kernels = (entry.kernel, "exact_quantize", "exact_quantize_rows") if quantizes else (entry.kernel,)
         device = ARCHITECTURES[arch]
         return [
             Job(arch, kernel, entry, entry.rank, variant)
@@ -228,7 +228,7 @@ def _problems(job: Job, row: Row, device: DeviceSpec) -> Iterable[str]:
         yield f"{row.shared} bytes of shared memory, {device.shared_bytes} exist"
     if job.entry.bits == 8 and row.eight_bits == 0:
         yield "no QGMMA, IGMMA or IMMA: the product is not taken in 8 bits"
-    if job.entry.bits <= 16 and job.kernel != "exact_quantize":
+    if job.entry.bits <= 16 and not job.kernel.startswith("exact_quantize"):
         if job.arch == "sm_80" and row.hmma == 0:
             yield "no HMMA"
         if job.arch == "sm_90" and row.hgmma == 0:

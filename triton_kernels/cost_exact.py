@@ -1,11 +1,11 @@
 """Predicted cost of an exact backward: dX = dY W + s (dY B) A, dA = s (dY B)ᵀ x, dB = s dYᵀ xa, db.
 
     torch      all of it as PyTorch composes it; in 8 bits also the passes that quantise dY
-    prepared   one read of dY for s dY B, dB, db and the rows' maxima (with block scales: for its 8 bits too), a second
-               one to quantise by rows; then cuBLAS's product, to which s (dY B) A is added, and cuBLAS's dA
+    prepared   one read of dY for s dY B, dB, db and the rows' maxima, a second one to quantise it; then cuBLAS's
+               product, to which s (dY B) A is added, and cuBLAS's dA
     fused      prepared, and one product that adds s (dY B) A and takes dA from one read of x as it writes dX
 
-each in the operands' own dtype, in int8, in float8 with scales by row ("float8 fast" with use_fast_accum) or by block.
+each in the operands' own dtype, in int8 or in float8 ("float8 fast" with use_fast_accum).
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ from .rates import (
 )
 
 FORMS = ("torch", "prepared", "fused")
-BLOCKS = "float8 blocks"
 FAST = "float8 fast"
 _ROWS, _COLUMNS = 128, 256  # of dY, of a step of a block of `exact_prepare`
 _TILE_M, _TILE_K = 128, 256  # of dX, of a block of `exact_product`
-_SCALE_COLUMNS = 128  # of a block scale
 EIGHT_BIT_STEP = 16  # N and K of 8-bit products are multiples of this
 
 
@@ -40,19 +38,15 @@ def rate_of(device: DeviceSpec, precision: str) -> float:
         "int8": device.int8,
         "float8": device.float8,
         FAST: device.float8_fast,
-        BLOCKS: device.float8_blocks if device.float8 else 0.0,
     }
     return rates[precision]
 
 
 def precisions(N: int, K: int, device: DeviceSpec) -> tuple[str, ...]:
     """The 8-bit precisions that a weight [N, K] can be multiplied in on this device."""
-    step = {BLOCKS: _SCALE_COLUMNS}
-    return tuple(
-        name
-        for name in ("int8", "float8", FAST, BLOCKS)
-        if rate_of(device, name) and not (N % step.get(name, EIGHT_BIT_STEP) or K % step.get(name, EIGHT_BIT_STEP))
-    )
+    if N % EIGHT_BIT_STEP or K % EIGHT_BIT_STEP:
+        return ()
+    return tuple(name for name in ("int8", "float8", FAST) if rate_of(device, name))
 
 
 def own_precision(itemsize: int) -> str:
@@ -115,15 +109,13 @@ def estimate_exact(
 def _prepared(
     M: int, N: int, K: int, P: int, eight: str | None, flags: Flags, device: DeviceSpec, itemsize: int
 ) -> list[Phase]:
-    """`exact_prepare`, whose blocks own columns of dY and walk a chunk of its rows, and, for row scales,
-    `exact_quantize`."""
+    """`exact_prepare`, whose blocks own columns of dY and walk a chunk of its rows; for 8 bits `exact_quantize` too."""
     columns, rows = cdiv(N, _COLUMNS), cdiv(M, _ROWS)
     chunks = max(1, min(rows, device.sms // columns))
     need_t = P > 0 and (flags.need_dx or flags.need_dA)
     loaded = M * N * itemsize + columns * M * P * itemsize * flags.need_dB + chunks * N * P * itemsize * need_t
-    row_maxima = eight is not None and eight != BLOCKS
+    row_maxima = eight is not None
     added = columns * M * 4 * (P * need_t + row_maxima) + chunks * N * 4 * (P * flags.need_dB + flags.need_dbias)
-    written = M * N + M * cdiv(N, _SCALE_COLUMNS) * 4 if eight == BLOCKS else 0
     tensor = product_cycles(device, itemsize, _ROWS, P * need_t, _COLUMNS)
     tensor += product_cycles(device, itemsize, _COLUMNS, P * flags.need_dB, _ROWS)
     fill = (_ROWS * _COLUMNS + _ROWS * P) * itemsize
@@ -134,9 +126,9 @@ def _prepared(
         Step(tensor, shared, tensor + fill / SHARED_BYTES + TRITON_STORE_N + TRITON_WAIT),
         cdiv(rows, chunks),
         columns * chunks,
-        hbm=(M * N + M * P + N * P) * itemsize + M * P * 4 + written,
-        l2=l2_traffic(loaded, written + added * flags.deterministic, added * (not flags.deterministic)),
-        l2_bytes=loaded + added + written,
+        hbm=(M * N + M * P + N * P) * itemsize + M * P * 4,
+        l2=l2_traffic(loaded, added * flags.deterministic, added * (not flags.deterministic)),
+        l2_bytes=loaded + added,
         flops=2 * M * N * P * (need_t + flags.need_dB),
     )
     if not row_maxima:

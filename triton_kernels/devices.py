@@ -69,5 +69,4 @@ def from_properties(properties: object) -> DeviceSpec:
         int8=per_sm.int8,
         float8=float8.float8,
         float8_fast=float8.float8_fast,
-        float8_blocks=per_sm.float8_blocks,
     )

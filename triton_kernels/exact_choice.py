@@ -61,8 +61,8 @@ def choose_exact(
 ) -> ExactForm:
     """How an exact backward takes least predicted time.
 
-    dY [M, N] in `dtype`, dX [M, K], an adapter of rank P. `eight_bits`: what the product runs in, float8_e4m3fn (scales
-    by row, with `fast_accumulation` or without), int8, or by name "float8", "int8" or "float8 blocks"; None: `dtype`.
+    dY [M, N] in `dtype`, dX [M, K], an adapter of rank P. `eight_bits`: what the product runs in, float8_e4m3fn (with
+    `fast_accumulation` or without) or int8, or by name "float8" or "int8"; None: `dtype`.
     """
     spec = device if isinstance(device, DeviceSpec) else device_spec(device)
     name = {torch.float8_e4m3fn: "float8", torch.int8: "int8"}.get(eight_bits, eight_bits)  # type: ignore[arg-type]

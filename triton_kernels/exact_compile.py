@@ -11,31 +11,33 @@ import torch
 from .configs import PrepareConfig, ProductConfig
 from .cost_model import Flags
 from .devices import DeviceSpec
-from .exact_plan import Scales, prepare_constants, product_constants, quantize_constants
+from .exact_plan import prepare_constants, product_constants, quantize_constants, quantize_rows_constants
 
 _FLOAT8, _INT8 = torch.float8_e4m3fn, torch.int8
 _POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", _FLOAT8: "fp8e4nv", _INT8: "i8"}
-# By the name of the variant: how dY is scaled, in which 8 bits, with dropout, with fast accumulation.
-_VARIANTS: dict[str, tuple[Scales, torch.dtype | None, bool, bool]] = {
-    "plain": ("none", None, False, True),
-    "dropout": ("none", None, True, True),
-    "row float8": ("row", _FLOAT8, False, True),
-    "row float8 dropout, full accumulation": ("row", _FLOAT8, True, False),
-    "row int8": ("row", _INT8, False, True),
-    "row int8 dropout": ("row", _INT8, True, True),
-    "block float8": ("block", _FLOAT8, True, True),
+# By the name of the variant: in which 8 bits, with scales of columns, with dropout, with fast accumulation.
+_VARIANTS: dict[str, tuple[torch.dtype | None, bool, bool, bool]] = {
+    "plain": (None, False, False, True),
+    "dropout": (None, False, True, True),
+    "float8": (_FLOAT8, False, False, True),
+    "float8 base": (_FLOAT8, True, False, True),
+    "float8 dropout, full accumulation": (_FLOAT8, False, True, False),
+    "int8": (_INT8, False, False, True),
+    "int8 base": (_INT8, True, False, True),
+    "int8 dropout": (_INT8, False, True, True),
 }
 
 
 def variants(kernel: str, bits: int, device: DeviceSpec) -> Iterator[str]:
     """The variants of a configuration's kernel for operands of `bits` bits on a device."""
-    for name, (scales, eight_bits, dropout, _) in _VARIANTS.items():
+    for name, (eight_bits, column_scales, dropout, _) in _VARIANTS.items():
         if eight_bits == _FLOAT8 and device.capability < (8, 9):
             continue
         serves = {
-            "exact_product": (bits == 8) == (scales != "none"),
-            "exact_prepare": name != "dropout" and not (scales == "row" and dropout),
-            "exact_quantize": scales == "row" and not dropout,
+            "exact_product": (bits == 8) == (eight_bits is not None),
+            "exact_prepare": not dropout,
+            "exact_quantize": eight_bits is not None and not dropout,
+            "exact_quantize_rows": column_scales,
         }
         if serves[kernel]:
             yield name
@@ -45,26 +47,37 @@ def source(
     kernel: str, variant: str, config: object, bits: int, P: int, aligned: bool, device: DeviceSpec
 ) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, the element type behind each pointer, and the constexpr arguments of a variant."""
-    from .exact_prepare import exact_prepare, exact_quantize
+    from .exact_prepare import exact_prepare, exact_quantize, exact_quantize_rows
     from .exact_product import exact_product
 
-    scales, eight_bits, dropout, fast_accumulation = _VARIANTS[variant]
+    eight_bits, column_scales, dropout, fast_accumulation = _VARIANTS[variant]
     dtype = torch.float32 if bits == 32 else torch.bfloat16
     name = _POINTERS[dtype]
     q = name if eight_bits is None else _POINTERS[eight_bits]
     types = dict.fromkeys(("dy_ptr", "xa_ptr", "x_ptr", "dx_ptr"), name) | {"amax_ptr": "i32", "seed_ptr": "i64"}
     types |= dict.fromkeys(("t_ptr", "dA_ptr", "dB_ptr", "db_ptr", "lora_A_ptr", "lora_B_ptr"), "fp32")
-    types |= dict.fromkeys(("scale_ptr", "dy_scale_ptr", "weight_scale_ptr"), "fp32") | {"q_ptr": q}
+    types |= dict.fromkeys(("scale_ptr", "dy_scale_ptr", "weight_scale_ptr", "column_scale_ptr"), "fp32") | {"q_ptr": q}
     flags = Flags(need_dbias=True, dropout=dropout)
     if kernel == "exact_product":
         assert isinstance(config, ProductConfig)
         types |= {"dy_ptr": q, "weight_ptr": q}
+        scaled, rotation = eight_bits is not None, rotation_of(eight_bits, column_scales)
         constants = product_constants(
-            P, eight_bits or dtype, dtype, flags, scales, fast_accumulation, aligned, config, device
+            P, eight_bits or dtype, dtype, flags, scaled, rotation, fast_accumulation, aligned, config, device
         )
         return exact_product, types, constants
     if kernel == "exact_quantize":
         assert eight_bits is not None
-        return exact_quantize, types, {**quantize_constants(eight_bits, aligned), "num_stages": 1}
+        return exact_quantize, types, {**quantize_constants(eight_bits, column_scales, aligned), "num_stages": 1}
+    if kernel == "exact_quantize_rows":
+        assert eight_bits is not None
+        constants = quantize_rows_constants(eight_bits, rotation_of(eight_bits, column_scales), dtype, aligned)
+        return exact_quantize_rows, types, {**constants, "num_stages": 1}
     assert isinstance(config, PrepareConfig)
-    return exact_prepare, types, prepare_constants(P, dtype, True, flags, eight_bits, scales, aligned, config, device)
+    constants = prepare_constants(P, dtype, True, flags, eight_bits, column_scales, aligned, config, device)
+    return exact_prepare, types, constants
+
+
+def rotation_of(eight_bits: torch.dtype | None, base: bool) -> int:
+    """The most columns that are rotated together: of a base in int8."""
+    return 64 if base and eight_bits == _INT8 else 1

@@ -17,14 +17,13 @@ from .devices import device_spec
 from .dispatch import config_for
 from .exact_plan import (
     LIMITS,
-    SCALE_COLUMNS,
-    Scales,
     m_chunk_of,
     prepare_constants,
     product_constants,
     quantize_constants,
+    quantize_rows_constants,
 )
-from .exact_prepare import exact_prepare, exact_quantize
+from .exact_prepare import exact_prepare, exact_quantize, exact_quantize_rows
 from .exact_product import exact_product
 from .launch import finished, on, threshold_of
 
@@ -33,13 +32,13 @@ _product_constants: dict[tuple[Any, ...], tuple[ProductConfig, dict[str, Any]]] 
 
 
 class Prepared(NamedTuple):
-    """What one read of dY [M, N] gives (a second one for row scales); None where it was not asked for."""
+    """What one read of dY [M, N] gives (a second one for 8 bits); None where it was not asked for."""
 
     t: Tensor | None  # [M, P] in fp32: s · dY B
     dB: Tensor | None  # [N, P] in lora_B's dtype
     dbias: Tensor | None  # [N] in dY's dtype
     q: Tensor | None  # [M, N] in 8 bits
-    scale: Tensor | None  # fp32: [M] of rows, or [cdiv(N, 128), M] of blocks
+    scale: Tensor | None  # fp32 [M], of its rows
     zeros: Tensor | None  # fp32 [.], as many as asked for
 
 
@@ -53,13 +52,13 @@ def prepare(
     need_dB: bool = True,
     need_dbias: bool = False,
     eight_bits: torch.dtype | None = None,
-    scales: Scales = "none",
+    column_scale: Tensor | None = None,
     zeros: int = 0,
     deterministic: bool = False,
     config: PrepareConfig | None = None,
 ) -> Prepared:
-    """T = s · dY B, dB = s · dYᵀ xa, db = Σ dY, and dY in `eight_bits` (float8_e4m3fn or int8) with `scales` "row" or
-    "block".
+    """T = s · dY B, dB = s · dYᵀ xa, db = Σ dY, and dY in `eight_bits` (float8_e4m3fn or int8) with a scale for each
+    row, times `column_scale` [N] in fp32 where that is given.
 
     dy [M, N] with any strides and xa [M, P] in one dtype (fp32, fp16, bf16); lora_B [N, P] in that or fp32. `zeros`:
     that many zeros more in the workspace that is cleared at once. `deterministic`: no atomics but the rows' maxima,
@@ -67,15 +66,13 @@ def prepare(
     """
     if (need_t and lora_B is None) or (need_dB and (xa is None or lora_B is None)):
         raise ValueError("a tensor that the needed gradients read is None")
-    if (eight_bits is None) != (scales == "none") or (eight_bits is not None and eight_bits not in LIMITS):
-        raise ValueError(
-            f"eight_bits={eight_bits} with scales={scales!r}: give torch.float8_e4m3fn or torch.int8 with 'row' or "
-            "'block', or None with 'none'"
-        )
+    if eight_bits is not None and eight_bits not in LIMITS:
+        raise ValueError(f"eight_bits={eight_bits}: give torch.float8_e4m3fn, torch.int8 or None")
+    column_scales = column_scale is not None and eight_bits is not None
     (M, N), device, dtype = dy.shape, dy.device, dy.dtype
     P = 0 if lora_B is None or not (need_t or need_dB) else lora_B.shape[1]
     aligned = N % 8 == 0 and dy.stride(1) == 1 and dy.stride(0) % 8 == 0 and dy.data_ptr() % 16 == 0
-    key = (P, dtype, need_t, need_dB, need_dbias, eight_bits, scales, aligned, deterministic, config, device)
+    key = (P, dtype, need_t, need_dB, need_dbias, eight_bits, column_scales, aligned, deterministic, config, device)
     known = _prepare_constants.get(key)
     if known is None:
         spec = device_spec(device)
@@ -83,7 +80,7 @@ def prepare(
         if not isinstance(chosen, PrepareConfig):
             raise ValueError(f"no shipped configuration holds P={P} in {dtype}")
         flags = Flags(True, False, need_dB, need_dbias, False, deterministic)
-        known = chosen, prepare_constants(P, dtype, need_t, flags, eight_bits, scales, aligned, chosen, spec)
+        known = chosen, prepare_constants(P, dtype, need_t, flags, eight_bits, column_scales, aligned, chosen, spec)
         _prepare_constants[key] = known
     chosen, constants = known
     m_chunk = m_chunk_of(M, N, chosen, device_spec(device).sms)
@@ -92,16 +89,14 @@ def prepare(
 
     # What atomics add to is cleared in two memsets: what lives as long as the gradients, and what does not.
     kept = {"dB": slabs * N * P * need_dB, "db": slabs * N * need_dbias, "zeros": zeros}
-    passing = {"t": layers * M * P * need_t, "amax": M * (scales == "row")}
+    passing = {"t": layers * M * P * need_t, "amax": M * (eight_bits is not None)}
     parts: dict[str, Tensor] = {}
     for sizes in (kept, passing):
         workspace = torch.zeros((sum(sizes.values()),), dtype=torch.float32, device=device)
         parts.update(zip(sizes, workspace.split(list(sizes.values())), strict=True))
     q = None if eight_bits is None else torch.empty((M, N), dtype=eight_bits, device=device)
-    scale = None
-    if eight_bits is not None:
-        shape = (M,) if scales == "row" else (cdiv(N, SCALE_COLUMNS), M)
-        scale = torch.empty(shape, dtype=torch.float32, device=device)
+    scale = None if eight_bits is None else torch.empty((M,), dtype=torch.float32, device=device)
+    columns_of = parts["t"] if column_scale is None else column_scale.contiguous()
     amax = parts["amax"].view(torch.int32)
     if M and N and (P or need_dbias or eight_bits is not None):  # or there is nothing to read dY for
         strides = dy.stride()
@@ -114,8 +109,7 @@ def prepare(
                 parts["dB"],
                 parts["db"],
                 amax,
-                q if q is not None and scales == "block" else dy,
-                scale if scale is not None and scales == "block" else parts["t"],
+                columns_of,
                 M,
                 N,
                 m_chunk,
@@ -123,10 +117,10 @@ def prepare(
                 float(scaling),
                 **constants,
             )
-            if eight_bits is not None and scales == "row":
-                tiles = quantize_constants(eight_bits, aligned)
+            if eight_bits is not None:
+                tiles = quantize_constants(eight_bits, column_scales, aligned)
                 blocks = cdiv(M, tiles["BM"]) * cdiv(N, tiles["BN"])
-                exact_quantize[(blocks,)](dy, amax, q, scale, M, N, *strides, **tiles)
+                exact_quantize[(blocks,)](dy, amax, columns_of, q, scale, M, N, *strides, **tiles)
 
     def result(name: str, shape: tuple[int, ...], count: int, dtype: torch.dtype) -> Tensor:
         buffer = parts[name].view(count, *shape) if deterministic else parts[name].view(shape)
@@ -142,6 +136,20 @@ def prepare(
     )
 
 
+def quantize(x: Tensor, eight_bits: torch.dtype, rotation: int = 1) -> tuple[Tensor, Tensor]:
+    """x [M, N], any strides, in `eight_bits`, float8_e4m3fn or int8, rotated in blocks of `rotation` columns before,
+    and its row scales, fp32 [M]."""
+    (M, N), device = x.shape, x.device
+    aligned = N % 8 == 0 and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    q = torch.empty((M, N), dtype=eight_bits, device=device)
+    scale = torch.empty((M,), dtype=torch.float32, device=device)
+    if M:
+        constants = quantize_rows_constants(eight_bits, rotation, x.dtype, aligned)
+        with on(device):
+            exact_quantize_rows[(cdiv(M, constants["BM"]),)](x, q, scale, M, N, *x.stride(), **constants)
+    return q, scale
+
+
 def product(
     dy: Tensor,
     weight: Tensor,
@@ -149,13 +157,13 @@ def product(
     t: Tensor | None = None,
     lora_A: Tensor | None = None,
     x: Tensor | None = None,
-    scales: Scales = "none",
     dy_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
     zeros: Tensor | None = None,
+    rotation: int = 1,
     fast_accumulation: bool = True,
     deterministic: bool = False,
     config: ProductConfig | None = None,
@@ -164,23 +172,23 @@ def product(
     where x is given.
 
     dy [M, N] with any strides and weight [N, K]: in one dtype, fp32, fp16 or bf16; or both in float8_e4m3fn or both in
-    int8, with `scales`: "row", dy_scale [M] and weight_scale [K]; "block", [cdiv(N, 128), M] and
-    [cdiv(N, 128), cdiv(K, 128)]. t [M, P] in fp32, lora_A [P, K] in dX's dtype or fp32, x [M, K] with any strides.
+    int8, with dy_scale [M] and, unless its columns have none, weight_scale [K]. t [M, P] in fp32, lora_A [P, K] in dX's
+    dtype or fp32, x [M, K] with any strides. `rotation`: dY W is rotated in blocks of so many columns, up to 64.
     `zeros`: P · K cleared floats for dA, which are used up. `fast_accumulation` is for float8 alone. Raises ValueError
     where a needed tensor is missing or no tile holds P.
     """
     if (t is None) != (lora_A is None) or (x is not None and t is None) or (dropout > 0.0 and seed is None):
         raise ValueError("a tensor that the needed gradients read is None")
-    if (scales == "none") != (dy_scale is None) or (dy_scale is None) != (weight_scale is None):
-        raise ValueError(f"scales={scales!r} needs dy_scale and weight_scale, both or neither")
+    if (dy.dtype in LIMITS) != (dy_scale is not None) or (dy_scale is None and weight_scale is not None):
+        raise ValueError(f"dy in {dy.dtype}: 8 bits need dy_scale, and take weight_scale; nothing else does")
     (M, N), K, device = dy.shape, weight.shape[1], dy.device
     dtype = dtype or dy.dtype
     P = 0 if lora_A is None else lora_A.shape[0]
     drops = dropout > 0.0 and P > 0
     # The kernel reads 16 bits row by row, 8 bits column by column, as each is kept.
-    weight = weight.contiguous() if scales == "none" else weight.t().contiguous().t()
+    weight = weight.contiguous() if dy_scale is None else weight.t().contiguous().t()
     lora_A = None if lora_A is None else lora_A.contiguous()
-    per_load = 16 if scales != "none" else 8
+    per_load = 8 if dy_scale is None else 16
     aligned = (
         N % 16 == 0
         and K % 8 == 0
@@ -190,7 +198,9 @@ def product(
         and (lora_A is None or lora_A.data_ptr() % 16 == 0)
         and (x is None or (x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0))
     )
-    key = (P, dy.dtype, dtype, scales, x is not None, drops, fast_accumulation, aligned, deterministic, config, device)
+    scaled = weight_scale is not None
+    forms = scaled, rotation, x is not None, drops, fast_accumulation, aligned, deterministic
+    key = (P, dy.dtype, dtype, forms, config, device)
     known = _product_constants.get(key)
     if known is None:
         spec = device_spec(device)
@@ -198,7 +208,9 @@ def product(
         if not isinstance(chosen, ProductConfig):
             raise ValueError(f"no shipped configuration holds P={P} in {dy.dtype}")
         flags = Flags(True, x is not None, False, False, drops, deterministic)
-        constants = product_constants(P, dy.dtype, dtype, flags, scales, fast_accumulation, aligned, chosen, spec)
+        constants = product_constants(
+            P, dy.dtype, dtype, flags, scaled, rotation, fast_accumulation, aligned, chosen, spec
+        )
         known = _product_constants[key] = chosen, constants
     chosen, constants = known
     rows = cdiv(M, chosen.block_m)
@@ -214,7 +226,7 @@ def product(
                 dy,
                 weight,
                 dx if dy_scale is None else dy_scale,
-                dx if weight_scale is None else weight_scale,
+                dx if weight_scale is None else weight_scale.contiguous(),
                 dx if t is None else t,
                 dx if x is None else x,
                 dx if lora_A is None else lora_A,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -13,23 +13,20 @@ from .constants import precision
 from .cost_model import Flags, cdiv
 from .devices import DeviceSpec
 
-Scales = Literal["none", "row", "block"]
-
-SCALE_COLUMNS = 128  # of a block scale, as in the kernels
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 _WAVE = 0.9  # share of the multiprocessors that a grid should keep busy
 
 
-def limit_reciprocal(dtype: torch.dtype | None) -> float:
-    """What the largest magnitude of a row is multiplied by for its scale in `dtype`; 0 without one."""
-    return 0.0 if dtype is None else 1.0 / LIMITS[dtype]
+def limit_reciprocal(dtype: torch.dtype) -> float:
+    """What the largest magnitude of a row is multiplied by for its scale in `dtype`."""
+    return 1.0 / LIMITS[dtype]
 
 
-def tile_k(config: ProductConfig, operands: torch.dtype, scales: Scales, dropout: bool, fast_accumulation: bool) -> int:
-    """The columns of a tile of dX. A second accumulator, of integers, of the sums between two scales or of what the
-    mask falls on, leaves registers for half of the columns."""
+def tile_k(config: ProductConfig, operands: torch.dtype, dropout: bool, fast_accumulation: bool) -> int:
+    """The columns of a tile of dX. A second accumulator, of integers, of float8 sums in parts or of what the mask falls
+    on, leaves registers for half of the columns."""
     float8_in_parts = operands == torch.float8_e4m3fn and not fast_accumulation
-    second = dropout or scales == "block" or operands == torch.int8 or float8_in_parts
+    second = dropout or operands == torch.int8 or float8_in_parts
     return config.block_k // 2 if second else config.block_k
 
 
@@ -55,7 +52,7 @@ def prepare_constants(
     need_t: bool,
     flags: Flags,
     eight_bits: torch.dtype | None,
-    scales: Scales,
+    column_scales: bool,
     aligned_n: bool,
     config: PrepareConfig,
     device: DeviceSpec,
@@ -69,9 +66,8 @@ def prepare_constants(
         "NEED_T": need_t,
         "NEED_DB": flags.need_dB,
         "NEED_DBIAS": flags.need_dbias,
-        "ROW_MAXIMA": scales == "row",
-        "BLOCK_SCALES": scales == "block",
-        "LIMIT_RECIPROCAL": limit_reciprocal(eight_bits),
+        "ROW_MAXIMA": eight_bits is not None,
+        "COLUMN_SCALES": column_scales,
         "ALIGNED_N": aligned_n,
         "WGMMA": uses_wgmma(device.capability, dtype.itemsize * 8),
         "ATOMIC": not flags.deterministic,
@@ -81,13 +77,30 @@ def prepare_constants(
     }
 
 
-def quantize_constants(eight_bits: torch.dtype, aligned_n: bool) -> dict[str, Any]:
+def quantize_constants(eight_bits: torch.dtype, column_scales: bool, aligned_n: bool) -> dict[str, Any]:
     """The constexpr arguments and launch options of `exact_quantize`: a tile for each block, bound by memory alone."""
     return {
         "BM": 16,
         "BN": 64 if availability.interpreted() else 512,
+        "COLUMN_SCALES": column_scales,
         "LIMIT_RECIPROCAL": limit_reciprocal(eight_bits),
         "ALIGNED_N": aligned_n,
+        "num_warps": 4,
+    }
+
+
+def quantize_rows_constants(
+    eight_bits: torch.dtype, rotation: int, dtype: torch.dtype, aligned_n: bool
+) -> dict[str, Any]:
+    """The constexpr arguments and launch options of `exact_quantize_rows`: 16 rows a block, which fill the card from
+    some 2,000 on."""
+    return {
+        "BM": 16,
+        "BN": 128 if availability.interpreted() else 512,
+        "ROTATE": rotation,
+        "LIMIT_RECIPROCAL": limit_reciprocal(eight_bits),
+        "ALIGNED_N": aligned_n,
+        "PRECISION": precision(dtype),
         "num_warps": 4,
     }
 
@@ -97,7 +110,8 @@ def product_constants(
     operands: torch.dtype,
     dtype: torch.dtype,
     flags: Flags,
-    scales: Scales,
+    weight_scales: bool,
+    rotation: int,
     fast_accumulation: bool,
     aligned: bool,
     config: ProductConfig,
@@ -109,10 +123,12 @@ def product_constants(
         "P": P,
         "BM": config.block_m,
         "BN": config.block_n,
-        "BK": tile_k(config, operands, scales, flags.dropout, fast_accumulation),
+        "BK": tile_k(config, operands, flags.dropout, fast_accumulation),
         "BP": padded(P),
         "GROUP": config.group,
-        "SCALES": scales,
+        "SCALES": operands.itemsize == 1,
+        "WEIGHT_SCALES": weight_scales,
+        "ROTATE": rotation,
         # Terms of float8 in the tensor cores' own accumulator before float32 takes them; None: all, use_fast_accum.
         "IMPRECISE": min(128, config.block_n) if operands == torch.float8_e4m3fn and not fast_accumulation else None,
         "NEED_DA": flags.need_dA,

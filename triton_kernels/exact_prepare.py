@@ -5,11 +5,10 @@ for the whole chunk; T is summed over the blocks of a row by fp32 atomics, or, f
 per block of columns. A slab of 64 rows that walked N instead would add all of dB once a slab: 33 MB of atomics for
 M = 8192, N = 4096, P = 16, where these are 2 MB for dB and 8 MB for T.
 
-8 bits come in two forms, by the rules of `loge_kernels.numerics.eight_bit`:
-
-    row scales     scale[m] = max |dY[m, :]| / limit     needs the whole row: `exact_prepare` leaves the rows' maxima,
-                                                         `exact_quantize` reads dY once more
-    block scales   one scale for 1 row x 128 columns     local: `exact_prepare` writes q and scales itself
+In 8 bits, by the rules of `loge_kernels.numerics.eight_bit`, scale[m] = max |dY[m, :]| / limit needs the whole row:
+`exact_prepare` leaves the rows' maxima, `exact_quantize` reads dY once more. With a scale for each column, dY is
+multiplied by it first: those of the rows of a weight in 8 bits, which the sum over N cannot leave to its end. An input
+x of a forward in 8 bits, which nothing else is wanted of, is quantised by `exact_quantize_rows` alone.
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -20,9 +19,9 @@ import triton.language as tl
 from .availability import interpreted
 from .device_code import load_tile, reduce_store
 
+QUANTIZE_ROWS_RUNTIME = ("M", "N", "stride_m", "stride_n")
 PREPARE_RUNTIME = ("M", "N", "m_chunk", "stride_dy_m", "stride_dy_n", "scaling")
 QUANTIZE_RUNTIME = ("M", "N", "stride_dy_m", "stride_dy_n")
-SCALE_COLUMNS = tl.constexpr(128)  # of a block scale
 _TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal float32: no zero row divides by zero
 _ROUNDING = tl.constexpr(12582912.0)  # 1.5 · 2^23: float32 has no fraction bits there, so adding it rounds to even
 _INTERPRETED = tl.constexpr(interpreted())
@@ -50,7 +49,7 @@ def from_absolute_bits(bits, dtype: tl.constexpr):
 
 @triton.jit
 def scale_of(amax, LIMIT_RECIPROCAL: tl.constexpr):
-    """What divides a row or block of this largest magnitude; NaN stays NaN."""
+    """What divides a row of this largest magnitude; NaN stays NaN."""
     scale = amax * LIMIT_RECIPROCAL
     return tl.where(scale < _TINY, _TINY, scale)
 
@@ -85,8 +84,7 @@ def exact_prepare(
     dB_ptr,
     db_ptr,
     amax_ptr,
-    q_ptr,
-    scale_ptr,
+    column_scale_ptr,
     M: tl.int32,
     N: tl.int32,
     m_chunk: tl.int32,
@@ -101,18 +99,17 @@ def exact_prepare(
     NEED_DB: tl.constexpr,
     NEED_DBIAS: tl.constexpr,
     ROW_MAXIMA: tl.constexpr,
-    BLOCK_SCALES: tl.constexpr,
-    LIMIT_RECIPROCAL: tl.constexpr,
+    COLUMN_SCALES: tl.constexpr,
     ALIGNED_N: tl.constexpr,
     WGMMA: tl.constexpr,
     ATOMIC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (cdiv(N, BN), cdiv(M, m_chunk)); m_chunk is a multiple of BM, BN one of 128 with BLOCK_SCALES.
+    """Grid (cdiv(N, BN), cdiv(M, m_chunk)); m_chunk is a multiple of BM.
 
     t [M, P] in fp32, with a leading dimension of column blocks unless ATOMIC; dB [N, P] and db [N] in fp32, with one of
     row chunks unless ATOMIC; amax int32 [M], zeroed: the bits of float32 maxima, whose order no result depends on;
-    q [M, N]; scale fp32 [cdiv(N, 128), M].
+    column_scale fp32 [N], with COLUMN_SCALES.
     """
     dtype = dy_ptr.dtype.element_ty
     pid_n = tl.program_id(0)
@@ -146,6 +143,8 @@ def exact_prepare(
             b_dB = tl.zeros((BP, BN), dtype=tl.float32)
     if NEED_DBIAS:
         b_db = tl.zeros((BN,), dtype=tl.float32)
+    if COLUMN_SCALES:
+        b_column_scale = tl.load(column_scale_ptr + offs_n, mask=mask_n, other=0.0)  # [BN]
 
     for m0 in range(m_begin, m_end, BM):
         offs_m = m0 + tl.arange(0, BM)
@@ -166,17 +165,12 @@ def exact_prepare(
         if NEED_DBIAS:
             b_db += tl.sum(b_dy.to(tl.float32), axis=0)
         if ROW_MAXIMA:
-            b_amax = from_absolute_bits(tl.max(absolute_bits(b_dy), axis=1), dtype)  # [BM]
+            if COLUMN_SCALES:
+                b_scaled = b_dy.to(tl.float32) * b_column_scale[None, :]
+                b_amax = from_absolute_bits(tl.max(absolute_bits(b_scaled), axis=1), tl.float32)  # [BM]
+            else:
+                b_amax = from_absolute_bits(tl.max(absolute_bits(b_dy), axis=1), dtype)  # [BM]
             tl.atomic_max(amax_ptr + offs_m, b_amax.to(tl.int32, bitcast=True), mask=mask_m, sem="relaxed")
-        if BLOCK_SCALES:
-            b_blocks = tl.reshape(b_dy, (BM, BN // SCALE_COLUMNS, SCALE_COLUMNS))
-            b_amax = from_absolute_bits(tl.max(absolute_bits(b_blocks), axis=2), dtype)  # [BM, BN / 128]
-            b_scale = scale_of(b_amax, LIMIT_RECIPROCAL)
-            b_q = tl.reshape(in_eight_bits(b_blocks, b_scale[:, :, None], q_ptr), (BM, BN))
-            tl.store(q_ptr + row_m * N + offs_n[None, :], b_q, mask=mask_mn)
-            offs_block = pid_n * (BN // SCALE_COLUMNS) + tl.arange(0, BN // SCALE_COLUMNS)
-            mask_scale = mask_m[:, None] & (offs_block * SCALE_COLUMNS < N)[None, :]
-            tl.store(scale_ptr + offs_block.to(tl.int64)[None, :] * M + offs_m[:, None], b_scale, mask=mask_scale)
 
     if NEED_DB:
         if WGMMA:
@@ -201,6 +195,7 @@ def exact_prepare(
 def exact_quantize(
     dy_ptr,
     amax_ptr,
+    column_scale_ptr,
     q_ptr,
     scale_ptr,
     M: tl.int32,
@@ -209,10 +204,12 @@ def exact_quantize(
     stride_dy_n: tl.int64,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    COLUMN_SCALES: tl.constexpr,
     LIMIT_RECIPROCAL: tl.constexpr,
     ALIGNED_N: tl.constexpr,
 ):
-    """q [M, N] of dY and its row scales [M] in fp32, from the rows' maxima. Grid (cdiv(M, BM) · cdiv(N, BN),)."""
+    """q [M, N] of dY, times column_scale [N] with COLUMN_SCALES, and its row scales [M] in fp32, from the rows' maxima.
+    Grid (cdiv(M, BM) · cdiv(N, BN),)."""
     blocks_n = tl.cdiv(N, BN)
     pid_n = tl.program_id(0) % blocks_n
     offs_m = tl.program_id(0) // blocks_n * BM + tl.arange(0, BM)
@@ -224,8 +221,69 @@ def exact_quantize(
     mask_mn = mask_m[:, None] & (offs_n < N)[None, :]
     row_m = offs_m.to(tl.int64)[:, None]  # [BM, 1]
     b_dy = load_tile(dy_ptr + row_m * stride_dy_m, offs_n, stride_dy_n, mask_mn, ALIGNED_N)  # [BM, BN]
+    if COLUMN_SCALES:
+        b_column_scale = tl.load(column_scale_ptr + offs_n, mask=offs_n < N, other=0.0)  # [BN]
+        b_dy = b_dy.to(tl.float32) * b_column_scale[None, :]
     b_amax = tl.load(amax_ptr + offs_m, mask=mask_m, other=0).to(tl.float32, bitcast=True)  # [BM]
     b_scale = scale_of(b_amax, LIMIT_RECIPROCAL)
     tl.store(q_ptr + row_m * N + offs_n[None, :], in_eight_bits(b_dy, b_scale[:, None], q_ptr), mask=mask_mn)
     if pid_n == 0:
         tl.store(scale_ptr + offs_m, b_scale, mask=mask_m)
+
+
+@triton.jit
+def rotated(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """values [ROWS, COLUMNS] times a Hadamard matrix on each BLOCK of columns, in fp32
+    (`loge_kernels.numerics.rotation`)."""
+    offs = tl.arange(0, BLOCK)
+    shared = offs[:, None] & offs[None, :]
+    shared = shared ^ (shared >> 4)
+    shared = shared ^ (shared >> 2)
+    shared = shared ^ (shared >> 1)
+    signs = (1 - 2 * (shared & 1)).to(values.dtype)
+    blocks = tl.reshape(values, (ROWS * COLUMNS // BLOCK, BLOCK))
+    out = tl.dot(blocks, signs, input_precision=PRECISION) * (1.0 / tl.sqrt(BLOCK * 1.0))
+    return tl.reshape(out, (ROWS, COLUMNS))
+
+
+@triton.jit(do_not_specialize=QUANTIZE_ROWS_RUNTIME)
+def exact_quantize_rows(
+    x_ptr,
+    q_ptr,
+    scale_ptr,
+    M: tl.int32,
+    N: tl.int32,
+    stride_m: tl.int64,
+    stride_n: tl.int64,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    ROTATE: tl.constexpr,
+    LIMIT_RECIPROCAL: tl.constexpr,
+    ALIGNED_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """q [M, N] of x, rotated in blocks of ROTATE columns (1: not), and its row scales [M] in fp32. Grid (cdiv(M, BM),):
+    a block reads its rows twice, the second time from L2."""
+    offs_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    if ALIGNED_N:
+        N = N // 8 * 8
+        stride_m = stride_m // 8 * 8
+    mask_m = offs_m < M
+    row_m = offs_m.to(tl.int64)[:, None]  # [BM, 1]
+    b_bits = tl.zeros((BM,), dtype=tl.int32)
+    for n0 in range(0, N, BN):
+        offs_n = n0 + tl.arange(0, BN)
+        mask = mask_m[:, None] & (offs_n < N)[None, :]
+        b_x = load_tile(x_ptr + row_m * stride_m, offs_n, stride_n, mask, ALIGNED_N)  # [BM, BN]
+        if ROTATE > 1:
+            b_x = rotated(b_x, BM, BN, ROTATE, PRECISION)
+        b_bits = tl.maximum(b_bits, tl.max(absolute_bits(b_x.to(tl.float32)), axis=1))
+    b_scale = scale_of(b_bits.to(tl.float32, bitcast=True), LIMIT_RECIPROCAL)  # [BM]
+    tl.store(scale_ptr + offs_m, b_scale, mask=mask_m)
+    for n0 in range(0, N, BN):
+        offs_n = n0 + tl.arange(0, BN)
+        mask = mask_m[:, None] & (offs_n < N)[None, :]
+        b_x = load_tile(x_ptr + row_m * stride_m, offs_n, stride_n, mask, ALIGNED_N)  # [BM, BN]
+        if ROTATE > 1:
+            b_x = rotated(b_x, BM, BN, ROTATE, PRECISION)
+        tl.store(q_ptr + row_m * N + offs_n[None, :], in_eight_bits(b_x, b_scale[:, None], q_ptr), mask=mask)

@@ -1,7 +1,6 @@
 """The exact product and what rides on it: dX = dY W + drop(T A), written once, and dA = Tᵀ drop(x) from one read of x.
 
-dY and W come in 16 or 32 bits, or both in 8 bits with scales: rows of dY and columns of W ("row"), or 1 x 128 of dY and
-128 x 128 of W ("block"), where every 128 columns of the sum are scaled into the fp32 accumulator.
+dY and W come in 16 or 32 bits, or both in 8 bits with a scale for each row of dY, and one for each column of W or none.
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -10,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .device_code import dropout_keep, dropout_key, grouped_tile, load_tile, store_thin, thin_product
-from .exact_prepare import SCALE_COLUMNS
+from .exact_prepare import rotated
 
 PRODUCT_RUNTIME = ("M", "N", "K", "stride_dy_m", "stride_dy_n", "stride_x_m", "stride_x_k", "threshold", "inv_keep")
 
@@ -32,6 +31,7 @@ def exact_sum(
     BN: tl.constexpr,
     BK: tl.constexpr,
     SCALES: tl.constexpr,
+    WEIGHT_SCALES: tl.constexpr,
     IMPRECISE: tl.constexpr,
     ALIGNED_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -41,43 +41,32 @@ def exact_sum(
     mask_k = offs_k < K
     p_dy_row = dy_ptr + offs_m.to(tl.int64)[:, None] * stride_dy_m  # [BM, 1]
     SUM: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
-    if SCALES == "block":
-        accumulator = tl.zeros((BM, BK), dtype=tl.float32)
-        blocks_of_k = tl.cdiv(K, SCALE_COLUMNS)
-        p_weight_scale = weight_scale_ptr + offs_k // SCALE_COLUMNS
-    else:
-        accumulator = tl.zeros((BM, BK), dtype=SUM)
+    accumulator = tl.zeros((BM, BK), dtype=SUM)
     for n0 in range(0, N, BN):
         offs_n = n0 + tl.arange(0, BN)
         mask_n = offs_n < N
         b_dy = load_tile(p_dy_row, offs_n, stride_dy_n, mask_m[:, None] & mask_n[None, :], ALIGNED_N)  # [BM, BN]
-        if SCALES == "none":
+        if not SCALES:
             p_weight = weight_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
         else:
             p_weight = weight_ptr + offs_k.to(tl.int64)[None, :] * N + offs_n[:, None]
         b_weight = tl.load(p_weight, mask=mask_n[:, None] & mask_k[None, :], other=0.0)  # [BN, BK]
-        if SCALES == "block":
-            b_part = tl.dot(b_dy, b_weight, out_dtype=SUM)
-            b_dy_scale = tl.load(
-                dy_scale_ptr + n0 // SCALE_COLUMNS * M.to(tl.int64) + offs_m, mask=mask_m, other=0.0
-            )  # [BM]
-            b_weight_scale = tl.load(p_weight_scale + n0 // SCALE_COLUMNS * blocks_of_k, mask=mask_k, other=0.0)  # [BK]
-            accumulator += b_part.to(tl.float32) * b_dy_scale[:, None] * b_weight_scale[None, :]
-        else:
-            accumulator = tl.dot(
-                b_dy,
-                b_weight,
-                accumulator,
-                input_precision=PRECISION,
-                max_num_imprecise_acc=IMPRECISE,
-                out_dtype=SUM,
-            )
+        accumulator = tl.dot(
+            b_dy,
+            b_weight,
+            accumulator,
+            input_precision=PRECISION,
+            max_num_imprecise_acc=IMPRECISE,
+            out_dtype=SUM,
+        )
 
     b_dx = accumulator.to(tl.float32)
-    if SCALES == "row":
+    if SCALES:
         b_dy_scale = tl.load(dy_scale_ptr + offs_m, mask=mask_m, other=0.0)  # [BM]
+        b_dx *= b_dy_scale[:, None]
+    if WEIGHT_SCALES:
         b_weight_scale = tl.load(weight_scale_ptr + offs_k, mask=mask_k, other=0.0)  # [BK]
-        b_dx = b_dx * b_dy_scale[:, None] * b_weight_scale[None, :]
+        b_dx *= b_weight_scale[None, :]
     return b_dx
 
 
@@ -109,6 +98,8 @@ def exact_product(
     BP: tl.constexpr,
     GROUP: tl.constexpr,
     SCALES: tl.constexpr,
+    WEIGHT_SCALES: tl.constexpr,
+    ROTATE: tl.constexpr,
     IMPRECISE: tl.constexpr,
     NEED_DA: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -121,9 +112,10 @@ def exact_product(
     """Grid (cdiv(M, BM) · cdiv(K, BK),), a `grouped_tile` each.
 
     weight [N, K], contiguous, or with SCALES stored column by column; dx [M, K] contiguous; t [M, P] in fp32, scaled;
-    dA [P, K] in fp32, with a leading dimension of row blocks unless ATOMIC. "row": dy_scale [M], weight_scale [K].
-    "block": dy_scale [cdiv(N, 128), M], weight_scale [cdiv(N, 128), cdiv(K, 128)], and BN divides 128. IMPRECISE: terms
-    of float8 that the tensor cores may sum in their own, shorter accumulator before fp32 takes them; None: all.
+    dA [P, K] in fp32, with a leading dimension of row blocks unless ATOMIC. SCALES: dy_scale
+    [M], and with WEIGHT_SCALES weight_scale [K]. ROTATE: W was rotated in blocks of so many columns, which divide BK,
+    and dX is rotated back; 1: it was not. IMPRECISE: terms of float8 that the tensor cores may sum in their own,
+    shorter accumulator before fp32 takes them; None: all.
     """
     dtype = dx_ptr.dtype.element_ty
     pid_m, pid_k = grouped_tile(tl.cdiv(M, BM), tl.cdiv(K, BK), GROUP)
@@ -156,10 +148,14 @@ def exact_product(
         BN=BN,
         BK=BK,
         SCALES=SCALES,
+        WEIGHT_SCALES=WEIGHT_SCALES,
         IMPRECISE=IMPRECISE,
         ALIGNED_N=ALIGNED_N,
         PRECISION=PRECISION,
     )
+    if ROTATE > 1:
+        # In dX's dtype: float32 products would spill, and 8 bits lose more than this rounding.
+        b_dx = rotated(b_dx.to(dtype), BM, BK, ROTATE, PRECISION)
     mask_mk = mask_m[:, None] & mask_k[None, :]
     if DROPOUT:
         key = dropout_key(seed_ptr)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from . import availability, cost_cuda
-from .cost_exact import BLOCKS, FORMS, estimate_exact, precisions
+from .cost_exact import FORMS, estimate_exact, precisions
 from .cost_model import estimate_one_launch, estimate_two_launch, useful_flops
 from .devices import DEFAULT, DeviceSpec, device_spec
 from .dispatch import form_configs
@@ -133,7 +133,6 @@ def _exact(
         (form, precision)
         for form in (FORMS if ours and flags.need_dx and fuses(dtype) else FORMS[:2] if ours else FORMS[:1])
         for precision in (None, *eight)
-        if (form, precision) != ("torch", BLOCKS)  # nothing in PyTorch makes block scales in one pass
     ]
     estimates = [
         estimate_exact(form, precision, M, N, K, P, flags, device, dtype.itemsize, dtype == torch.bfloat16)

@@ -34,7 +34,6 @@ class DeviceSpec:
     int8: float = 1.5  # matrix rates over that of 16 bits; 0: none
     float8: float = 0.0  # torch._scaled_mm, scales by row and column
     float8_fast: float = 0.0  # the same with use_fast_accum
-    float8_blocks: float = 0.0  # scales by 1 x 128 and 128 x 128
     narrow: tuple[tuple[int, float], ...] = _NARROW
     gap_us: float = 1.25  # from one kernel's end to the next one's start on a busy stream: 1 to 1.5 [review]
 
@@ -54,8 +53,7 @@ MEASURED = {
 # Hopper [review], scaled by multiprocessors and clock elsewhere. Narrow on A100: from a composition of 255 us at R =
 # 128 and of 320 at R = 256 [review]. Skinny [review]: 0.62 on H200, 0.72 on A100; on H100 two estimates, 0.62 and
 # 0.72, of which this is the middle. 8 bits: 980 and 1150 of 660 (H100), 1080 and 1280 of 720 (H200) with cuBLAS 12.9;
-# with block scales 580 of 433 (H100 PCIe) [published]; int8 on Hopper as slow float8, whose peak it shares, on A100
-# 0.72 of its own.
+# int8 on Hopper as slow float8, whose peak it shares, on A100 0.72 of its own.
 _H200 = DeviceSpec(
     name="NVIDIA H200",
     capability=(9, 0),
@@ -72,7 +70,6 @@ _H200 = DeviceSpec(
     int8=1.5,
     float8=1.5,
     float8_fast=1280 / 720,
-    float8_blocks=1.34,
 )
 _H100 = replace(
     _H200,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..numerics.eight_bit import from_bits
 from ..triton_kernels import ExactForm
 from . import cuda as cuda_backend
 from . import cuda_measured, predicted, reference
@@ -195,7 +196,24 @@ def run_forward(operands: Operands) -> tuple[Tensor, Tensor | None]:
     The fused one is taken by "auto" where it is verified on this GPU and predicted to win, and by "triton" wherever it
     can run.
     """
+    if operands.weight is None:
+        return triton_backend.forward_in_eight_bits(operands) if _by_triton(operands) else reference.forward(operands)
     return triton_backend.forward(operands) if _fused_forward(operands) else reference.forward(operands)
+
+
+def quantize_input(operands: Operands) -> tuple[Tensor, Tensor]:
+    """x [M, K] in the 8 bits of the weight, rotated as that is, and its row scales, float32 [M, 1]."""
+    assert operands.x is not None
+    assert operands.dense is not None
+    quantize = triton_backend.quantize if _by_triton(operands) else reference.quantize
+    return quantize(operands.x, from_bits(operands.dense).dtype)
+
+
+def _by_triton(operands: Operands) -> bool:
+    """Whether a forward in 8 bits is Triton's: where it can run, and is named or verified on this GPU."""
+    x = operands.x
+    automatic = operands.backend == "auto" and x is not None and x.is_cuda and is_verified("triton", x.device)
+    return (automatic or operands.backend == "triton") and triton_backend.why_not_eight_bits(operands) is None
 
 
 def _fused_forward(operands: Operands) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..numerics.eight_bit import DTYPES, as_bits, from_bits, quantize_columns
+from ..numerics.rotation import block_of
 
 # What the frozen path's part of dX is: dY · left · right; the same with dense rows among them; dY · W; and that in
 # 8 bits.
@@ -45,12 +46,15 @@ class Operands(NamedTuple):
     residual: Tensor | None = None  # [Q, K]
     dense: Tensor | None = None  # [N, K] in 8 bits
     dense_scale: Tensor | None = None  # float32 [K]
+    weight_scale: Tensor | None = None  # float32 [N, 1], of dense where that is the weight, which has no other form
     left_scale: Tensor | None = None  # float32 [R]
     right_scale: Tensor | None = None  # float32 [K]
     bias: Tensor | None = None  # [N]
     lora_A: Tensor | None = None  # [P, K]
     lora_B: Tensor | None = None  # [N, P]
     seed: Tensor | None = None  # int64 [2]
+    x_bits: Tensor | None = None  # [M, K], x in 8 bits, for a forward in them
+    x_scale: Tensor | None = None  # float32 [M, 1]
     scaling: float = 1.0
     dropout: float = 0.0
     exact_fraction: float = 0.0
@@ -61,6 +65,13 @@ class Operands(NamedTuple):
     def kind(self) -> Kind:
         """What the frozen path's part of dX is."""
         return kind_of(self.left, self.dense, self.exact_fraction)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(N, K)."""
+        weight = self.dense if self.weight is None else self.weight
+        assert weight is not None
+        return weight.shape[0], weight.shape[1]
 
     def with_dense_copy(self) -> Operands:
         """These with `dense` made of the weight, where `quantize` asks for it."""
@@ -77,7 +88,7 @@ class Operands(NamedTuple):
     def kept(self, need: Need) -> Operands:
         """What backward reads and nothing else: x where a gradient needs it, never a frozen weight that factors or an
         8-bit copy stand for."""
-        dropped: dict[str, Any] = {"bias": None}  # for a single `_replace`, which costs 2 us
+        dropped = dict(_FORWARD_ONLY)  # for a single `_replace`, which costs 2 us
         if not (need.dweight or need.dA):
             dropped["x"] = None
         if not (need.dx or need.dA):
@@ -87,7 +98,7 @@ class Operands(NamedTuple):
         if not need.dx:
             dropped |= _NO_FROZEN_PATH
         elif self.kind == "low-rank":
-            dropped["weight"] = dropped["dense"] = dropped["dense_scale"] = None
+            dropped |= _NO_DENSE
         elif self.dense is not None:
             dropped["weight"] = None
         return self._replace(**dropped)
@@ -97,9 +108,11 @@ class Operands(NamedTuple):
         return Need(*map(bool, (self.x, self.weight, self.bias, self.lora_A, self.lora_B)))
 
 
-STAND_INS = ("left", "right", "rows", "residual", "dense", "dense_scale", "left_scale", "right_scale")
+STAND_INS = ("left", "right", "rows", "residual", "dense", "dense_scale", "weight_scale", "left_scale", "right_scale")
 _stand_ins = attrgetter(*STAND_INS)
 _NO_FROZEN_PATH: dict[str, Any] = dict.fromkeys(("weight", *STAND_INS))
+_NO_DENSE: dict[str, Any] = dict.fromkeys(("weight", "dense", "dense_scale", "weight_scale"))
+_FORWARD_ONLY: dict[str, Any] = dict.fromkeys(("bias", "x_bits", "x_scale"))
 # One tuple of None for every operand: `_replace` gives those that have a gradient.
 NO_GRADIENTS = Operands(*(None,) * len(Operands._fields))  # type: ignore[arg-type]
 
@@ -143,6 +156,7 @@ class BackwardProblem:
     residual: Tensor | None = None  # [Q, K]; `backends.run_backward` adds its part to every backend's dX
     dense: Tensor | None = None  # [N, K] in 8 bits: the weight's copy for the exact products
     dense_scale: Tensor | None = None  # float32 [K], with dense
+    weight_scale: Tensor | None = None  # float32 [N, 1], in its place where dense is the weight itself
     left_scale: Tensor | None = None  # float32 [R], with left in 8 bits
     right_scale: Tensor | None = None  # float32 [K], with right in 8 bits
 
@@ -176,6 +190,7 @@ class BackwardProblem:
             residual=o.residual,
             dense=None if dense is None else from_bits(dense),
             dense_scale=o.dense_scale,
+            weight_scale=o.weight_scale,
             left_scale=o.left_scale,
             right_scale=o.right_scale,
         )
@@ -184,6 +199,13 @@ class BackwardProblem:
     def kind(self) -> Kind:
         """What the frozen path's part of dX is."""
         return kind_of(self.left, self.dense, self.exact_fraction)
+
+    @property
+    def rotation(self) -> int:
+        """Of dense: in blocks of how many columns it is rotated; 1: it is not."""
+        if self.weight_scale is None or self.dense is None:
+            return 1
+        return block_of(self.dense.dtype, self.dense.shape[1])
 
 
 @dataclass(slots=True)

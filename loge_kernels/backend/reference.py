@@ -19,7 +19,8 @@ The forward is exact. The backward sends the activation gradient of the frozen w
 With dropout the adapter's part of dX passes through the mask, `dX = T_R right + drop(T_P A)`. Without factors the
 frozen part is the dense `dY W`; with `exact_fraction` it is dense for the rows of largest ‖dY‖ and low-rank for the
 others. Exact products take the adapter beside the weight or merged into it, whichever is cheaper (`merging`). Dense
-products run in 8 bits where the problem carries an 8-bit copy of W (`eight_bit`). Those with left and right run in 8
+products run in 8 bits where the problem carries an 8-bit copy of W (`eight_bit`); where W is kept in 8 bits alone,
+the forward does too. Those with left and right run in 8
 bits where these come so, apart from the adapter's, and T is in dY's dtype between them. Factors with a residual on rows
 J of W add `dY[:, J] · residual` (`add_residual`).
 
@@ -36,8 +37,10 @@ from torch import Tensor
 
 from ..numerics import eight_bit
 from ..numerics.dropout import drop
+from ..numerics.eight_bit import from_bits
 from ..numerics.matmul import add, add_matmul, matmul
 from ..numerics.merging import merged, merging_pays
+from ..numerics.rotation import block_of, rotate
 from .problem import BackwardProblem, Gradients, Operands, Prepared
 
 _NOTHING = Prepared()
@@ -48,7 +51,11 @@ def forward(operands: Operands) -> tuple[Tensor, Tensor | None]:
     o = operands
     x, weight, A, B = o.x, o.weight, o.lora_A, o.lora_B
     assert x is not None
-    assert weight is not None
+    if weight is None:
+        y = _forward_in_eight_bits(o)
+        if o.bias is not None:
+            y = add(y, o.bias)
+        return (y, None) if A is None else add_adapter(y, o)
     if A is not None and B is not None and o.dropout == 0.0 and merging_pays(x.shape[0], x.shape[1], x.dtype):
         A = A.to(x.dtype)
         y = matmul(x, merged(weight, A, (o.scaling * B).to(x.dtype)).t())
@@ -59,18 +66,41 @@ def forward(operands: Operands) -> tuple[Tensor, Tensor | None]:
     return (y, None) if A is None else add_adapter(y, o)
 
 
+def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [M, K] in `dtype`, rotated where a weight in it is, and its row scales, float32 [M, 1]."""
+    return eight_bit.quantize_rows(rotate(x, block_of(dtype, x.shape[1])), dtype)
+
+
+def _forward_in_eight_bits(o: Operands) -> Tensor:
+    """x Wᵀ [M, N] from both in 8 bits."""
+    assert o.x is not None
+    assert o.x_bits is not None
+    assert o.x_scale is not None
+    assert o.dense is not None
+    assert o.weight_scale is not None
+    q, weight = from_bits(o.x_bits), from_bits(o.dense)
+    return eight_bit.multiply_quantized(q, o.x_scale, weight.t(), o.weight_scale.flatten(), o.x.dtype)
+
+
 def add_adapter(y: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
     """y + s · xa Bᵀ [M, N] and xa [M, P]; y is used up. The products are taken in x's dtype; y may have another."""
     o = operands
     assert o.x is not None
-    assert o.lora_A is not None
     assert o.lora_B is not None
     dtype = o.x.dtype
-    xa = matmul(drop(o.x, o.seed, o.dropout), _cast(o.lora_A, dtype).t())
+    xa = adapter_input(o)
     scaled_B = _cast(o.scaling * o.lora_B, dtype).t()
     if y.dtype == dtype:
         return add_matmul(y, xa, scaled_B), xa
     return add(y, matmul(xa, scaled_B)), xa
+
+
+def adapter_input(operands: Operands) -> Tensor:
+    """xa = drop(x) Aᵀ [M, P] in x's dtype."""
+    o = operands
+    assert o.x is not None
+    assert o.lora_A is not None
+    return matmul(drop(o.x, o.seed, o.dropout), _cast(o.lora_A, o.x.dtype).t())
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -144,8 +174,8 @@ def _input_gradient(
     if given.q is not None:
         assert given.scale is not None
         assert p.dense is not None
-        assert p.dense_scale is not None
         dx = eight_bit.multiply_quantized(given.q, given.scale, p.dense, p.dense_scale, p.dy.dtype)
+        dx = rotate(dx, p.rotation).to(dx.dtype)
     elif p.right is None:
         dx = _dense(p, p.dy)
     elif p.left_scale is not None:
@@ -179,8 +209,8 @@ def _low_rank_in_eight_bits(p: BackwardProblem) -> Tensor:
 def _dense(p: BackwardProblem, dy: Tensor) -> Tensor:
     """dY · W [., K] for some or all rows of the problem's dY [., N]."""
     if p.dense is not None:
-        assert p.dense_scale is not None
-        return eight_bit.multiply(dy, p.dense, p.dense_scale)
+        dx = eight_bit.multiply(dy, p.dense, p.dense_scale, p.weight_scale)
+        return rotate(dx, p.rotation).to(dx.dtype)
     assert p.weight is not None
     return matmul(dy, p.weight)
 

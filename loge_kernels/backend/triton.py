@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import triton_kernels as kernels
-from ..numerics.eight_bit import FAST_ACCUMULATION
+from ..numerics.eight_bit import FAST_ACCUMULATION, from_bits
+from ..numerics.rotation import block_of
 from . import reference
 from .problem import BackwardProblem, Gradients, Operands, Prepared
 from .reference import add_weight_gradient
@@ -109,7 +110,7 @@ def exact_backward(p: BackwardProblem, form: kernels.ExactForm) -> Gradients:
         need_dB=p.need_dB,
         need_dbias=p.need_dbias,
         eight_bits=eight_bits,
-        scales="none" if eight_bits is None else "row",
+        column_scale=None if p.weight_scale is None else p.weight_scale.flatten(),
         zeros=p.lora_A.numel() if sums_dA and p.lora_A is not None else 0,
         deterministic=p.deterministic,
     )
@@ -125,19 +126,62 @@ def exact_backward(p: BackwardProblem, form: kernels.ExactForm) -> Gradients:
         t=prepared.t,
         lora_A=p.lora_A,
         x=p.x if p.need_dA else None,
-        scales="none" if eight_bits is None else "row",
         dy_scale=prepared.scale,
         weight_scale=p.dense_scale,
         dtype=p.dy.dtype,
         dropout=p.dropout,
         seed=p.seed,
         zeros=prepared.zeros,
+        rotation=p.rotation,
         fast_accumulation=FAST_ACCUMULATION,
         deterministic=p.deterministic,
     )
     gradients = Gradients(dx=dx, dbias=prepared.dbias, dA=dA, dB=prepared.dB)
     add_weight_gradient(gradients, p)
     return gradients
+
+
+def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [M, K] in `dtype`, rotated where a weight in it is, and its row scales, float32 [M, 1]."""
+    q, scale = kernels.quantize(x, dtype, block_of(dtype, x.shape[1]))
+    return q, scale[:, None]
+
+
+def why_not_eight_bits(o: Operands) -> str | None:
+    """Why `forward_in_eight_bits` cannot run these operands, or None."""
+    x, dense = o.x, o.dense
+    assert x is not None
+    assert dense is not None
+    if (dense.shape[0] % _TILE or dense.shape[1] % _TILE) and x.is_cuda:
+        return f"N and K must be multiples of {_TILE} in 8 bits"
+    if x.numel() == 0:
+        return "nothing to compute"
+    if not kernels.fuses(x.dtype):
+        return "float32 products are PyTorch's"
+    P, lora_dtype = (0, None) if o.lora_B is None else (o.lora_B.shape[1], o.lora_B.dtype)
+    kind = {"dtype": x.dtype, "device": x.device, "P": P, "eight_bits": from_bits(dense).dtype}
+    return _asked_once(kernels.why_not_exact, **kind, lora_dtype=lora_dtype)
+
+
+def forward_in_eight_bits(o: Operands) -> tuple[Tensor, Tensor | None]:
+    """y [M, N] and xa [M, P] (None without an adapter): one product that adds the adapter's part as it writes y."""
+    assert o.x is not None
+    assert o.x_bits is not None
+    assert o.x_scale is not None
+    assert o.dense is not None
+    assert o.weight_scale is not None
+    xa = None if o.lora_A is None else reference.adapter_input(o)
+    y, _ = kernels.product(
+        from_bits(o.x_bits),
+        from_bits(o.dense).t(),
+        t=None if xa is None else o.scaling * xa.float(),
+        lora_A=None if o.lora_B is None else o.lora_B.t(),
+        dy_scale=o.x_scale.flatten(),
+        weight_scale=o.weight_scale.flatten(),
+        dtype=o.x.dtype,
+        fast_accumulation=FAST_ACCUMULATION,
+    )
+    return (y if o.bias is None else reference.add(y, o.bias)), xa
 
 
 def exact_form(p: BackwardProblem) -> kernels.ExactForm:

@@ -8,9 +8,9 @@ are.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..batches import Batch
 from ..collectives import unwrapped
@@ -18,6 +18,7 @@ from ..factors.statistics import Statistics
 from ..freezing.freeze import freeze, unfreeze
 from ..freezing.plan import FreezePlan
 from ..layers import exact_every as forwards
+from ..layers.eight_bit_base import EightBitLinear
 from ..layers.linear import LoGELinear
 from .options import ApplyOptions
 from .plan import LayerPlan, make_plan
@@ -35,6 +36,7 @@ def apply(
     exact_layers: float = 0.0,
     exact_every: int | None = None,
     exact_dtype: str | None = "auto",
+    base_dtype: str | None = None,
     low_rank_dtype: str | None = None,
     exact_fraction: float = 0.0,
     residual: float = 0.0,
@@ -45,13 +47,14 @@ def apply(
     """Give the frozen linear layers of `model` our backward, in place: exact, or with `rank=` low-rank.
 
     On a PEFT model (`peft.get_peft_model`) a layer with one active LoRA adapter runs frozen weight and adapter in one
-    op; elsewhere the adapter stays PEFT's and only the frozen weight's backward changes. The forward is unchanged.
-    Layers that bitsandbytes (NF4, FP4, int8) or torchao quantised keep their library's forward, and dequantise in
-    backward for exact products alone (`loge_kernels.layers.quantized`).
+    op; elsewhere the adapter stays PEFT's and only the frozen weight's backward changes. The forward is unchanged, but
+    for `base_dtype`. Layers that bitsandbytes (NF4, FP4, int8) or torchao quantised keep their library's forward, and
+    dequantise in backward for exact products alone (`loge_kernels.layers.quantized`).
 
     Args:
-        model: any module; its layers are changed in place, its parameters are not. A `DistributedDataParallel` wrapper
-            is looked through; calibration is averaged over its process group (without a wrapper the default one).
+        model: any module; its layers are changed in place, its parameters only by `base_dtype`. A
+            `DistributedDataParallel` wrapper is looked through; calibration is averaged over its process group (without
+            a wrapper the default one).
         rank: None: every dX is exact. An int (at most min(N, K) of each layer is taken), or a float in (0, 1], a share
             of min(N, K) rounded to a multiple of 16: dX goes through factors of the weight and never reads it. Where
             rank · (N + K) > N · K the layer stays exact: dense is cheaper. What follows up to `residual`, without
@@ -71,6 +74,9 @@ def apply(
         exact_dtype: what exact products run in. "auto": 8 bits where they are faster on this device for the layer's
             shape (`conversion.exact_dtype`), the weight's dtype elsewhere. "float8", "int8", or None for the
             weight's.
+        base_dtype: "int8" or "float8": the frozen weights themselves are replaced by an 8-bit copy, from which forward
+            and dX both take their products (`layers.eight_bit_base`), at half the memory of 16 bits and without
+            dequantisation. The forward is then no longer exact. None: they stay as they are.
         low_rank_dtype: "float8" or "int8" for the products with the factors (`numerics.eight_bit`); None for the
             weight's. They are PyTorch's then, and the adapter's own stay as they are.
         exact_fraction: share of the rows in [0, 1], heaviest ‖dY‖ first, whose dX is dense.
@@ -97,6 +103,7 @@ def apply(
         exact_layers=exact_layers,
         exact_every=exact_every,
         exact_dtype=exact_dtype,
+        base_dtype=base_dtype,
         low_rank_dtype=low_rank_dtype,
         exact_fraction=exact_fraction,
         residual=residual,
@@ -117,14 +124,15 @@ def apply(
 
 def _convert(wrapped: nn.Module, targets: Targets, options: ApplyOptions) -> Report:
     model = unwrapped(wrapped)
-    layers_found = list(find_targets(model, targets))
+    layers_found = list(find_targets(model, targets, options.base_dtype is not None and options.rank is None))
     chosen = [target for target in layers_found if target.why_not is None]
     if not chosen:
         raise ValueError(why_nothing_to_convert(model, layers_found, targets))
     plans = make_plan(wrapped, chosen, targets, options)
     for target in chosen:
         plan = plans[target.name]
-        target.convert_(plan.factors, options.exact_fraction, options.backend, plan.exact_dtype)
+        exact = None if options.base_dtype else plan.exact_dtype  # or products have the weight itself
+        target.convert_(plan.factors, options.exact_fraction, options.backend, exact, base_dtype=options.base_dtype)
         target.linear.path = target.name  # type: ignore[assignment]
         if plan.factors is None:
             target.linear.prepare()  # type: ignore[operator]
@@ -137,9 +145,14 @@ def _convert(wrapped: nn.Module, targets: Targets, options: ApplyOptions) -> Rep
     return Report(tuple(_row(target, plans.get(target.name), options, every) for target in layers_found), every)
 
 
-def remove(model: nn.Module) -> None:
+def remove(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
     """Undo `apply` and `freeze`: every layer is what it was, adapters and weights untouched; what stopped training
-    trains again. A model without converted or frozen layers is left alone."""
+    trains again. A model without converted or frozen layers is left alone.
+
+    weights: the state dict of the model as it was before `apply(base_dtype=)`, or before PEFT wrapped it, for layers
+    whose weight that has replaced. Raises ValueError, and changes nothing, where they need it and it is not given.
+    """
+    whole = _whole_weights(model, weights)
     forwards.detach(model)
     unfreeze(model)
     modules = list(model.modules())
@@ -150,8 +163,31 @@ def remove(model: nn.Module) -> None:
             if isinstance(module, FusedAdapter):
                 module.revert_()
     for module in modules:
-        if isinstance(module, LoGELinear) and module.converted:
+        if isinstance(module, EightBitLinear):
+            module.restore_(whole[module.path])
+        elif isinstance(module, LoGELinear) and module.converted:
             module.revert_()
+
+
+def _whole_weights(model: nn.Module, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The weights of the layers that keep 8 bits alone, by their paths."""
+    found = {}
+    for layer in model.modules():
+        if not isinstance(layer, EightBitLinear):
+            continue
+        path = layer.path.removeprefix("base_model.model.")
+        names = [f"{name}{end}" for name in (layer.path, path) for end in (".base_layer.weight", ".weight")]
+        weight = next((weights[name] for name in names if name in weights), None) if weights is not None else None
+        if weight is None and weights is None:
+            raise ValueError(
+                f"the weight of layer {layer.path!r} was replaced by one in {layer.base_dtype}: load the model anew, "
+                "or give remove(model, weights=) its state dict"
+            )
+        if weight is None or weight.shape != layer.weight.shape or not weight.dtype.is_floating_point:
+            what = "nothing" if weight is None else f"a {weight.dtype} {tuple(weight.shape)}"
+            raise ValueError(f"weights has {what} for {names[-1]!r}; expected {tuple(layer.weight.shape)}")
+        found[layer.path] = weight
+    return found
 
 
 def _row(target: TargetLayer, plan: LayerPlan | None, options: ApplyOptions, every: int | None) -> LayerReport:

@@ -44,6 +44,7 @@ class ApplyOptions:
     exact_layers: float
     exact_every: int | None
     exact_dtype: str | None
+    base_dtype: str | None
     low_rank_dtype: str | None
     exact_fraction: float
     residual: float
@@ -65,6 +66,7 @@ class ApplyOptions:
             raise ValueError(f"rank={self.rank!r}; give an int from 1 up, or a float in (0, 1]")
         else:
             resolve_rank(min(self.rank, 1) if isinstance(self.rank, int) else self.rank, 1, 1)
+        self._check_base()
         self._check_subspace()
         self._check_ranges()
         if self.backend is not None:
@@ -103,6 +105,18 @@ class ApplyOptions:
             raise TypeError(
                 f"calibration={self.calibration!r} is a {type(self.calibration).__name__}; give batches, or what "
                 "loge_kernels.calibrate(model, batches) returned"
+            )
+
+    def _check_base(self) -> None:
+        if self.base_dtype is None:
+            return
+        if self.base_dtype not in DTYPES:
+            known = ", ".join(map(repr, DTYPES))
+            raise ValueError(f"base_dtype={self.base_dtype!r} is unknown; choose one of {known}, or None")
+        if self.exact_dtype != AUTO:
+            raise ValueError(
+                f"exact_dtype={self.exact_dtype!r} with base_dtype={self.base_dtype!r}: exact products are taken from "
+                "the one 8-bit copy of the weight; leave exact_dtype at 'auto'"
             )
 
     def _check_subspace(self) -> None:

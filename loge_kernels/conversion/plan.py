@@ -16,6 +16,7 @@ from ..factors.subspaces import Subspace, subspace
 from ..numerics.eight_bit import refuse_float64
 from ..terminal import with_progress
 from . import exact_dtype
+from .base_dtype import check_base, describe_base
 from .calibrate import calibrate
 from .options import ApplyOptions
 from .targets import TargetLayer, Targets
@@ -39,6 +40,8 @@ def make_plan(
     """The plan for `layers_found`, the layers to convert, by name. Raises as `apply` does."""
     for target in layers_found:
         _check_weight(target, options)
+    if options.base_dtype is not None:
+        check_base(model, layers_found, options.base_dtype)
     low_rank = _low_rank_layers(layers_found, options)
     directions = _directions(model, [target for target in layers_found if target.name in low_rank], targets, options)
     plans = {}
@@ -49,6 +52,8 @@ def make_plan(
             factors, reason = _factors(target, directions.get(target.name), options)
             if factors is None:
                 reason = "; ".join(part for part in (reason, why) if part)
+            elif options.base_dtype is not None:
+                reason = why
             elif options.exact_every is None and options.exact_fraction == 0.0:
                 exact = None  # no product of this layer is ever exact
         plans[target.name] = LayerPlan(factors, exact, reason)
@@ -72,6 +77,8 @@ def _check_weight(target: TargetLayer, options: ApplyOptions) -> None:
 
 
 def _exact_dtype(target: TargetLayer, options: ApplyOptions) -> tuple[str | None, str]:
+    if options.base_dtype is not None:
+        return options.base_dtype, describe_base(target, options.base_dtype)
     if options.exact_dtype == exact_dtype.AUTO and target.quantized is not None:
         return None, "dequantised in backward, and rounding it to 8 bits would be another pass"
     return exact_dtype.choose(target.shape_only, options.exact_dtype)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..collectives import distributed
 from ..freezing.frozen_module import is_frozen
 from ..freezing.prefix import embeddings
+from ..layers.eight_bit_base import EightBitLinear
 from ..layers.formats import layer_class
 from ..layers.linear import LoGELinear
 from ..layers.quantized import QuantizedLinear
@@ -69,9 +70,12 @@ class TargetLayer:
             return self.linear.weight
         return self.quantized.dequantize(self.linear, self.quantized.factor_dtype(self.linear))
 
-    def convert_(self, *options: Any) -> None:
+    def convert_(self, *options: Any, base_dtype: str | None = None) -> None:
         """Make the layer a `LoGELinear` (`LoGELinear.convert_`), and PEFT's layer around it one that shares its op."""
-        (self.quantized or LoGELinear).convert_(self.linear, *options)
+        kind = LoGELinear if base_dtype is None else EightBitLinear
+        (self.quantized or kind).convert_(self.linear, *options)
+        if base_dtype is not None:
+            self.linear.round_(base_dtype)  # type: ignore[operator]
         if self.adapter is not None:
             from ..layers.peft import FusedAdapter
 
@@ -83,8 +87,9 @@ class TargetLayer:
         return "; ".join(part for part in (label, reason) if part)
 
 
-def find_targets(model: nn.Module, targets: Targets) -> Iterator[TargetLayer]:
-    """Every linear layer of the model that is not part of an adapter, with the reason where it is left alone."""
+def find_targets(model: nn.Module, targets: Targets, on_meta: bool = False) -> Iterator[TargetLayer]:
+    """Every linear layer of the model that is not part of an adapter, with the reason where it is left alone. Weights
+    may be on the meta device with `on_meta`, or where ranks will bring them."""
     wanted = _matcher(targets)
     explicit = targets is not None and targets != "all-linear"
     head = _output_head(model)
@@ -119,7 +124,7 @@ def find_targets(model: nn.Module, targets: Targets) -> Iterator[TargetLayer]:
         if id(module) in frozen:
             yield TargetLayer(path, module, adapter, "frozen prefix", quantized, frozen=True)
             continue
-        why_not = _why_not(path, module, quantized, head, explicit)
+        why_not = _why_not(path, module, quantized, head, explicit, on_meta or distributed())
         wrapper_note = ""
         if wrapper is not None and adapter is None:
             wrapper_note = f"its adapter is a {_full_name(wrapper)}"
@@ -157,7 +162,12 @@ def _library(module: nn.Module) -> str:
 
 
 def _why_not(
-    path: str, module: Any, quantized: type[QuantizedLinear] | None, head: nn.Module | None, explicit: bool
+    path: str,
+    module: Any,
+    quantized: type[QuantizedLinear] | None,
+    head: nn.Module | None,
+    explicit: bool,
+    on_meta: bool,
 ) -> str | None:
     if type(module) is LoGELinear:
         return "is a LoGELinear of its own"
@@ -178,7 +188,7 @@ def _why_not(
         return "its forward was replaced on the instance (an offloading hook?)"
     if getattr(module, "_is_fsdp_managed_module", False):
         return "is inside a sharded module (FSDP): apply first, and shard by loge_kernels.fully_shard"
-    if module.weight.is_meta and not distributed():  # with ranks beside it, Accelerate brings the values from rank 0
+    if module.weight.is_meta and not on_meta:  # with ranks beside it, Accelerate brings the values from rank 0
         return "its weight is on the meta device: load the model first"
     if quantized is not None:
         reason = quantized.why_not(module)

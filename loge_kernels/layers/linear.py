@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -162,6 +163,19 @@ class LoGELinear(ShardedLinear):
         if name != self.exact_dtype:
             self.eight_bit = None if name is None else EightBitWeight(name)
 
+    @property
+    def row_scale(self) -> Tensor | None:
+        """The row scales of a weight that is kept in 8 bits alone."""
+        return None
+
+    @contextmanager
+    def edited(self) -> Iterator[None]:
+        """A block in which others write `weight` as a floating one, through `.data`, which torch does not count."""
+        try:
+            yield
+        finally:
+            self.invalidate()
+
     def invalidate(self) -> None:
         """Declare the weight changed in a way that torch does not count (through `.data`)."""
         if self.factors is not None:
@@ -271,6 +285,7 @@ class LoGELinear(ShardedLinear):
             exact_fraction=self.exact_fraction,
             backend=self.backend,
             exact_dtype=self.eight_bit,
+            weight_scale=self.row_scale,
         )
 
     def why_not_adapter(self, dtype: torch.dtype, input: Tensor | None = None) -> str | None:

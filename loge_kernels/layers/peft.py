@@ -7,6 +7,7 @@ adapters) PEFT's forward runs, and only the base layer's backward is low-rank.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
@@ -14,6 +15,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
+from .eight_bit_base import EightBitLinear
 from .linear import LoGELinear
 
 
@@ -104,20 +106,13 @@ class FusedAdapter:
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         parent: Any = super()
-        try:
+        with self.base_layer.edited():
             parent.merge(*args, **kwargs)
-        finally:
-            self._invalidate()
 
     def unmerge(self) -> None:
         parent: Any = super()
-        try:
+        with self.base_layer.edited():
             parent.unmerge()
-        finally:
-            self._invalidate()
-
-    def _invalidate(self) -> None:
-        self.base_layer.invalidate()
 
 
 class FusedLora(FusedAdapter):
@@ -147,11 +142,14 @@ class FusedLora(FusedAdapter):
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         parent: Any = super()
-        parent.update_layer(*args, **kwargs)
         config = kwargs.get("config", args[3] if len(args) > 3 else None)
         start = kwargs.get("init_lora_weights", getattr(config, "init_lora_weights", True))
-        if isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva"):
-            self._invalidate()
+        reads_weight = kwargs.get("use_dora", getattr(config, "use_dora", False))
+        if reads_weight and isinstance(self.base_layer, EightBitLinear):
+            raise ValueError("DoRA reads a 16-bit weight, and apply(base_dtype=) has replaced it: use LoRA")
+        writes = isinstance(start, str) and start.lower() not in ("gaussian", "orthogonal", "eva")
+        with self.base_layer.edited() if writes else nullcontext():
+            parent.update_layer(*args, **kwargs)
 
 
 class LoGELoraLinear(FusedLora, LoraLinear):

@@ -5,6 +5,9 @@ exact, and the two of the factors, T = dY · left and dX = T · right, where it 
     q(dY) [M, N] in 8 bits, scale_Y [M]:   row m of dY likewise, at each call
     dX[m, k] = scale_Y[m] · scale_W[k] · Σ_n q(dY)[m, n] q(W)[n, k]
 
+A weight that is kept in 8 bits alone has a scale for each row instead, for its forward, which sums over K; in dX those
+scales go to dY: q(W) [N, K], scale_W [N], dX[m, k] = scale_Y[m] · Σ_n q(dY · scale_W)[m, n] q(W)[n, k].
+
 The sum is taken in float32 (float8) or int32 (int8), scaled in float32 and rounded once to dY's dtype. "float8" is
 float8_e4m3fn with limit 448: 4 significant bits at any magnitude; "int8" has limit 127: finer for a row or column
 without outliers. Zero rows stay zero, NaN and inf come through. On a GPU cuBLAS multiplies, and for 16-bit dY Hopper's
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .matmul import float32_matmul
+from .rotation import block_of, rotate
 from .version import WeightVersion
 
 logger = logging.getLogger("loge_kernels")
@@ -150,7 +155,7 @@ def quantize_rows(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def scale_of(amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales in float32 of rows or blocks with these largest magnitudes, for q in `dtype`. The floor keeps a zero row
+    """Scales in float32 of rows with these largest magnitudes, for q in `dtype`. The floor keeps a zero row
     from 0 / 0; below it a row is flushed to zero."""
     return (amax.float() * (1 / _LIMIT[dtype])).clamp_min_(_TINY)  # a quotient would have other bits on a GPU
 
@@ -169,48 +174,87 @@ def quantize_columns(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return q.t(), scale.flatten()
 
 
-def multiply(dy: Tensor, tensor: Tensor, scale: Tensor) -> Tensor:
-    """dX [M, K] in dY's dtype from dY [M, N], float32 or 16 bits, with any strides, and an 8-bit weight [N, K] with
-    its column scales [K], as `quantize_columns` gives them."""
+@torch.no_grad()
+def quantize_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`weight` [N, K], in int8 rotated (`rotation`), as q [N, K] in `dtype`, contiguous, and its row scales, float32
+    [N, 1]; a slab of rows at a time, for in float32 it would be four times as large."""
+    N, K = weight.shape
+    q = torch.empty(N, K, dtype=dtype, device=weight.device)
+    scale = torch.empty(N, 1, dtype=torch.float32, device=weight.device)
+    step = max(1, _SLAB // max(1, K))
+    for start in range(0, N, step):
+        rows = slice(start, start + step)
+        q[rows], scale[rows] = quantize_rows(rotate(weight[rows], block_of(dtype, K)), dtype)
+    return q, scale
+
+
+def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `quantize_weight` rounded, [N, K] in `dtype`."""
+    return rotate(q.float() * scale, block_of(q.dtype, q.shape[1])).to(dtype)
+
+
+def multiply(dy: Tensor, tensor: Tensor, scale: Tensor | None, rows: Tensor | None = None) -> Tensor:
+    """dX [M, K] in dY's dtype from dY [M, N], float32 or 16 bits, with any strides, and an 8-bit weight [N, K]: with
+    column scales [K], as `quantize_columns` gives them, or with row scales `rows` [N, 1], as `quantize_weight` does.
+
+    The sum over N cannot leave the scales of rows to its end: dY is multiplied by them before it is quantised.
+    """
     if dy.is_cuda:
-        return _on_cuda(dy, tensor, scale)
-    # N = 1: torch._int_mm (2.13) misreads the strides (1, 1) of a single stored row.
-    integers = tensor.dtype == torch.int8 and tensor.shape[0] > 1 and cpu_multiplies_int8()
-    operand = tensor if integers else tensor.to(torch.bfloat16)  # exact: bfloat16 has 8 significant bits
-    out = torch.empty(dy.shape[0], tensor.shape[1], dtype=dy.dtype, device=dy.device)
-    step = max(1, _SLAB // max(tensor.shape))
-    for start in range(0, dy.shape[0], step):
-        q, row_scale = quantize_rows(dy[start : start + step], tensor.dtype)
-        sums = torch._int_mm(q, operand) if integers else float32_matmul(q.to(torch.bfloat16), operand)
-        out[start : start + step] = (sums * row_scale).mul_(scale)
-    return out
+        return multiply_quantized(*quantize_rows(_folded(dy, rows), tensor.dtype), tensor, scale, dy.dtype)
+    return _slab_by_slab(lambda part: quantize_rows(_folded(dy[part], rows), tensor.dtype), dy, tensor, scale)
 
 
-def _on_cuda(dy: Tensor, tensor: Tensor, scale: Tensor) -> Tensor:
-    if dy.shape[0] == 0:
-        return dy.new_empty(0, tensor.shape[1])
-    q, row_scale = quantize_rows(dy, tensor.dtype)
-    return multiply_quantized(q, row_scale, tensor, scale, dy.dtype)
+def multiply_quantized(
+    q: Tensor, row_scale: Tensor, tensor: Tensor, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """dX [M, K] in `dtype` from dY as `quantize_rows` gives it and a weight as in `multiply`; on a GPU by cuBLAS."""
+    if q.is_cuda:
+        return _by_cublas(q, row_scale, tensor, scale, dtype)
+    return _slab_by_slab(lambda part: (q[part], row_scale[part]), row_scale.to(dtype), tensor, scale)
 
 
-def multiply_quantized(q: Tensor, row_scale: Tensor, tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """dX [M, K] in `dtype` by cuBLAS, from dY as `quantize_rows` gives it and a weight as in `multiply`; M > 0."""
-    M = q.shape[0]
+def _by_cublas(q: Tensor, row_scale: Tensor, tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    M, K = q.shape[0], tensor.shape[1]
+    if M == 0:
+        return q.new_empty(0, K, dtype=dtype)
     if tensor.stride(0) != 1:  # cuBLAS wants it stored column by column
         tensor = tensor.t().contiguous().t()
     if tensor.dtype == torch.int8:
         padded = torch.nn.functional.pad(q, (0, 0, 0, _INT_ROWS - M)) if M < _INT_ROWS else q
         sums = torch._int_mm(padded, tensor)[:M]
     elif dtype == torch.bfloat16:
-        scales = {"scale_a": row_scale, "scale_b": scale[None]}
+        columns = torch.ones(1, K, device=q.device) if scale is None else scale[None]
+        scales = {"scale_a": row_scale, "scale_b": columns}
         return torch._scaled_mm(q, tensor, **scales, out_dtype=dtype, use_fast_accum=FAST_ACCUMULATION)
     else:  # row-wise scaling gives bfloat16 alone on some GPUs
         one = torch.ones((), device=q.device)
         scales = {"scale_a": one, "scale_b": one}
         fast = FAST_ACCUMULATION and dtype != torch.float32
         sums = torch._scaled_mm(q, tensor, **scales, out_dtype=torch.float32, use_fast_accum=fast)
-    out = torch.empty(M, tensor.shape[1], dtype=dtype, device=q.device)
-    return torch.mul(sums * row_scale, scale, out=out)
+    out = torch.empty(M, K, dtype=dtype, device=q.device)
+    return torch.mul(sums, row_scale, out=out) if scale is None else torch.mul(sums * row_scale, scale, out=out)
+
+
+def _folded(dy: Tensor, rows: Tensor | None) -> Tensor:
+    return dy if rows is None else dy.float() * rows.t()
+
+
+def _slab_by_slab(
+    quantized: Callable[[slice], tuple[Tensor, Tensor]], like: Tensor, tensor: Tensor, scale: Tensor | None
+) -> Tensor:
+    """The product on a CPU, as many rows as `like` and in its dtype, from a slab of rows in 8 bits at a time."""
+    # N = 1: torch._int_mm (2.13) misreads the strides (1, 1) of a single stored row.
+    integers = tensor.dtype == torch.int8 and tensor.shape[0] > 1 and cpu_multiplies_int8()
+    operand = tensor if integers else tensor.to(torch.bfloat16)  # exact: bfloat16 has 8 significant bits
+    out = torch.empty(like.shape[0], tensor.shape[1], dtype=like.dtype, device=tensor.device)
+    step = max(1, _SLAB // max(tensor.shape))
+    for start in range(0, like.shape[0], step):
+        part = slice(start, start + step)
+        q, row_scale = quantized(part)
+        sums = torch._int_mm(q, operand) if integers else float32_matmul(q.to(torch.bfloat16), operand)
+        sums = sums * row_scale
+        out[part] = sums if scale is None else sums.mul_(scale)
+    return out
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend.problem import Operands
+from ..numerics.eight_bit import refuse_float64
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -15,15 +16,19 @@ def check(x: Tensor, operands: Operands, dropout: float, exact_fraction: float) 
     names it, its value and what would work. `x` is the one that the caller gave, of any number of dimensions."""
     weight, left, right = operands.weight, operands.left, operands.right
     bias, lora_A, lora_B = operands.bias, operands.lora_A, operands.lora_B
-    assert weight is not None
     if x.dtype not in _DTYPES:
         raise TypeError(f"x has dtype {x.dtype}; supported are float32, float16, bfloat16 and float64")
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected two dimensions [N, K]")
-    N, K = weight.shape
+    stored = operands.dense if weight is None else weight
+    assert stored is not None
+    if stored.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(stored.shape)}; expected two dimensions [N, K]")
+    N, K = stored.shape
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be K = {K}, as in weight [{N}, {K}]")
-    _same("weight", weight, x, (N, K))
+    if weight is None:
+        _check_eight_bits(x, stored, operands.weight_scale)
+    else:
+        _same("weight", weight, x, (N, K))
     if bias is not None:
         _same("bias", bias, x, (N,))
     if left is not None and right is not None:
@@ -41,6 +46,19 @@ def check(x: Tensor, operands: Operands, dropout: float, exact_fraction: float) 
         _same("lora_B", lora_B, x, (N, P), float32_too)
     probability("dropout", dropout)
     share("exact_fraction", exact_fraction)
+
+
+def _check_eight_bits(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
+    """Of a weight in 8 bits alone."""
+    assert scale is not None
+    if weight.dtype not in (torch.int8, torch.uint8):
+        raise TypeError(f"weight has dtype {weight.dtype}; with weight_scale expected float8_e4m3fn or int8")
+    refuse_float64("weight_scale", "given", x.dtype)
+    shape = (weight.shape[0], 1)
+    if scale.shape != shape or scale.dtype != torch.float32:
+        raise ValueError(f"weight_scale is {scale.dtype} {tuple(scale.shape)}; expected torch.float32 {shape}")
+    if weight.device != x.device or scale.device != x.device:
+        raise ValueError(f"weight is on {weight.device}, weight_scale on {scale.device}; expected {x.device}, as x")
 
 
 def probability(name: str, value: float) -> float:

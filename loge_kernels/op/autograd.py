@@ -41,11 +41,10 @@ _run_forward = without_autocast(run_forward)
 
 def _forward_fake(*given: Any) -> tuple[Tensor, Tensor]:
     operands = Operands(*given)
-    x, weight, lora_A = operands.x, operands.weight, operands.lora_A
+    x, lora_A = operands.x, operands.lora_A
     assert x is not None
-    assert weight is not None
     M = x.shape[0]
-    return x.new_empty(M, weight.shape[0]), x.new_empty(0 if lora_A is None else (M, lora_A.shape[0]))
+    return x.new_empty(M, operands.sizes[0]), x.new_empty(0 if lora_A is None else (M, lora_A.shape[0]))
 
 
 @without_autocast

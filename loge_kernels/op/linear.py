@@ -14,9 +14,10 @@ from ..backend.problem import Operands
 from ..factors.factors import Factors
 from ..numerics.autocast import autocast_dtype
 from ..numerics.dropout import draw_seed
-from ..numerics.eight_bit import EightBitWeight, announce, as_bits, refuse_float64, why_not
+from ..numerics.eight_bit import EightBitWeight, announce, as_bits, dequantize, from_bits, refuse_float64, why_not
 from .arguments import check
 from .autograd import Linear
+from .shared_input import with_quantized_input
 
 
 def linear(
@@ -32,6 +33,7 @@ def linear(
     exact_fraction: float = 0.0,
     backend: str | None = None,
     exact_dtype: str | EightBitWeight | None = None,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """A linear layer with an exact forward and a low-rank activation gradient: y = x Wᵀ + b + s · drop(x) Aᵀ Bᵀ.
 
@@ -52,9 +54,11 @@ def linear(
             there are any (no factors, or exact_fraction > 0). A name quantises the weight at each call; an
             `EightBitWeight` keeps the copy from call to call. Where the device or the shape does not allow it, the
             product is taken in x's dtype and the logger says so once.
+        weight_scale: float32 [N, 1], the row scales of a frozen `weight` in float8_e4m3fn (or its bits as uint8) or
+            int8: forward and dX both take their frozen product in 8 bits (`numerics.eight_bit`).
 
     Under `torch.export`, `torch.jit.trace` and the transforms of `torch.func` the call is plain PyTorch: the same
-    forward, the exact gradient.
+    forward, the exact gradient. A weight in 8 bits is there what it stands for in x's dtype.
 
     Returns:
         y [..., N] in x's dtype (autocast's, under autocast).
@@ -68,8 +72,10 @@ def linear(
     """
     if exact_fraction == 1.0:
         factors = None
+    if weight_scale is not None:
+        weight = from_bits(weight)
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        return _plain(x, weight, bias, lora_A, lora_B, scaling, dropout)
+        return _plain(x, weight, weight_scale, bias, lora_A, lora_B, scaling, dropout)
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
             if factors is not None and torch.is_grad_enabled():
@@ -77,19 +83,22 @@ def linear(
                     "a layer with low-rank factors is inside a transform of torch.func, which cannot take their "
                     "gradient: call loge_kernels.remove(model), or apply without rank="
                 )
-            return _plain(x, weight, bias, lora_A, lora_B, scaling, dropout)
+            return _plain(x, weight, weight_scale, bias, lora_A, lora_B, scaling, dropout)
         if factors is not None and torch.is_grad_enabled():
             _warn_when_stale(factors, weight)
     stored = weight  # the 8-bit copy is kept for this one: a cast weight is another at every call
-    dtype = autocast_dtype(x)
+    given, dtype = x, autocast_dtype(x)
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
+        x = x.to(dtype)
+        weight = weight.to(dtype) if weight_scale is None else weight
         bias = None if bias is None else bias.to(dtype)
         if lora_A is not None and lora_B is not None and lora_A.dtype != torch.float32:
             lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     operands = Operands(
         x=x.reshape(-1, x.shape[-1]) if x.dim() not in (0, 2) else x,
-        weight=weight,
+        weight=weight if weight_scale is None else None,
+        dense=None if weight_scale is None else as_bits(weight),
+        weight_scale=weight_scale,
         bias=bias,
         lora_A=lora_A,
         lora_B=lora_B,
@@ -99,7 +108,9 @@ def linear(
         **stand_ins(factors, x.dtype),
     )
     check(x, operands, dropout, exact_fraction)
-    if exact_dtype is not None:
+    if weight_scale is not None:
+        operands = with_quantized_input(operands, given)
+    elif exact_dtype is not None:
         operands = _with_dense_copy(operands, exact_dtype, stored)
     if factors is not None and factors.low_rank_dtype is not None:
         operands = operands._replace(**factors_in_eight_bits(factors, x))
@@ -144,6 +155,7 @@ def factors_in_eight_bits(factors: Factors | None, x: Tensor) -> dict[str, Any]:
 def _plain(
     x: Tensor,
     weight: Tensor,
+    weight_scale: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
@@ -151,7 +163,7 @@ def _plain(
     dropout: float,
 ) -> Tensor:
     """The layer in PyTorch's own operations."""
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, weight if weight_scale is None else dequantize(weight, weight_scale, x.dtype), bias)
     if lora_A is None or lora_B is None:
         return y
     xa = F.linear(F.dropout(x, dropout).to(lora_A.dtype), lora_A)

@@ -13,9 +13,11 @@ from surrogate import case, problem_of
 from loge_kernels import triton_kernels as tk
 from loge_kernels.backend import reference
 from loge_kernels.backend import triton as triton_backend
-from loge_kernels.backend.problem import BackwardProblem
+from loge_kernels.backend.problem import BackwardProblem, Operands
 from loge_kernels.check.accuracy import judge
-from loge_kernels.numerics import block_scales, eight_bit
+from loge_kernels.numerics import eight_bit
+from loge_kernels.numerics.eight_bit import as_bits
+from loge_kernels.numerics.rotation import rotate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -78,38 +80,37 @@ def test_the_bits_of_dy(dtype: torch.dtype, name: str) -> None:
     p = problem(1, 32, 48, 8, name)
     dy = (torch.randn(300, 1000, device="cuda") * torch.logspace(-6, 4, 300, device="cuda")[:, None]).to(dtype)
     options = {"need_t": False, "need_dB": False, "eight_bits": p.dense.dtype}
-    by_row, by_block = (tk.prepare(dy, None, None, 1.0, scales=scales, **options) for scales in ("row", "block"))
-    for prepared, (q, scale) in (
-        (by_row, eight_bit.quantize_rows(dy, p.dense.dtype)),
-        (by_block, block_scales.quantize(dy, p.dense.dtype)),
-    ):
-        assert torch.equal(prepared.scale.flatten(), scale.flatten())
-        assert torch.equal(prepared.q.view(torch.uint8), q.view(torch.uint8))
+    q, scale = eight_bit.quantize_rows(dy, p.dense.dtype)
+    prepared = tk.prepare(dy, None, None, 1.0, **options)
+    assert torch.equal(prepared.scale, scale.flatten())
+    assert torch.equal(prepared.q.view(torch.uint8), q.view(torch.uint8))
+    columns = torch.rand(1000, device="cuda")
+    q, scale = eight_bit.quantize_rows(dy.float() * columns, p.dense.dtype)
+    prepared = tk.prepare(dy, None, None, 1.0, column_scale=columns, **options)
+    assert torch.equal(prepared.scale, scale.flatten())
+    assert torch.equal(prepared.q.view(torch.uint8), q.view(torch.uint8))
 
 
 @EIGHT_BITS
-def test_the_product_of_blocks(name: str) -> None:
-    p = problem(300, 1152, 640, 16, name)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_weight_in_eight_bits(sizes: tuple[int, ...], name: str) -> None:
+    """Forward and backward by the kernels, and by PyTorch, against float64 over the same rounded operands."""
+    p = problem(*sizes, name)
     dtype = eight_bit.DTYPES[name]
-    copy, scale = block_scales.quantize_weight(p.weight, dtype)
-    prepared = tk.prepare(p.dy, p.xa, p.lora_B, p.scaling, eight_bits=dtype, scales="block")
-    given = {"scales": "block", "dy_scale": prepared.scale, "weight_scale": scale}
-    dx, dA = tk.product(prepared.q, copy, t=prepared.t, lora_A=p.lora_A, x=p.x, dtype=p.dy.dtype, **given)
-    rows = prepared.q.double() * prepared.scale.t().repeat_interleave(128, 1)
-    exact = rows @ (copy.double() * scale.repeat_interleave(128, 0).repeat_interleave(128, 1))
-    exact += prepared.t.double() @ p.lora_A.double()
-    assert judge(dx, exact.bfloat16(), exact).passed
-    double = reference.backward(in_double(replace(p, dense=None, dense_scale=None)))
-    assert_close("dA", dA, reference.backward(p).dA, double.dA)
-    if name != "float8":
-        return
-    types = torch.nn.functional.ScalingType
-    recipes = types.BlockWise1x128, types.BlockWise128x128
-    try:
-        by_torch = torch.nn.functional.scaled_mm(
-            prepared.q, copy, prepared.scale.t(), recipes[0], scale, recipes[1], output_dtype=torch.bfloat16
-        )
-    except (RuntimeError, ValueError) as error:
-        pytest.skip(f"torch's product of blocks does not run here: {str(error).splitlines()[0]}")
-    exact -= prepared.t.double() @ p.lora_A.double()
-    assert judge(by_torch, exact.bfloat16(), exact).passed
+    q, scale = eight_bit.quantize_weight(p.weight, dtype)
+    bits, x_scale = triton_backend.quantize(p.x, dtype)
+    weight, x = (eight_bit.dequantize(*pair, torch.float64) for pair in ((q, scale), (bits, x_scale)))
+    o = Operands(
+        x=p.x, weight=None, dense=as_bits(q), weight_scale=scale, x_bits=as_bits(bits), x_scale=x_scale,
+        lora_A=p.lora_A, lora_B=p.lora_B, scaling=p.scaling,
+    )  # fmt: skip
+    y = x @ weight.t() + p.scaling * (p.x.double() @ p.lora_A.double().t()) @ p.lora_B.double().t()
+    for forward in (triton_backend.forward_in_eight_bits, reference.forward):
+        assert judge(forward(o)[0], y.bfloat16(), y).passed
+    p = replace(p, dense=q, dense_scale=None, weight_scale=scale, weight=None)
+    folded, fold = eight_bit.quantize_rows(p.dy.float() * scale.t(), dtype)
+    dx = rotate(folded.double() * fold.double() @ q.double(), p.rotation)
+    dx += p.scaling * (p.dy.double() @ p.lora_B.double()) @ p.lora_A.double()
+    for backward in (lambda: triton_backend.exact_backward(p, "fused"), lambda: reference.backward(p)):
+        # In int8 dX is rounded to 16 bits once more, before it is rotated back.
+        assert judge(backward().dx, dx.bfloat16() if p.rotation == 1 else dx.bfloat16() * (1 + 2**-9), dx).passed

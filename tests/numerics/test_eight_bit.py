@@ -123,6 +123,10 @@ def test_what_the_processor_says_is_tried(capability: str, wrong: bool, monkeypa
     assert asked() is (capability == "avx512_vnni" and not wrong)
 
 
+def by_cublas(dy: Tensor, tensor: Tensor, scale: Tensor) -> Tensor:
+    return eight_bit._by_cublas(*eight_bit.quantize_rows(dy, tensor.dtype), tensor, scale, dy.dtype)
+
+
 @pytest.mark.usefixtures("exact_integers")
 @pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -132,10 +136,10 @@ def test_the_gpus_composition(name: str, dtype: torch.dtype, M: int) -> None:
     dy, weight = operands(M, 48, 32, dtype)
     for given in (weight, weight.t().contiguous().t()):
         copies = EightBitWeight(name).current(given)
-        got = eight_bit._on_cuda(dy, *copies)
+        got = by_cublas(dy, *copies)
         assert got.shape == (M, 32)
         assert_product(got, dy, weight, name)
-        assert torch.equal(eight_bit._on_cuda(dy, copies[0].contiguous(), copies[1]), got)
+        assert torch.equal(by_cublas(dy, copies[0].contiguous(), copies[1]), got)
 
 
 def test_int8_on_a_gpu_is_padded_to_more_than_16_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +148,7 @@ def test_int8_on_a_gpu_is_padded_to_more_than_16_rows(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: rows.append(a.shape[0]) or int_mm(a, b))
     for M in (0, 1, 16, 17, 40):
         dy, weight = operands(M)
-        eight_bit._on_cuda(dy, *EightBitWeight("int8").current(weight))
+        by_cublas(dy, *EightBitWeight("int8").current(weight))
     assert rows == [32, 32, 32, 40]
 
 
