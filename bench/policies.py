@@ -31,7 +31,7 @@ _CALIBRATIONS = {"gradient": "statistics", "salience": "scores"}
 # The text that a seed draws from is so many times what its steps train on: no sequence comes twice.
 LONGEST = 2
 _FIXED = ("model", "targets", "backend", "calibration")
-_ON_PAPER = ("rank", "exact_layers", "exact_every", "exact_dtype")
+_ON_PAPER = ("rank", "exact_layers", "exact_every", "exact_dtype", "base_dtype")
 
 
 @dataclass(frozen=True, slots=True)

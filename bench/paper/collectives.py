@@ -6,6 +6,7 @@ Per block, averaged over the layers and steps of the policy, what each GPU recei
     FSDP2: PEFT; exact in 16 bits       weights + adapters    weights + adapters        adapters' gradients
     loge.fully_shard: exact in 8 bits   weights + adapters    8-bit copies + adapters   adapters' gradients
     loge.fully_shard: low rank          weights + adapters    factors + adapters        adapters' gradients
+    loge.fully_shard: base in 8 bits    8 bits + adapters     8 bits + adapters         adapters' gradients
     either, with checkpointing          weights + adapters    weights + adapters        adapters' gradients
     DDP                                 -                     -                         adapters' gradients, twice
 
@@ -56,11 +57,12 @@ def held(
         low = 0.0 if R is None else 1.0 - policy.exact_layers  # share of the layers that have factors
         exact = 1.0 if R is None else policy.exact_share  # of layers and steps
         kept = 1.0 if policy.exact_every is not None else 1.0 - low  # of the layers that ever read the dense weight
+        kept_in = 1 if policy.base_dtype else base  # bytes an element; scales of rows are not sharded
         copy, factor = N * K + 4 * K, 0 if R is None else R * (N + K) * base
-        weights += N * K * base
-        copies += 0.0 if dtype is None else kept * copy
+        weights += N * K * kept_in
+        copies += 0.0 if dtype is None or policy.base_dtype else kept * copy
         factors += low * factor
-        read += exact * (N * K * base if dtype is None else copy) + (1.0 - exact) * factor
+        read += exact * (N * K * kept_in if dtype is None or policy.base_dtype else copy) + (1.0 - exact) * factor
     adapters = sum(lora_rank * (N + K) for N, K in llama.linears()) * adapter
     return Held(weights, copies, factors, read, adapters, 2 * llama.hidden * base)
 

@@ -198,19 +198,58 @@ def quantisation(gpu: Gpu, M: int, N: int, K: int, dtype: EightBits) -> Cost:
 
 
 def exact_kernels(
-    gpu: Gpu, M: int, N: int, K: int, P: int, dtype: EightBits | None, fast_accumulation: bool = True
+    gpu: Gpu,
+    M: int,
+    N: int,
+    K: int,
+    P: int,
+    dtype: EightBits | None,
+    fast_accumulation: bool = True,
+    base: bool = False,
 ) -> dict[str, Cost]:
     """One linear layer's exact backward by this package's kernels around and in the product, in the form that takes
-    least time: its product, what quantises dY, and all else."""
-    forms = [
-        cost_exact.estimate_exact(
-            form, dtype and precision(dtype, fast_accumulation), M, N, K, P, phases.Flags(), gpu.spec
-        )
-        for form in ("prepared", "fused")
-    ]
-    best = min(forms, key=lambda estimate: estimate.predicted_us)
+    least time: its product, what quantises dY, and all else. `base`: the weight is kept in `dtype` row by row, as the
+    forward wants it, and transposed for the product; in int8 that is ours, which rotates dX back."""
+    forms = ("fused",) if base and dtype == "int8" else ("prepared", "fused")
+    parts = _parts(_cheapest(gpu, forms, M, N, K, P, dtype, phases.Flags(), fast_accumulation))
+    if base:
+        parts["quantise"] += passes(gpu, 2 * N * K)
+    return parts
+
+
+def forward_in_eight_bits(
+    gpu: Gpu, M: int, N: int, K: int, P: int, dtype: EightBits, fast_accumulation: bool = True
+) -> dict[str, Cost]:
+    """y = x Wᵀ + s (x Aᵀ) Bᵀ with x and W in 8 bits, in the form that takes least time: product and adapter."""
+    flags = phases.Flags(need_dx=True, need_dA=False, need_dB=False)
+    parts = _parts(
+        _cheapest(gpu, ("prepared", "fused"), M, K, N, P, dtype, flags, fast_accumulation, ("product", "adapter"))
+    )
+    return {"product": parts["product"], "LoRA": parts["LoRA"] + small(gpu, 2) + narrow(gpu, M, K, P)}
+
+
+def _cheapest(
+    gpu: Gpu,
+    forms: Iterable[str],
+    M: int,
+    N: int,
+    K: int,
+    P: int,
+    dtype: EightBits | None,
+    flags: phases.Flags,
+    fast_accumulation: bool,
+    only: tuple[str, ...] = (),
+) -> list[phases.Phase]:
+    """The phases, all or those named `only`, of the form whose phases take least time."""
+    name = dtype and precision(dtype, fast_accumulation)
+    found = [cost_exact.estimate_exact(form, name, M, N, K, P, flags, gpu.spec).phases for form in forms]
+    kept = [[phase for phase in each if not only or phase.name in only] for each in found]
+    return min(kept, key=lambda each: sum(phase.us for phase in each))
+
+
+def _parts(counted: Iterable[phases.Phase]) -> dict[str, Cost]:
     parts = {"product": Cost(), "quantise": Cost(), "LoRA": Cost()}
-    for phase in best.phases:
+    for phase in counted:
         parts[phase.name if phase.name in parts else "LoRA"] += Cost.of(phase)
     return parts
 

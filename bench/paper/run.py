@@ -38,6 +38,7 @@ class PaperPolicy:
 
     name: of its line in the table.   peft: PEFT's own exact LoRA in 16 bits; it takes no other field.
     exact_dtype: of exact dX: None for 16 bits, "int8", "float8", or "auto", the fastest by shape.
+    base_dtype: of the frozen weights, None for 16 bits; forward and exact dX are then in it, by this package's kernels.
     full_accumulation: float8 products without use_fast_accum, which is not the default.
     rank: R of a low-rank dX, an int or a share in (0, 1] of min(N, K); None for exact everywhere. A layer whose dense
         product has no more flops stays exact.
@@ -50,6 +51,7 @@ class PaperPolicy:
     name: str
     peft: bool = False
     exact_dtype: EightBits | Literal["auto"] | None = None
+    base_dtype: EightBits | None = None
     full_accumulation: bool = False
     rank: int | float | None = None
     exact_layers: float = 0.0
@@ -59,6 +61,12 @@ class PaperPolicy:
     def __post_init__(self) -> None:
         if self.exact_dtype not in (None, "int8", "float8", "auto"):
             raise ValueError(f"exact_dtype={self.exact_dtype!r} is unknown; choose 'int8', 'float8', 'auto' or None")
+        if self.base_dtype not in (None, "int8", "float8"):
+            raise ValueError(f"base_dtype={self.base_dtype!r} is unknown; choose 'int8', 'float8' or None")
+        if self.base_dtype and self.exact_dtype != "auto":
+            raise ValueError(
+                f"exact_dtype={self.exact_dtype!r} with base_dtype={self.base_dtype!r}: leave it at 'auto'"
+            )
         if self.rank is not None and not (self.rank >= 1 if isinstance(self.rank, int) else 0.0 < self.rank <= 1.0):
             raise ValueError(f"rank={self.rank!r}; give an int of at least 1, a share in (0, 1], or None for exact")
         if not 0.0 <= self.exact_layers <= 1.0:
@@ -70,11 +78,13 @@ class PaperPolicy:
                 f"exact_layers={self.exact_layers!r}, exact_every={self.exact_every!r}: without a rank every layer is "
                 "exact in every step; give rank= as well"
             )
-        if self.full_accumulation and self.exact_dtype not in ("float8", "auto"):
+        if self.full_accumulation and not self.base_dtype and self.exact_dtype not in ("float8", "auto"):
             raise ValueError(
                 f"full_accumulation=True, exact_dtype={self.exact_dtype!r}: only float8 has it; give 'float8' or 'auto'"
             )
-        if self.peft and (self.exact_dtype or self.full_accumulation or self.kernels or self.rank is not None):
+        if self.peft and (
+            self.exact_dtype or self.base_dtype or self.full_accumulation or self.kernels or self.rank is not None
+        ):
             raise ValueError(f"policy {self.name!r}: peft=True is exact in 16 bits; give it no other field")
 
     @property
@@ -139,16 +149,14 @@ def predict(
         raise ValueError(f"tokens={tokens}, sequences={sequences}: give a multiple of the sequences")
     if elementwise not in get_args(Elementwise):
         raise ValueError(f"elementwise={elementwise!r} is unknown; choose from {', '.join(get_args(Elementwise))}")
-    if policy.exact_dtype == "float8" and not device.float8:
-        raise ValueError(f"exact_dtype='float8' does not run on gpu={gpu!r}; give 'int8', 'auto' or None")
+    for argument in ("exact_dtype", "base_dtype"):
+        if getattr(policy, argument) == "float8" and not device.float8:
+            raise ValueError(f"{argument}='float8' does not run on gpu={gpu!r}; give 'int8' or None")
     attention = paper_model.attention(device, sizes, tokens, tokens // sequences)
     others = paper_model.elementwise(device, sizes, tokens, elementwise)
     head, loss = paper_model.head(device, sizes, tokens)
-    products, adapters = Cost(), Cost()
-    for N, K in sizes.linears():
-        products += paper_model.dense(device, tokens, K, N)
-        adapters += paper_model.lora_forward(device, tokens, N, K, lora_rank, policy.peft)
-    blocks = {"frozen products": products, "LoRA": adapters, "attention": attention[0], "elementwise": others[0]}
+    blocks = _linear_forward(device, sizes, policy, tokens, lora_rank)
+    blocks |= {"attention": attention[0], "elementwise": others[0]}
     backward = _linear_backward(device, sizes, policy, tokens, lora_rank)
     backward |= {"attention, backward": attention[1], "elementwise, backward": others[1]}
     parts = {f"{name}, forward": cost * sizes.layers for name, cost in blocks.items()}
@@ -160,6 +168,24 @@ def predict(
     return PaperStep(policy, parts)
 
 
+def _linear_forward(gpu: Gpu, sizes: Llama, policy: PaperPolicy, M: int, P: int) -> dict[str, Cost]:
+    """The forward of one block's linear layers, by parts."""
+    products, adapters, quantisation = Cost(), Cost(), Cost()
+    for N, K in sizes.linears():
+        if policy.base_dtype is None:
+            products += paper_model.dense(gpu, M, K, N)
+            adapters += paper_model.lora_forward(gpu, M, N, K, P, policy.peft)
+        else:
+            parts = paper_model.forward_in_eight_bits(gpu, M, N, K, P, policy.base_dtype, not policy.full_accumulation)
+            products += parts["product"]
+            adapters += parts["LoRA"]
+    if policy.base_dtype is not None:  # once for q, k, v, once for o, gate and up, down
+        for K in (sizes.hidden, sizes.hidden, sizes.hidden, sizes.intermediate):
+            quantisation += paper_model.passes(gpu, 3 * M * K)
+    found = {"frozen products": products, "quantisation": quantisation, "LoRA": adapters}
+    return {name: cost for name, cost in found.items() if cost.kernels}
+
+
 def _linear_backward(gpu: Gpu, sizes: Llama, policy: PaperPolicy, M: int, P: int) -> dict[str, Cost]:
     """The backward of one block's linear layers, by parts, averaged over the layers and steps of the policy."""
     dense, quantisation, low_rank, adapters = Cost(), Cost(), Cost(), Cost()
@@ -167,8 +193,9 @@ def _linear_backward(gpu: Gpu, sizes: Llama, policy: PaperPolicy, M: int, P: int
         R = layer_rank(policy.rank, N, K)
         exact = 1.0 if R is None else policy.exact_share
         dtype = _dtype(gpu, policy, M, N, K)
-        if policy.kernels:
-            parts = paper_model.exact_kernels(gpu, M, N, K, P, dtype, not policy.full_accumulation)
+        if policy.kernels or policy.base_dtype:
+            base = policy.base_dtype is not None
+            parts = paper_model.exact_kernels(gpu, M, N, K, P, dtype, not policy.full_accumulation, base)
             dense += parts["product"] * exact
             quantisation += parts["quantise"] * exact
             adapters += parts["LoRA"] * exact
@@ -202,6 +229,8 @@ def layer_dtype(gpu: str, policy: PaperPolicy, M: int, N: int, K: int) -> EightB
 
 
 def _dtype(gpu: Gpu, policy: PaperPolicy, M: int, N: int, K: int) -> EightBits | None:
+    if policy.base_dtype is not None:
+        return policy.base_dtype
     if policy.exact_dtype == "auto":
         return paper_model.fastest_dtype(gpu, M, N, K, not policy.full_accumulation)
     return policy.exact_dtype if paper_model.runs_in_eight_bits(N, K) else None
@@ -244,6 +273,8 @@ def standard_policies(gpu: str) -> tuple[PaperPolicy, ...]:
         *((replace(full, name=f"{ours}, float8, full accumulation", kernels=True),) if eight == "float8" else ()),
         PaperPolicy("exact auto", exact_dtype="auto"),
         PaperPolicy(f"{ours}, auto", exact_dtype="auto", kernels=True),
+        PaperPolicy(f"{eight} base", exact_dtype="auto", base_dtype=eight),
+        *((PaperPolicy("int8 base", exact_dtype="auto", base_dtype="int8"),) if eight == "float8" else ()),
         PaperPolicy("rank 256", rank=256),
         PaperPolicy("rank 1/4, exact_layers 0.5 auto", rank=1 / 4, exact_layers=0.5, exact_dtype="auto"),
         PaperPolicy(f"rank 1/8, exact_layers 0.7 {eight}", rank=1 / 8, exact_layers=0.7, exact_dtype=eight),

@@ -197,7 +197,8 @@ def run_forward(operands: Operands) -> tuple[Tensor, Tensor | None]:
     can run.
     """
     if operands.weight is None:
-        return triton_backend.forward_in_eight_bits(operands) if _by_triton(operands) else reference.forward(operands)
+        by_triton = _by_triton(operands) and (operands.backend == "triton" or triton_backend.eight_bits_win(operands))
+        return triton_backend.forward_in_eight_bits(operands) if by_triton else reference.forward(operands)
     return triton_backend.forward(operands) if _fused_forward(operands) else reference.forward(operands)
 
 
@@ -210,7 +211,7 @@ def quantize_input(operands: Operands) -> tuple[Tensor, Tensor]:
 
 
 def _by_triton(operands: Operands) -> bool:
-    """Whether a forward in 8 bits is Triton's: where it can run, and is named or verified on this GPU."""
+    """Whether Triton can run a forward in 8 bits, and is named or verified on this GPU."""
     x = operands.x
     automatic = operands.backend == "auto" and x is not None and x.is_cuda and is_verified("triton", x.device)
     return (automatic or operands.backend == "triton") and triton_backend.why_not_eight_bits(operands) is None

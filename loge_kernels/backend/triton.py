@@ -184,6 +184,18 @@ def forward_in_eight_bits(o: Operands) -> tuple[Tensor, Tensor | None]:
     return (y if o.bias is None else reference.add(y, o.bias)), xa
 
 
+def eight_bits_win(o: Operands) -> bool:
+    """Whether the cost model predicts that forward to beat PyTorch's product with the adapter's beside it."""
+    assert o.x is not None
+    (N, K), M, dtype = o.sizes, o.x.shape[0], o.x.dtype
+    P = 0 if o.lora_B is None else o.lora_B.shape[1]
+    assert o.dense is not None
+    flags = kernels.Flags(need_dx=True, need_dA=False, need_dB=False)
+    eight_bits = from_bits(o.dense).dtype
+    # What quantises is not part of it: it is the same for both.
+    return kernels.choose_exact(M, K, N, P, dtype, eight_bits, o.x.device, flags, FAST_ACCUMULATION) == "fused"
+
+
 def exact_form(p: BackwardProblem) -> kernels.ExactForm:
     """What the cost model predicts to be fastest for this problem, whose frozen path is dense: "torch" for PyTorch's
     composition."""

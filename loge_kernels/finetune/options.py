@@ -89,6 +89,10 @@ class FinetuneOptions:
     exact_dtype: Annotated[
         str, Option(help="loge, low-rank: exact products in auto (8 bits where faster), float8, int8 or none.")
     ] = "auto"
+    base_dtype: Annotated[
+        str | None,
+        Option(help="loge, low-rank: keep the frozen weights in int8 or float8 alone, for forward and backward."),
+    ] = None
     lora_rank: Annotated[int, Option(help="Rank of the adapters.")] = 8
     targets: Annotated[
         Sequence[str] | None, Option(help="Layers with adapters, by name; default: every linear of the blocks.")
@@ -134,7 +138,7 @@ class FinetuneOptions:
         """The arguments of `loge_kernels.apply` for "loge" or "low-rank", but for the calibration."""
         names = _OF_LOW_RANK if method == LOW_RANK else ()
         exact = None if self.exact_dtype == "none" else self.exact_dtype
-        return {name: getattr(self, name) for name in names} | {"exact_dtype": exact}
+        return {name: getattr(self, name) for name in names} | {"exact_dtype": exact, "base_dtype": self.base_dtype}
 
     def _check_methods(self) -> None:
         methods = self.method or ("",)
@@ -149,6 +153,10 @@ class FinetuneOptions:
     def _check_policy(self) -> None:
         _need_one_of("subspace", self.subspace, SUBSPACES)
         _need_one_of("exact_dtype", self.exact_dtype, ("auto", *EIGHT_BIT, "none"))
+        if self.base_dtype is not None:
+            _need_one_of("base_dtype", self.base_dtype, tuple(EIGHT_BIT))
+            remedy = f"with --base-dtype {self.base_dtype} exact products are in it; leave this out"
+            _need(self.exact_dtype == "auto", "exact_dtype", self.exact_dtype, remedy)
         try:
             resolve_rank(self.rank, 2**30, 2**30)
         except (TypeError, ValueError):

@@ -25,6 +25,7 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "subspace": ("svd", "gradient"),
     "exact_every": (None,),
     "exact_dtype": ("auto",),
+    "base_dtype": (None,),
     "exact_layers": (0.0,),
 }
 

@@ -75,6 +75,7 @@ def policies(model: nn.Module, device: torch.device) -> dict[str, Policy]:
                 "residual rows": 0 if factors is None or factors.rows is None else len(factors.rows),
                 "low_rank_dtype": None if factors is None else factors.low_rank_dtype,
                 "exact_dtype": dtype if runs else f"{dtype}, which cannot run there",
+                "base_dtype": module.base_dtype,
                 "exact_every": None if every is None else every.every,
                 "exact_fraction": module.exact_fraction,
                 "trains": module.weight.requires_grad,

