@@ -238,6 +238,9 @@ class _Job:
         state.clear(self.out)
         self.console.print(results.table(metrics, self.methods))
         self._say(f"Peak memory: {MEASURES}")
+        if self.options.base_dtype is not None:
+            sizes = [f"{own['frozen_bytes'] / 2**20:.0f} MiB in {key}" for key, own in found.items()]
+            self._say(f"Frozen weights: {', '.join(sizes)}")
         folders = " and ".join(f"{method.key}/" for method in self.methods)
         self._say(f"Written under {self.out}: metrics.json, curves.png and the adapters {folders}")
         return metrics

@@ -108,14 +108,19 @@ def optimizer(model: nn.Module, method: Method, options: FinetuneOptions) -> opt
 
 
 def kept_bytes(model: nn.Module, optimizer: optim.Optimizer) -> int:
-    """What the method keeps beside the 16-bit weights, which all methods share, adapters and moments: factors, weights
-    and copies of them in 8 bits, SwitchLoRA's candidates."""
+    """What the method keeps beside weights, adapters and moments: factors, 8-bit copies, SwitchLoRA's candidates."""
     kept: list[Tensor | None] = []
     for layer in model.modules():
         if isinstance(layer, LoGELinear):
             kept += [] if layer.factors is None else layer.factors.tensors
             kept += [] if layer.eight_bit is None else [layer.eight_bit.tensor, layer.eight_bit.scale]
-            kept += [] if layer.base_dtype is None else [layer.weight, layer.row_scale]
     switcher = getattr(optimizer, "switcher", None)
     kept += [pool.candidates for place in getattr(switcher, "places", ()) for pool in (place.A, place.B)]
     return sum(tensor.nbytes for tensor in kept if tensor is not None)
+
+
+def frozen_bytes(model: nn.Module) -> int:
+    """What does not train: frozen parameters and buffers, each once."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    held = [*model.parameters(), *model.buffers()]
+    return sum(tensor.nbytes for tensor in held if id(tensor) not in trained)

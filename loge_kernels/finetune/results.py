@@ -42,6 +42,7 @@ def method_metrics(record: Record, heldout_before: float) -> dict[str, Any]:
         "prepare_seconds": record.prepare_seconds,
         "peak_memory_bytes": record.peak_memory,
         "kept_bytes": record.kept_bytes,
+        "frozen_bytes": record.frozen_bytes,
         "trainable": record.trainable,
         "cost": 1.0 if report is None else 1.0 - report["flops_saved"],
         "exact_steps": record.exact,

@@ -54,6 +54,7 @@ class Run:
             except (TypeError, ValueError) as error:
                 raise FinetuneError(f"--freeze {self.options.freeze}: {error}") from error
         self.record.trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.record.frozen_bytes = methods.frozen_bytes(self.model)
         made = methods.optimizer(self.model, self.method, self.options)
         self.trainer = Trainer(self.model, self.corpus, self.options, self.record, optimizer=made)
         if saved is not None:

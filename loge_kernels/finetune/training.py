@@ -43,6 +43,7 @@ class Record:
     prepare_seconds: float = 0.0  # calibration and factors
     trainable: int = 0  # numbers that train
     kept_bytes: int = 0  # factors, 8-bit copies of weights, candidates
+    frozen_bytes: int = 0  # of frozen weights
 
     @property
     def step_seconds(self) -> list[float]:

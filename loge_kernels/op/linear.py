@@ -73,6 +73,8 @@ def linear(
     if exact_fraction == 1.0:
         factors = None
     if weight_scale is not None:
+        if weight.requires_grad:
+            raise ValueError("weight is in 8 bits (weight_scale is given) and trains: it must be frozen")
         weight = from_bits(weight)
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return _plain(x, weight, weight_scale, bias, lora_A, lora_B, scaling, dropout)

@@ -1,7 +1,8 @@
 """A layer's input in 8 bits, quantised once where several layers share it: q, k and v of attention, gate and up.
 
-The last one is kept while its input lives, for the next call with the same tensor, unchanged. Not in a compiled graph,
-which shares what is computed twice by itself, nor while a CUDA graph is captured: replays write into the same input.
+The last one is kept while its input lives, for the next call with the same tensor, unchanged. Only of a tensor that
+autograd has made: what a user made may be written to without torch counting it (`.data`, a replayed graph). A compiled
+graph shares by itself what is computed twice.
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ def with_quantized_input(operands: Operands, x: Tensor) -> Operands:
     if torch.compiler.is_compiling():
         bits, scale = reference.quantize(operands.x.detach(), from_bits(operands.dense).dtype)
         return operands._replace(x_bits=as_bits(bits), x_scale=scale)
-    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     key = None
-    if not (capturing or x.is_inference()):  # which has no count of its changes
+    if x.grad_fn is not None:
         stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
         key = x._version, operands.x.dtype, operands.dense.dtype, operands.backend, stream
         if _last is not None and _last[0] == key and _last[1]() is x:

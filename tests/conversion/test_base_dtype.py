@@ -121,11 +121,15 @@ def test_the_weight_is_half_as_large_and_the_old_one_gone(name: str) -> None:
 def test_an_input_that_layers_share_is_quantised_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = lora(llama(layers=1))
     loge.apply(model, base_dtype=name)
+    model.enable_input_require_grads()  # autograd has made what q, k and v share
     seen: list[int] = []
     quantize = shared_input.quantize_input
     monkeypatch.setattr(shared_input, "quantize_input", lambda o: seen.append(0) or quantize(o))
-    logits(model)
+    shared = gradients(model)
     assert len(seen) == 4  # of q, k, v; o; gate, up; down
+    monkeypatch.setattr(Tensor, "_version", property(lambda tensor: object()))  # never the same
+    assert_close(gradients(model), shared, 0.0)
+    assert len(seen) == 4 + 7
     gc.collect()
     assert shared_input._last is None or shared_input._last[1]() is not None
 
@@ -134,15 +138,20 @@ def test_an_input_that_has_changed_is_quantised_anew() -> None:
     layer = nn.Linear(64, 32, bias=False).requires_grad_(False)
     model = nn.Sequential(layer)
     loge.apply(model, base_dtype="int8", targets=["0"])
-    x = torch.randn(5, 64)
-    first = model(x)
-    assert torch.equal(model(x), first)
-    x.mul_(2.0)
-    torch.testing.assert_close(model(x), 2 * first)
+    leaf = torch.randn(5, 64, requires_grad=True)
+    for x in (torch.randn(5, 64), leaf, leaf * 1.0):
+        with torch.no_grad():
+            first = model(x)
+            assert torch.equal(model(x), first)
+            x.mul_(2.0)
+            torch.testing.assert_close(model(x), 2 * first)
+        if x.grad_fn is None:
+            x.data.mul_(2.0)  # which torch does not count
+            torch.testing.assert_close(model(x).detach(), 4 * first)
     with torch.inference_mode():
         y = torch.ones(5, 64)
         first = model(y)
-        y.mul_(3.0)  # uncounted
+        y.mul_(3.0)
         torch.testing.assert_close(model(y), 3 * first)
 
 

@@ -134,6 +134,22 @@ def test_which_policy(base, changes, cost, exact, dx):
         assert 0.99 < loge["first_gradient_cosine"] < 1.0
 
 
+def test_a_base_in_8_bits(base):
+    """Of loge alone: PEFT's LoRA goes on with the weights that they share."""
+    alone, _ = go(base, steps=2, method=("loge",))
+    metrics, printed = go(base, steps=2, method=("loge",), base_dtype="int8")
+    assert metrics["methods"]["lora"]["losses"] == alone["methods"]["lora"]["losses"]
+    assert "base_dtype='int8'" in printed
+    own = metrics["methods"]["loge"]
+    assert {layer["dx"] for layer in own["report"]["layers"]} - {"-"} == {"int8"}
+    used = [row["shape"] for row in own["report"]["layers"] if row["dx"] == "int8"]
+    saved = sum(3 * N * K - 4 * N for N, K in used)  # of float32
+    assert metrics["methods"]["lora"]["frozen_bytes"] - own["frozen_bytes"] == saved
+    assert "Frozen weights: " in printed
+    assert own["losses"] == pytest.approx(metrics["methods"]["lora"]["losses"], rel=0.02)
+    assert own["losses"] != metrics["methods"]["lora"]["losses"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -145,6 +161,8 @@ def test_which_policy(base, changes, cost, exact, dx):
         ({"exact_layers": float("nan")}, "--exact-layers nan: "),
         ({"exact_every": 0}, r"--exact-every 0: .* an integer from 1 up"),
         ({"exact_dtype": "int4"}, "--exact-dtype 'int4': choose auto, float8, int8 or none"),
+        ({"base_dtype": "int4"}, "--base-dtype 'int4': choose float8 or int8"),
+        ({"base_dtype": "int8", "exact_dtype": "int8"}, "--exact-dtype 'int8': with --base-dtype int8 exact products"),
         ({"lora_rank": 0}, "--lora-rank 0: "),
         ({"steps": 0}, "--steps 0: "),
         ({"batch": 0}, "--batch 0: "),

@@ -12,6 +12,7 @@ from models import llama, lora
 from ranks import Collectives, error_of, on_two_ranks, train
 from test_fsdp import by_torch, by_us, layers_of
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
 
 import loge_kernels as loge
 from loge_kernels.layers.eight_bit_base import EightBitLinear
@@ -45,6 +46,7 @@ def work(rank: int) -> dict[str, Any]:
         found[policy] = one(by_us(applied(policy)), rows)
     found["torch"] = one(by_torch(applied("int8")), rows)
     found["mixed"] = one(by_us(applied("int8"), mp_policy=BF16), rows)
+    found["ddp"] = one(DistributedDataParallel(applied("int8")), rows)
     checkpointed = applied("int8")
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     found["checkpointed"] = one(by_us(checkpointed.train()), rows)
@@ -84,7 +86,7 @@ def test_half_the_bytes_both_ways(ranks: list[dict[str, Any]]) -> None:
 
 def test_the_same_by_other_ways(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        for name in ("torch", "checkpointed", "loaded again"):
+        for name in ("torch", "checkpointed", "loaded again", "ddp"):
             assert rank[name]["losses"] == pytest.approx(rank["int8"]["losses"], abs=2e-2), name
         assert rank["mixed"]["losses"] == pytest.approx(rank["int8"]["losses"], abs=5e-2)
         assert "base_dtype='float8' on rank 0, base_dtype='int8' on rank 1" in rank["disagreement"]
