@@ -11,7 +11,7 @@ from .paper.run import step_seconds
 from .policies import Policy, argument, parse
 
 _CALL = re.compile(r"\bloge\.apply\(")
-_READ = ("rank", "exact_layers", "exact_every", "exact_dtype")
+_READ = ("rank", "exact_layers", "exact_every", "exact_dtype", "base_dtype")
 
 
 def slow_calls(page: str, gpu: str = "H100", model: str = "LLaMA-3-8B") -> list[str]:
@@ -46,5 +46,5 @@ def _policy(call: ast.Call) -> Policy:
         given["rank"] = call.args[1]
     plain = {name: ast.unparse(value).replace(" ", "").strip("'\"") for name, value in given.items() if name in _READ}
     values = {name: argument(text) for name, text in plain.items()}
-    known = {name: value for name, value in values.items() if not isinstance(value, str) or name == "exact_dtype"}
+    known = {name: value for name, value in values.items() if not isinstance(value, str) or name.endswith("_dtype")}
     return Policy("loge.apply", {name: value for name, value in known.items() if name is not None})

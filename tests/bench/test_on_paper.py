@@ -276,3 +276,18 @@ def test_what_a_base_excludes() -> None:
         PaperPolicy("x", base_dtype="int8")
     with pytest.raises(ValueError, match="base_dtype='float8' does not run on gpu='A100'"):
         predict("LLaMA-3-8B", "A100", PaperPolicy("x", exact_dtype="auto", base_dtype="float8"))
+
+
+PREDICTED = Path(__file__).parents[2] / "bench" / "results" / "predicted"
+
+
+@pytest.mark.parametrize("file", sorted(PREDICTED.glob("*-llama-3-8b.json")), ids=lambda file: file.stem)
+def test_committed_steps_are_those_of_the_model(file: Path) -> None:
+    """`bench step --on-paper GPU --model LLaMA-3-8B --json FILE` writes them anew."""
+    kept = json.loads(file.read_text())
+    gpu = kept["gpu"]["name"]
+    now = {policy.name: policy for policy in on_paper.standard_policies(gpu)}
+    assert list(now) == [row["policy"]["name"] for row in kept["rows"]]
+    for row in kept["rows"]:
+        step = predict("LLaMA-3-8B", gpu, now[row["policy"]["name"]])
+        assert row["milliseconds"] == pytest.approx(step.milliseconds), row["policy"]["name"]
