@@ -24,6 +24,7 @@ from ..numerics.eight_bit import DTYPES, as_bits, dequantize, from_bits, quantiz
 from .linear import LoGELinear
 
 _SCALE = "weight_scale"
+_WHOLE = (Tensor, nn.Parameter)  # not FSDP's
 
 
 class EightBitLinear(LoGELinear):
@@ -109,13 +110,13 @@ class EightBitLinear(LoGELinear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = destination[f"{prefix}weight"]
-        if type(weight) in (Tensor, nn.Parameter):  # FSDP's parts stay bits
+        if type(weight) in _WHOLE:  # FSDP's parts stay bits
             destination[f"{prefix}weight"] = from_bits(weight)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         name, dtype = f"{prefix}weight", DTYPES[self.base_dtype]
         weight, errors = state_dict.get(name), args[-1]
-        if isinstance(weight, Tensor) and weight.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        if type(weight) in _WHOLE and weight.dtype in (torch.float32, torch.float16, torch.bfloat16):
             bits, state_dict[f"{prefix}{_SCALE}"] = self._quantize(weight, dtype)
             state_dict[name] = bits
         elif isinstance(weight, Tensor) and as_bits(weight).dtype != self.weight.dtype:
