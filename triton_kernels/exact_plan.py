@@ -96,7 +96,7 @@ def quantize_rows_constants(
     some 2,000 on."""
     return {
         "BM": 16,
-        "BN": 128 if availability.interpreted() else 512,
+        "BN": 128 if availability.interpreted() else 512 if aligned_n else 256,  # or it spills
         "ROTATE": rotation,
         "LIMIT_RECIPROCAL": limit_reciprocal(eight_bits),
         "ALIGNED_N": aligned_n,
