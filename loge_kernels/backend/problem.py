@@ -49,6 +49,7 @@ class Operands(NamedTuple):
     weight_scale: Tensor | None = None  # float32 [N, 1], of dense where that is the weight, which has no other form
     left_scale: Tensor | None = None  # float32 [R]
     right_scale: Tensor | None = None  # float32 [K]
+    spare: Tensor | None = None  # [N, K], the weight that backward has where FSDP has not gathered what stands for it
     bias: Tensor | None = None  # [N]
     lora_A: Tensor | None = None  # [P, K]
     lora_B: Tensor | None = None  # [N, P]
@@ -59,7 +60,7 @@ class Operands(NamedTuple):
     dropout: float = 0.0
     exact_fraction: float = 0.0
     backend: str = "auto"
-    quantize: str = ""  # "float8", "int8": dense is made of the weight in backward
+    quantize: str = ""  # "float8", "int8": dense is made of the weight, where backward has that
 
     @property
     def kind(self) -> Kind:
@@ -80,6 +81,17 @@ class Operands(NamedTuple):
         dense, scale = quantize_columns(self.weight, DTYPES[self.quantize])
         return self._replace(weight=None, dense=as_bits(dense), dense_scale=scale)
 
+    def gathered(self, dtype: torch.dtype) -> Operands:
+        """These, or the weight in `dtype` alone where FSDP has gathered it in the place of what stands for it."""
+        if not any(map(_is_freed, (self.left, self.dense))):
+            return self
+        changed: dict[str, Any] = _NO_FROZEN_PATH | {"exact_fraction": 0.0}
+        if self.spare is not None and self.weight_scale is not None:
+            changed |= {"dense": self.spare, "weight_scale": self.weight_scale}
+        elif self.spare is not None:
+            changed["weight"] = self.spare.to(dtype)
+        return self._replace(**changed)
+
     @property
     def stand_ins(self) -> tuple[Tensor | None, ...]:
         """The tensors that stand for the weight in dX, which the layer owns."""
@@ -99,6 +111,8 @@ class Operands(NamedTuple):
             dropped |= _NO_FROZEN_PATH
         elif self.kind == "low-rank":
             dropped |= _NO_DENSE
+            if self.spare is not None:
+                dropped["weight_scale"] = self.weight_scale
         elif self.dense is not None:
             dropped["weight"] = None
         return self._replace(**dropped)
@@ -110,11 +124,15 @@ class Operands(NamedTuple):
 
 STAND_INS = ("left", "right", "rows", "residual", "dense", "dense_scale", "weight_scale", "left_scale", "right_scale")
 _stand_ins = attrgetter(*STAND_INS)
-_NO_FROZEN_PATH: dict[str, Any] = dict.fromkeys(("weight", *STAND_INS))
+_NO_FROZEN_PATH: dict[str, Any] = dict.fromkeys(("weight", "spare", *STAND_INS))
 _NO_DENSE: dict[str, Any] = dict.fromkeys(("weight", "dense", "dense_scale", "weight_scale"))
 _FORWARD_ONLY: dict[str, Any] = dict.fromkeys(("bias", "x_bits", "x_scale"))
 # One tuple of None for every operand: `_replace` gives those that have a gradient.
 NO_GRADIENTS = Operands(*(None,) * len(Operands._fields))  # type: ignore[arg-type]
+
+
+def _is_freed(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def kind_of(left: Tensor | None, dense: Tensor | None, exact_fraction: float) -> Kind:

@@ -41,6 +41,7 @@ class Factors:
     take half as much memory again, are made at their first use and anew whenever left and right have changed.
     """
 
+    gathered_apart = False  # by FSDP, for the backwards alone that do not have the weight
     gather: Callable[[], None] | None = None  # brings sharded factors to a forward that casts them
 
     def __init__(

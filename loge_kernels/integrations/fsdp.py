@@ -7,9 +7,10 @@ and shards copies and factors in groups that are gathered in backward alone. Wit
 of factors, a low-rank backward gathers R·(N + K) / (N·K) of the bytes, and nothing of an offloaded weight is copied to
 the device a second time.
 
-A backward that does read the dense weight gathers it as torch does: that of an exact forward without 8 bits, and one
-that computes its layer again (activation checkpointing). There the weight is at hand, so the layer's backward is exact,
-with an 8-bit copy of that weight or with itself, and nothing else is gathered: never more than by PEFT.
+A backward that does read a dense weight gathers its block's as torch does: that of an exact forward without 8 bits,
+and one that computes a part of the block again (activation checkpointing). There the weights are at hand, so the
+backward of all layers in the block is exact, with an 8-bit copy of the weight or with itself, and nothing else is
+gathered: never more than by PEFT.
 """
 
 from __future__ import annotations

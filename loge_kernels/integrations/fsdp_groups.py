@@ -30,6 +30,7 @@ class FactorStore(nn.Module):
 class ShardedFactors(Factors):
     """Factors whose tensors are those of a `FactorStore`, as FSDP has them at the moment."""
 
+    gathered_apart = True
     store: FactorStore
     left = property(lambda self: self.store.left)
     right = property(lambda self: self.store.right)
@@ -52,6 +53,7 @@ class ShardedCopy(EightBitWeight):
     """An 8-bit copy whose tensors are those of a `CopyStore`, as FSDP has them at the moment. Where a checkpoint
     computes the layer again, the weight is there, and the copy is made of it."""
 
+    gathered_apart = True
     store: CopyStore
     tensor = property(lambda self: from_bits(self.store.tensor).t())
     scale = property(lambda self: self.store.scale.view(torch.float32))
@@ -125,6 +127,11 @@ class Group(nn.Module):
         """Whether the backward of the forward under way reads what the group holds."""
         raise NotImplementedError
 
+    def has_weights(self) -> bool:
+        """Whether that backward has the block's frozen weights, as it does where one layer reads its own: then nothing
+        else is gathered for it."""
+        return any(map(reads_weight, self._layers))
+
     def around(self, block: Any) -> None:
         """Stand around the forward of `block` from now on."""
         self.together: tuple[Group, ...] = (self,)  # and those that FSDP gathers ahead in its backward
@@ -182,7 +189,7 @@ class FrozenWeights(Group):
         return self(*args, **kwargs)
 
     def wanted(self) -> bool:
-        return any(map(reads_weight, self._layers))
+        return self.has_weights()
 
     def _gather(self) -> None:
         """Called by a layer that a checkpoint computes again in backward, and that finds its weight sharded."""
@@ -192,8 +199,8 @@ class FrozenWeights(Group):
 
 class CopyGroup(Group):
     """8-bit copies, gathered for the backward of an exact forward, and never for a forward, which hands them on without
-    reading them. A block that a checkpoint computes again has its weights there, and makes its copies of them: then
-    nothing is gathered twice."""
+    reading them. A block of which a checkpoint computes a part again has its weights there, and makes its copies of
+    them: then nothing is gathered twice."""
 
     name = "loge_copies"
 
@@ -208,11 +215,11 @@ class CopyGroup(Group):
         as_fsdp(self).set_custom_all_gather(GatherInBackward())
 
     def wanted(self) -> bool:
-        return any(map(reads_copy, self._layers))
+        return not self.has_weights() and any(map(reads_copy, self._layers))
 
 
 class FactorGroup(Group):
-    """Gathered for the backward alone, of a forward whose layers no checkpoint computes again.
+    """Gathered for the backward alone, of a forward none of whose layers has its weight gathered.
 
     A forward hands factors on to its backward without reading them, so in FSDP's gather before a forward nothing is
     sent: the factors have their shape, and no values yet.
@@ -236,7 +243,8 @@ class FactorGroup(Group):
                 layer.factors.gather = self._gather
 
     def wanted(self) -> bool:
-        return any(isinstance(layer, LoGELinear) and layer.reads_factors() for layer in self._layers)
+        read = any(isinstance(layer, LoGELinear) and layer.reads_factors() for layer in self._layers)
+        return read and not self.has_weights()
 
     def _gather(self) -> None:
         """Called in a forward that reads factors (it casts them, under autocast), and for all that follow."""

@@ -206,6 +206,7 @@ def _add_adapter(y: Tensor, operands: Operands) -> tuple[Tensor, Tensor]:
 @without_autocast
 def _differentiate(ctx: Any, dy: Tensor) -> Gradients:
     xa, o = restore(ctx)
+    o = o.gathered(dy.dtype)
     if o.left_scale is None:
         left, right, residual = (None if t is None else t.to(dy.dtype) for t in (o.left, o.right, o.residual))
         o = o._replace(left=left, right=right, residual=residual)

@@ -55,6 +55,8 @@ class EightBitWeight:
     next use makes it there. Raises ValueError for another dtype, which it calls `argument`.
     """
 
+    gathered_apart = False  # by FSDP, for the backwards alone that do not have the weight
+
     def __init__(self, dtype: str, argument: str = "exact_dtype") -> None:
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise ValueError(f"{argument}={dtype!r} is unknown; choose one of {', '.join(map(repr, DTYPES))}, or None")

@@ -49,6 +49,8 @@ def _forward_fake(*given: Any) -> tuple[Tensor, Tensor]:
 
 @without_autocast
 def _gradients(dy: Tensor, xa: Tensor | None, need: Need, operands: Operands) -> tuple[Tensor | None, ...]:
+    if operands.spare is not None:
+        operands = operands.gathered(dy.dtype)
     g = run_backward(BackwardProblem.of(dy, xa, need, operands.with_dense_copy()), operands.backend)
     return g.dx, g.dweight, g.dbias, g.dA, g.dB
 

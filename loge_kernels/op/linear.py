@@ -107,6 +107,7 @@ def linear(
         scaling=float(scaling),
         exact_fraction=float(exact_fraction) if factors is not None else 0.0,
         backend=requested(backend),
+        spare=as_bits(stored) if factors is not None and factors.gathered_apart else None,
         **stand_ins(factors, x.dtype),
     )
     check(x, operands, dropout, exact_fraction)
@@ -194,6 +195,8 @@ def _with_dense_copy(operands: Operands, exact_dtype: str | EightBitWeight, weig
         if copy.made_in_backward():
             return operands._replace(quantize=copy.dtype)
         tensor, scale = copy.current(weight)
+        if copy.gathered_apart:
+            operands = operands._replace(spare=weight, quantize=copy.dtype)
         return operands._replace(dense=as_bits(tensor), dense_scale=scale)
     if not torch.compiler.is_compiling():
         announce("exact_dtype", copy.dtype, reason, x.dtype)

@@ -13,6 +13,7 @@ from ranks import Collectives, error_of, on_two_ranks, train
 from test_fsdp import by_torch, by_us, layers_of
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import loge_kernels as loge
 from loge_kernels.layers.eight_bit_base import EightBitLinear
@@ -50,6 +51,11 @@ def work(rank: int) -> dict[str, Any]:
     checkpointed = applied("int8")
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     found["checkpointed"] = one(by_us(checkpointed.train()), rows)
+    part = applied("int8, rank").train()
+    for layer in layers_of(part):
+        run = layer.mlp.forward  # a checkpoint around a part of the block
+        layer.mlp.forward = lambda x, run=run: checkpoint(run, x, use_reentrant=False)
+    found["part"] = one(by_us(part), rows)
     model = by_us(applied("int8"))
     model.load_state_dict(copy.deepcopy(model.state_dict()))
     found["loaded again"] = one(model, rows)
@@ -82,11 +88,13 @@ def test_half_the_bytes_both_ways(ranks: list[dict[str, Any]]) -> None:
             for name in ("int8", "float8", "torch", "checkpointed"):
                 assert rank[name][way] == weights + rest + outside, (name, way)
         assert rank["int8, rank"]["backward"] < rank["peft"]["backward"]
+        assert rank["part"]["backward"] == rank["int8"]["backward"]
 
 
 def test_the_same_by_other_ways(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         for name in ("torch", "checkpointed", "loaded again", "ddp"):
             assert rank[name]["losses"] == pytest.approx(rank["int8"]["losses"], abs=2e-2), name
+        assert rank["part"]["losses"] == pytest.approx(rank["int8"]["losses"], abs=2e-2)
         assert rank["mixed"]["losses"] == pytest.approx(rank["int8"]["losses"], abs=5e-2)
         assert "base_dtype='float8' on rank 0, base_dtype='int8' on rank 1" in rank["disagreement"]
