@@ -116,7 +116,7 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
             for stage in (*groups, block):
                 as_fsdp(stage).set_modules_to_backward_prefetch(previous)
             for group in groups:
-                group.together = (group, *(stage for stage in previous if type(stage) is type(group)))
+                group.ahead = tuple(stage for stage in previous if isinstance(stage, Group))
         previous = [*groups, block]
     shard(model, **arguments, ignored_params=ignored)
     for layer in named.values():

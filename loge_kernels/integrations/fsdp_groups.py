@@ -134,9 +134,10 @@ class Group(nn.Module):
 
     def around(self, block: Any) -> None:
         """Stand around the forward of `block` from now on."""
-        self.together: tuple[Group, ...] = (self,)  # and those that FSDP gathers ahead in its backward
         # Of the same block. One hook for all of them: FSDP's own of the first would gather ahead for the others.
         self.asked: tuple[Group, ...] = (self,)
+        self.ahead: tuple[Group, ...] = ()  # of the block before, which FSDP gathers in this one's backward
+        self.answer = False  # `wanted` of the last forward
         as_fsdp(self).set_unshard_in_backward(False)  # until a forward asks for it
         self._modules.clear()
         # Looked up at each call: FSDP and transformers' checkpointing change the block's class.
@@ -151,20 +152,22 @@ class Group(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self._run(*args, **kwargs)
         if self.asked and torch.is_grad_enabled():
-            answers = [(group, group.wanted()) for group in self.asked]
+            for group in self.asked:
+                group.answer = group.wanted()
+                # A later block, in whose backward FSDP gathers ahead, may have no groups to say so.
+                as_fsdp(group).set_unshard_in_backward(group.answer)
+            answers = [(group, group.answer) for group in (*self.asked, *self.ahead)]
             for tensor in tree_leaves(output):
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    tensor.register_hook(lambda gradient: _before_backward(answers))
+                    tensor.register_hook(lambda gradient: self._before_backward(answers))
         return output
 
-
-def _before_backward(answers: list[tuple[Group, bool]]) -> None:
-    for group, wanted in answers:
-        for stage in group.together:
-            as_fsdp(stage).set_unshard_in_backward(wanted)
-    for group, wanted in answers:
-        if wanted:
-            as_fsdp(group).unshard()  # FSDP itself would not, after another forward's backward in the same pass
+    def _before_backward(self, answers: list[tuple[Group, bool]]) -> None:
+        for group, wanted in answers:
+            as_fsdp(group).set_unshard_in_backward(wanted)
+        for group, wanted in answers:
+            if wanted and group in self.asked:
+                as_fsdp(group).unshard()  # FSDP itself would not, after another forward's backward in the same pass
 
 
 class FrozenWeights(Group):
