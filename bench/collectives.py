@@ -40,6 +40,8 @@ DEFAULTS = (
     "exact",
     "exact_dtype=int8",
     "exact_dtype=float8",
+    "base_dtype=int8",
+    "base_dtype=float8",
     "rank=1/8",
     "rank=1/8,exact_layers=0.5",
     "rank=1/8,exact_layers=0.5,exact_dtype=int8",

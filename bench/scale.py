@@ -34,7 +34,7 @@ from .paper.collectives import ENGINES, Held, held, traffic
 from .paper.run import PaperPolicy, predict
 from .policies import PEFT, parse_all
 
-DEFAULTS = ("exact", "apply", "rank=1/8", "rank=1/4,exact_layers=0.5")
+DEFAULTS = ("exact", "apply", "base_dtype=float8", "rank=1/8", "rank=1/4,exact_layers=0.5")
 RIVAL = "apply"  # of low rank, in time to the same loss
 
 _BASE = 2  # bytes of an element: bfloat16

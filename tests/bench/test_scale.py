@@ -115,7 +115,11 @@ def test_the_table(tmp_path: Path) -> None:
         assert row["seconds"] < row["seconds_without_overlap"]
         assert row["seconds_without_overlap"] == row["compute_seconds"] + row["collective_seconds"]
         assert row["speedup"] == pytest.approx(peft["seconds"] / row["seconds"])
-        assert row["forward_bytes"] == peft["forward_bytes"]
+        if policy == "base_dtype=float8":
+            assert row["forward_bytes"] == row["backward_bytes"] <= 0.51 * peft["forward_bytes"]
+            assert row["resident_bytes"] < peft["resident_bytes"]
+        else:
+            assert row["forward_bytes"] == peft["forward_bytes"]
         if engine == "fsdp2":
             assert row["fits"]
             if policy == "rank=1/8":
