@@ -15,6 +15,7 @@ from test_fsdp import EVERY, INT8, LOW, Autocast, applied, block_bytes, by_torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.slow
 STEPS = 3
 UPPER = {**LOW, "exact_layers": 0.5}
 Change = Callable[[Any], Any]
