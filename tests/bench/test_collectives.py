@@ -42,11 +42,13 @@ def test_what_is_promised() -> None:
 
 
 def test_a_rank_holds_pefts_share_and_its_own() -> None:
-    """PEFT's, plus a rank's part of factors and copies; FSDP pads rows that do not divide."""
+    """PEFT's, or half of its weights, plus a rank's part of factors and copies; FSDP pads rows that do not divide."""
     for row in ROWS:
         peft = next(r for r in ROWS if r["policy"] == "peft" and r["ranks"] == row["ranks"])
-        block = held(MODEL, parse(row["policy"]).on_paper(), "H200", TOKENS, LORA_RANK)
-        added = MODEL.layers * (block.factors + block.copies) / row["ranks"]
+        block, whole = (
+            held(MODEL, parse(policy).on_paper(), "H200", TOKENS, LORA_RANK) for policy in (row["policy"], "peft")
+        )
+        added = MODEL.layers * (block.weights - whole.weights + block.factors + block.copies) / row["ranks"]
         assert row["held_bytes"] == pytest.approx(peft["held_bytes"] + added, rel=1e-3)
 
 
