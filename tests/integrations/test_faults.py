@@ -96,6 +96,7 @@ def going_on(rank: int) -> list[float]:
     return work(rank, dies=False)
 
 
+@pytest.mark.slow  # the others wait for it
 def test_a_rank_is_killed_in_mid_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "last.safetensors"
     monkeypatch.setenv("LOGE_TEST_FILE", str(file))

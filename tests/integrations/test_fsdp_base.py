@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import loge_kernels as loge
 from loge_kernels.layers.eight_bit_base import EightBitLinear
 
+pytestmark = pytest.mark.slow
 STEPS = 4
 POLICIES: dict[str, dict[str, Any]] = {
     "int8": {"base_dtype": "int8"},
