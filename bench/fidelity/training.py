@@ -60,6 +60,7 @@ class Workbench:
         loaded = models.load(options, getattr(torch, options.dtype))
         self.name = loaded.name
         self.model = models.attach_lora(loaded.model, options).to(self.device)
+        self._weights = self.model.state_dict()  # which a base in 8 bits takes out of the model
         wanted = options.steps * options.batch
         self.source, pool, self.heldout = data.read(options, loaded.tokenizer, LONGEST * wanted + calibration, heldout)
         data.check_enough(options, len(pool), calibration + options.batch, len(self.heldout), heldout)
@@ -149,7 +150,7 @@ class Workbench:
             row |= yield from self._train(policy, corpus, seed, checkpoints)
             row["gradient"] = self._compare(corpus, *reference)
         finally:
-            loge.remove(self.model)
+            loge.remove(self.model, weights=self._weights)
         return row
 
     def _apply(self, policy: Policy, seed: int) -> dict[str, Any]:

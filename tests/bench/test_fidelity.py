@@ -393,3 +393,13 @@ def test_another_file_is_not_overwritten(base: FidelityOptions, text: str, messa
     with pytest.raises(ValueError, match=message):
         go(base)
     assert base.json.read_text() == text
+
+
+def test_a_base_in_8_bits_gives_the_weights_back(base: FidelityOptions) -> None:
+    """Those that come after it train on the same ones."""
+    result, _ = go(base, policies=("base_dtype=int8", "exact"), together=False, json=None)
+    rows = {row["policy"]: row for row in result["rows"]}
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    last = {policy: row["curve"][-1]["heldout"] for policy, row in rows.items()}
+    assert last["exact"] == pytest.approx(last["peft"], rel=1e-4)
+    assert last["base_dtype=int8"] == pytest.approx(last["peft"], rel=0.02)
