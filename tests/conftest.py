@@ -14,7 +14,7 @@ import pytest
 import torch
 from finetuning import base, finished, tiny, whole  # noqa: F401 (fixtures)
 
-from loge_kernels.numerics import matmul
+from loge_kernels.numerics import four_bit, matmul
 
 # The package exports a function of the same name, so `from loge_kernels import backends` is not the module.
 backends = import_module("loge_kernels.backend.choice")
@@ -49,6 +49,13 @@ def either_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     """A CPU that has matrix instructions for 16 bits, and one that has none, whatever this one is."""
     monkeypatch.setattr(matmul, "slow_on_cpu", lambda dtype: request.param and dtype.itemsize == 2)
     return request.param
+
+
+@pytest.fixture
+def without_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dY in 4 bits rounded to nearest, so that two ways can be compared."""
+    codes = four_bit._codes
+    monkeypatch.setattr(four_bit, "_codes", lambda values, stochastic: codes(values, False))
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..numerics.eight_bit import DTYPES, as_bits, from_bits, quantize_columns
+from ..numerics.eight_bit import from_bits
+from ..numerics.exact_dtypes import weight_copy
 from ..numerics.rotation import block_of
 
 # What the frozen path's part of dX is: dY · left · right; the same with dense rows among them; dY · W; and that in
-# 8 bits.
-Kind = Literal["low-rank", "mixed", "dense", "dense in 8 bits"]
+# 8 bits or 4.
+Kind = Literal["low-rank", "mixed", "dense", "dense, rounded"]
 
 
 class Need(NamedTuple):
@@ -44,8 +45,9 @@ class Operands(NamedTuple):
     right: Tensor | None = None  # [R, K]
     rows: Tensor | None = None  # int64 [Q]
     residual: Tensor | None = None  # [Q, K]
-    dense: Tensor | None = None  # [N, K] in 8 bits
-    dense_scale: Tensor | None = None  # float32 [K]
+    dense: Tensor | None = None  # [N, K] in 8 bits, or in 4, [N / 2, K]
+    dense_scale: Tensor | None = None  # float32 [K]; of 4 bits the blocks' in uint8 (`four_bit.FourBitWeight`)
+    dense_whole: Tensor | None = None  # float32 [], of nvfp4
     weight_scale: Tensor | None = None  # float32 [N, 1], of dense where that is the weight, which has no other form
     left_scale: Tensor | None = None  # float32 [R]
     right_scale: Tensor | None = None  # float32 [K]
@@ -60,7 +62,7 @@ class Operands(NamedTuple):
     dropout: float = 0.0
     exact_fraction: float = 0.0
     backend: str = "auto"
-    quantize: str = ""  # "float8", "int8": dense is made of the weight, where backward has that
+    quantize: str = ""  # of `EXACT_DTYPES`: dense is made of the weight in it, where backward has that
 
     @property
     def kind(self) -> Kind:
@@ -78,8 +80,7 @@ class Operands(NamedTuple):
         """These with `dense` made of the weight, where `quantize` asks for it."""
         if not self.quantize or self.weight is None:
             return self
-        dense, scale = quantize_columns(self.weight, DTYPES[self.quantize])
-        return self._replace(weight=None, dense=as_bits(dense), dense_scale=scale)
+        return self._replace(weight=None, **weight_copy(self.quantize).operands(self.weight))
 
     def gathered(self, dtype: torch.dtype) -> Operands:
         """These, or the weight in `dtype` alone where FSDP has gathered it in the place of what stands for it."""
@@ -98,8 +99,8 @@ class Operands(NamedTuple):
         return _stand_ins(self)
 
     def kept(self, need: Need) -> Operands:
-        """What backward reads and nothing else: x where a gradient needs it, never a frozen weight that factors or an
-        8-bit copy stand for."""
+        """What backward reads and nothing else: x where a gradient needs it, never a frozen weight that factors or a
+        copy stand for."""
         dropped = dict(_FORWARD_ONLY)  # for a single `_replace`, which costs 2 us
         if not (need.dweight or need.dA):
             dropped["x"] = None
@@ -122,10 +123,11 @@ class Operands(NamedTuple):
         return Need(*map(bool, (self.x, self.weight, self.bias, self.lora_A, self.lora_B)))
 
 
-STAND_INS = ("left", "right", "rows", "residual", "dense", "dense_scale", "weight_scale", "left_scale", "right_scale")
+_DENSE = ("dense", "dense_scale", "dense_whole", "weight_scale")
+STAND_INS = ("left", "right", "rows", "residual", *_DENSE, "left_scale", "right_scale")
 _stand_ins = attrgetter(*STAND_INS)
 _NO_FROZEN_PATH: dict[str, Any] = dict.fromkeys(("weight", "spare", *STAND_INS))
-_NO_DENSE: dict[str, Any] = dict.fromkeys(("weight", "dense", "dense_scale", "weight_scale"))
+_NO_DENSE: dict[str, Any] = dict.fromkeys(("weight", *_DENSE))
 _FORWARD_ONLY: dict[str, Any] = dict.fromkeys(("bias", "x_bits", "x_scale"))
 # One tuple of None for every operand: `_replace` gives those that have a gradient.
 NO_GRADIENTS = Operands(*(None,) * len(Operands._fields))  # type: ignore[arg-type]
@@ -138,8 +140,13 @@ def _is_freed(tensor: Tensor | None) -> bool:
 def kind_of(left: Tensor | None, dense: Tensor | None, exact_fraction: float) -> Kind:
     """The kind of a frozen path. Factors are not given at all to a step that is exact."""
     if left is None:
-        return "dense" if dense is None else "dense in 8 bits"
+        return "dense" if dense is None else "dense, rounded"
     return "mixed" if exact_fraction > 0.0 else "low-rank"
+
+
+def in_four_bits(dense_scale: Tensor | None) -> bool:
+    """Whether a copy of the weight with these scales is in 4 bits."""
+    return dense_scale is not None and dense_scale.dtype == torch.uint8
 
 
 @dataclass(slots=True)  # not frozen: one is made at every call, and freezing costs 3 us of it
@@ -172,8 +179,9 @@ class BackwardProblem:
     deterministic: bool  # no atomics: the same bits from run to run
     rows: Tensor | None = None  # int64 [Q], unique: rows of the weight that the factors' residual corrects
     residual: Tensor | None = None  # [Q, K]; `backends.run_backward` adds its part to every backend's dX
-    dense: Tensor | None = None  # [N, K] in 8 bits: the weight's copy for the exact products
-    dense_scale: Tensor | None = None  # float32 [K], with dense
+    dense: Tensor | None = None  # [N, K] in 8 bits, or uint8 [N / 2, K]: the weight's copy for the exact products
+    dense_scale: Tensor | None = None  # float32 [K], with dense; uint8, with dense in 4 bits
+    dense_whole: Tensor | None = None  # float32 [], with dense in nvfp4
     weight_scale: Tensor | None = None  # float32 [N, 1], in its place where dense is the weight itself
     left_scale: Tensor | None = None  # float32 [R], with left in 8 bits
     right_scale: Tensor | None = None  # float32 [K], with right in 8 bits
@@ -206,8 +214,9 @@ class BackwardProblem:
             torch.are_deterministic_algorithms_enabled(),
             rows=o.rows,
             residual=o.residual,
-            dense=None if dense is None else from_bits(dense),
+            dense=dense if dense is None or in_four_bits(o.dense_scale) else from_bits(dense),
             dense_scale=o.dense_scale,
+            dense_whole=o.dense_whole,
             weight_scale=o.weight_scale,
             left_scale=o.left_scale,
             right_scale=o.right_scale,
@@ -224,6 +233,11 @@ class BackwardProblem:
         if self.weight_scale is None or self.dense is None:
             return 1
         return block_of(self.dense.dtype, self.dense.shape[1])
+
+    @property
+    def in_four_bits(self) -> bool:
+        """Whether dense is."""
+        return in_four_bits(self.dense_scale)
 
 
 @dataclass(slots=True)

@@ -19,10 +19,9 @@ The forward is exact. The backward sends the activation gradient of the frozen w
 With dropout the adapter's part of dX passes through the mask, `dX = T_R right + drop(T_P A)`. Without factors the
 frozen part is the dense `dY W`; with `exact_fraction` it is dense for the rows of largest ‖dY‖ and low-rank for the
 others. Exact products take the adapter beside the weight or merged into it, whichever is cheaper (`merging`). Dense
-products run in 8 bits where the problem carries an 8-bit copy of W (`eight_bit`); where W is kept in 8 bits alone,
-the forward does too. Those with left and right run in 8
-bits where these come so, apart from the adapter's, and T is in dY's dtype between them. Factors with a residual on rows
-J of W add `dY[:, J] · residual` (`add_residual`).
+products run in 8 bits or 4 where the problem carries such a copy of W (`eight_bit`, `four_bit`); where W is kept in 8
+bits alone, the forward does too. Those with left and right run in 8 bits where these come so, apart from the adapter's,
+and T is in dY's dtype between them. Factors with a residual on rows J of W add `dY[:, J] · residual` (`add_residual`).
 
 Source: LoGE, Zhang et al., Applied Sciences 2025, 15(1), 82, section 4; LoRA, arXiv 2106.09685; the residual rows,
 CE-LoRA, arXiv 2502.01378.
@@ -35,7 +34,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..numerics import eight_bit
+from ..numerics import eight_bit, four_bit
 from ..numerics.dropout import drop
 from ..numerics.eight_bit import from_bits
 from ..numerics.matmul import add, add_matmul, matmul
@@ -208,6 +207,10 @@ def _low_rank_in_eight_bits(p: BackwardProblem) -> Tensor:
 
 def _dense(p: BackwardProblem, dy: Tensor) -> Tensor:
     """dY · W [., K] for some or all rows of the problem's dY [., N]."""
+    if p.in_four_bits:
+        assert p.dense is not None
+        assert p.dense_scale is not None
+        return four_bit.multiply(dy, p.dense, p.dense_scale, p.dense_whole)
     if p.dense is not None:
         dx = eight_bit.multiply(dy, p.dense, p.dense_scale, p.weight_scale)
         return rotate(dx, p.rotation).to(dx.dtype)

@@ -84,6 +84,8 @@ def backward(p: BackwardProblem) -> Gradients:
 
 
 def _why_not_exact(p: BackwardProblem) -> str | None:
+    if p.in_four_bits:
+        return "the exact product is in 4 bits, which PyTorch computes"
     if p.dense is not None and (p.dense.shape[0] % _TILE or p.dense.shape[1] % _TILE) and p.dy.is_cuda:
         return f"N and K must be multiples of {_TILE} in 8 bits"
     if p.dy.numel() == 0:

@@ -76,7 +76,7 @@ class ShardedCopy(EightBitWeight):
             )
         return self.tensor, self.scale
 
-    def made_in_backward(self) -> bool:
+    def made_in_backward(self, weight: Tensor) -> bool:
         # Layer by layer: a block's copies, made by its recomputation, would lie beside its weights.
         return computed_again()
 

@@ -55,11 +55,13 @@ class EightBitWeight:
     next use makes it there. Raises ValueError for another dtype, which it calls `argument`.
     """
 
+    known = tuple(DTYPES)
     gathered_apart = False  # by FSDP, for the backwards alone that do not have the weight
 
     def __init__(self, dtype: str, argument: str = "exact_dtype") -> None:
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ValueError(f"{argument}={dtype!r} is unknown; choose one of {', '.join(map(repr, DTYPES))}, or None")
+        if not isinstance(dtype, str) or dtype not in self.known:
+            known = ", ".join(map(repr, self.known))
+            raise ValueError(f"{argument}={dtype!r} is unknown; choose one of {known}, or None")
         self.dtype = dtype
         self.invalidate()
 
@@ -69,7 +71,7 @@ class EightBitWeight:
         self.scale: Tensor | None = None
         self._made_of = WeightVersion()
 
-    def made_in_backward(self) -> bool:
+    def made_in_backward(self, weight: Tensor) -> bool:
         """Whether the backward of the forward under way makes it of the weight, which it has."""
         return False
 
@@ -82,11 +84,19 @@ class EightBitWeight:
         if self.tensor is None or self.scale is None or self._is_stale(weight):
             if torch.compiler.is_compiling():
                 # Part of the graph: what it computes cannot be kept.
-                return quantize_columns(weight.detach(), DTYPES[self.dtype])
+                return self._quantize(weight.detach())
             with torch.no_grad(), _disable_current_modes():  # a selective checkpoint would miss it in the recomputation
-                self.tensor, self.scale = quantize_columns(weight.detach(), DTYPES[self.dtype])
+                self.tensor, self.scale = self._quantize(weight.detach())
             self._made_of.bind(weight)
         return self.tensor, self.scale
+
+    def operands(self, weight: Tensor) -> dict[str, Any]:
+        """The same by the names of the op's operands (`backend.problem`)."""
+        tensor, scale = self.current(weight)
+        return {"dense": as_bits(tensor), "dense_scale": scale}
+
+    def _quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize_columns(weight, DTYPES[self.dtype])
 
     def _is_stale(self, weight: Tensor) -> bool:
         if torch.compiler.is_compiling():
@@ -94,7 +104,7 @@ class EightBitWeight:
         return self._made_of.changed(weight)
 
     def __repr__(self) -> str:
-        return f"EightBitWeight({self.dtype!r})"
+        return f"{type(self).__name__}({self.dtype!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "tensor": None, "scale": None}
@@ -119,11 +129,12 @@ def why_not(dtype: str, device: torch.device, N: int, K: int) -> str | None:
 
 
 def refuse_float64(argument: str, name: str, dtype: torch.dtype, whose: str = "x") -> None:
-    """Raise TypeError for 8 bits, asked for as `argument`, over float64."""
+    """Raise TypeError for 8 bits or 4, asked for as `argument`, over float64."""
     if dtype == torch.float64:
+        bits = 4 if name.endswith("fp4") else 8
         raise TypeError(
-            f"{argument}={name!r} with {whose} in torch.float64: 8 bits are for float32, float16 and bfloat16, so give "
-            "None"
+            f"{argument}={name!r} with {whose} in torch.float64: {bits} bits are for float32, float16 and bfloat16, so "
+            "give None"
         )
 
 

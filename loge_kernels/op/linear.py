@@ -14,7 +14,8 @@ from ..backend.problem import Operands
 from ..factors.factors import Factors
 from ..numerics.autocast import autocast_dtype
 from ..numerics.dropout import draw_seed
-from ..numerics.eight_bit import EightBitWeight, announce, as_bits, dequantize, from_bits, refuse_float64, why_not
+from ..numerics.eight_bit import EightBitWeight, announce, as_bits, dequantize, from_bits, refuse_float64
+from ..numerics.exact_dtypes import weight_copy, why_not
 from .arguments import check
 from .autograd import Linear
 from .shared_input import with_quantized_input
@@ -53,7 +54,8 @@ def linear(
         exact_dtype: None, or "float8" or "int8" to take the dense products of the frozen path in 8 bits, where
             there are any (no factors, or exact_fraction > 0). A name quantises the weight at each call; an
             `EightBitWeight` keeps the copy from call to call. Where the device or the shape does not allow it, the
-            product is taken in x's dtype and the logger says so once.
+            product is taken in x's dtype and the logger says so once. "nvfp4" and "mxfp4" take it in 4 bits, with dY
+            rounded by torch's generator for its device (`numerics.four_bit`): experimental.
         weight_scale: float32 [N, 1], the row scales of a frozen `weight` in float8_e4m3fn (or its bits as uint8) or
             int8: forward and dX both take their frozen product in 8 bits (`numerics.eight_bit`).
 
@@ -183,8 +185,8 @@ def _warn_when_stale(factors: Factors, weight: Tensor) -> None:
 
 
 def _with_dense_copy(operands: Operands, exact_dtype: str | EightBitWeight, weight: Tensor) -> Operands:
-    """The operands with an 8-bit copy of `weight` where dX reads a dense product that can run so."""
-    copy = exact_dtype if isinstance(exact_dtype, EightBitWeight) else EightBitWeight(exact_dtype)
+    """The operands with a copy of `weight` in 8 bits or 4 where dX reads a dense product that can run so."""
+    copy = exact_dtype if isinstance(exact_dtype, EightBitWeight) else weight_copy(exact_dtype)
     x = operands.x
     assert x is not None
     refuse_float64("exact_dtype", copy.dtype, x.dtype)
@@ -192,12 +194,11 @@ def _with_dense_copy(operands: Operands, exact_dtype: str | EightBitWeight, weig
         return operands
     reason = why_not(copy.dtype, x.device, *weight.shape)
     if reason is None:
-        if copy.made_in_backward():
+        if copy.made_in_backward(weight):
             return operands._replace(quantize=copy.dtype)
-        tensor, scale = copy.current(weight)
         if copy.gathered_apart:
             operands = operands._replace(spare=weight, quantize=copy.dtype)
-        return operands._replace(dense=as_bits(tensor), dense_scale=scale)
+        return operands._replace(**copy.operands(weight))
     if not torch.compiler.is_compiling():
         announce("exact_dtype", copy.dtype, reason, x.dtype)
     return operands

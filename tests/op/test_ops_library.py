@@ -13,6 +13,7 @@ from torch import Tensor
 from loge_kernels.backend import choice, reference
 from loge_kernels.backend.problem import BackwardProblem, Gradients, Operands
 from loge_kernels.numerics.eight_bit import EightBitWeight, as_bits
+from loge_kernels.numerics.exact_dtypes import weight_copy
 from loge_kernels.op.linear import stand_ins
 
 LINEAR_CASES: dict[str, dict[str, Any]] = {
@@ -26,6 +27,8 @@ LINEAR_CASES: dict[str, dict[str, Any]] = {
     "exact rows, residual, int8": {"exact_fraction": 0.5, "count": 2, "exact_dtype": "int8"},
     "exact, int8": {"R": None, "exact_dtype": "int8"},
     "exact, float8": {"R": None, "exact_dtype": "float8"},
+    "exact, nvfp4": {"R": None, "exact_dtype": "nvfp4"},
+    "exact rows, mxfp4": {"exact_fraction": 0.5, "exact_dtype": "mxfp4"},
     "int8": {"low_rank_dtype": "int8"},
     "float8, exact rows": {"exact_fraction": 0.5, "count": 2, "low_rank_dtype": "float8"},
 }
@@ -40,8 +43,7 @@ def frozen_path(
         made = made.with_residual(c.weight.detach(), count)
     found: dict[str, Any] = stand_ins(made)
     if exact_dtype is not None:
-        dense, found["dense_scale"] = EightBitWeight(exact_dtype).current(c.weight)
-        found["dense"] = as_bits(dense)
+        found |= weight_copy(exact_dtype).operands(c.weight)
     if low_rank_dtype is not None:
         for name in ("left", "right"):
             tensor, found[f"{name}_scale"] = EightBitWeight(low_rank_dtype).current(getattr(c, name))
