@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..numerics.eight_bit import cpu_multiplies_int8, why_not
+from ..numerics.eight_bit import cpu_multiplies_int8
+from ..numerics.exact_dtypes import why_not
+from ..numerics.four_bit import FORMATS
 from ..triton_kernels.dense import faster_dtype
 
 # Elements of the weight from which int8 is faster on a CPU: 2.7x at 576 x 576 over float32, and 1.25x at 576 x 1536,
@@ -20,15 +22,18 @@ AUTO = "auto"
 
 
 def choose(weight: Tensor, requested: str | None) -> tuple[str | None, str]:
-    """The dtype of the exact products with a weight like this one ("float8", "int8" or None for the weight's own), and
-    why, in a few words. `requested` is "auto", a dtype, or None."""
+    """The dtype of the exact products with a weight like this one (one of `EXACT_DTYPES`, or None for the weight's
+    own), and why, in a few words. `requested` is "auto", which never is 4 bits, a dtype, or None."""
     own = str(weight.dtype).removeprefix("torch.")
     if requested is None:
         return None, ""
     N, K = weight.shape
     if requested != AUTO:
         reason = why_not(requested, weight.device, N, K)
-        return requested, "" if reason is None else f"{requested} cannot run ({reason}): {own}"
+        if reason is not None:
+            return requested, f"{requested} cannot run ({reason}): {own}"
+        emulated = requested in FORMATS and weight.device.type == "cpu"
+        return requested, f"emulated, slower than {own}" if emulated else ""
     if weight.dtype not in _CPU_FROM:
         return None, f"{own} stays as it is"
     if weight.device.type == "cuda":

@@ -15,6 +15,7 @@ from ..factors.subspaces import READINGS
 from ..freezing.plan import FreezePlan
 from ..layers.linear import LoGELinear
 from ..numerics.eight_bit import DTYPES
+from ..numerics.exact_dtypes import EXACT_DTYPES
 from ..op.arguments import share
 from .exact_dtype import AUTO
 
@@ -141,7 +142,7 @@ class ApplyOptions:
             raise ValueError(
                 f"exact_every={self.exact_every!r}: one forward in so many is exact; give an int from 1 up"
             )
-        known = {"exact_dtype": (AUTO, *DTYPES), "low_rank_dtype": tuple(DTYPES)}
+        known = {"exact_dtype": (AUTO, *EXACT_DTYPES), "low_rank_dtype": tuple(DTYPES)}
         for name, choices in known.items():
             value = getattr(self, name)
             if value is not None and value not in choices:

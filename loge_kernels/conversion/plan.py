@@ -26,8 +26,8 @@ logger = logging.getLogger("loge_kernels")
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """One layer: its factors (None: the exact product), what exact products run in ("float8", "int8" or None for the
-    weight's dtype), and why, for the report."""
+    """One layer: its factors (None: the exact product), what exact products run in (one of `EXACT_DTYPES`, or None for
+    the weight's dtype), and why, for the report."""
 
     factors: Factors | None
     exact_dtype: str | None

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..freezing.frozen_module import is_frozen
 from ..layers.linear import LoGELinear
-from ..numerics.eight_bit import why_not
+from ..numerics.exact_dtypes import why_not
 
 T = TypeVar("T")
 Policy = dict[str, Any]  # of one layer, or of one frozen module

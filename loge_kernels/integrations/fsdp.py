@@ -25,6 +25,7 @@ from ..freezing.frozen_module import is_frozen
 from ..layers.linear import LoGELinear
 from ..layers.quantized import QuantizedLinear
 from ..numerics.eight_bit import as_bits, why_not
+from ..numerics.four_bit import FORMATS
 from .agreement import agreed
 from .fsdp_groups import (
     CopyGroup,
@@ -58,9 +59,9 @@ def fully_shard(model: nn.Module, *, blocks: Iterable[nn.Module] | None = None, 
 
     Raises:
         ValueError, TypeError: a model that is not applied or sharded already, one whose blocks are not known, a
-            quantised weight that FSDP2 cannot split (torchao's) or would cast, factors in 8 bits (`low_rank_dtype`):
-            the message says what to do instead. Where one rank raises, or ranks applied the model differently
-            (`agreement`), all raise. The model is as it was.
+            quantised weight that FSDP2 cannot split (torchao's) or would cast, factors in 8 bits (`low_rank_dtype`),
+            exact products in 4 bits: the message says what to do instead. Where one rank raises, or ranks applied the
+            model differently (`agreement`), all raise. The model is as it was.
 
     Source: Zhao et al., arXiv 2304.11277 (fully sharded data parallelism); its second version is torch's.
     """
@@ -156,6 +157,11 @@ def _check(model: nn.Module, param_dtype: torch.dtype | None) -> dict[str, LoGEL
             raise ValueError(
                 f"layer {name!r} has factors of a weight that trains, which could not follow it: freeze the weight, or "
                 "leave the layer out of apply's targets"
+            )
+        if layer.exact_dtype in FORMATS:
+            raise ValueError(
+                f"layer {name!r} has exact_dtype={layer.exact_dtype!r}, whose copies in 4 bits cannot be sharded: "
+                "apply with exact_dtype='float8' or 'int8', or with None"
             )
         if layer.factors is not None and layer.factors.low_rank_dtype is not None:
             raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..backend.choice import check_name
 from ..factors.cache import cached_factors
 from ..factors.factors import Factors
-from ..numerics.eight_bit import EightBitWeight, why_not
+from ..numerics.exact_dtypes import weight_copy, why_not
 from ..op.arguments import probability, share
 from ..op.linear import linear
 from .exact_every import ExactEvery
@@ -26,9 +26,10 @@ class LoGELinear(ShardedLinear):
     `factors` stands for the weight in the activation gradient (None: the exact dense product). They follow a frozen
     weight: when it has changed under them (a loaded state dict, a merged adapter), the next training forward computes
     them anew. For a trainable weight, which changes at every step, the layer warns once; call `refresh()` when they
-    should follow. `exact_dtype` ("float8", "int8" or None) is what the frozen path's dense products run in; the 8-bit
-    copy of the weight is made at its first use, and anew whenever the weight has changed. `exact_every`, shared by the
-    layers of a model, says in which training forwards the factors are not used.
+    should follow. `exact_dtype` ("float8", "int8" or None; "nvfp4" and "mxfp4" are experimental) is what the frozen
+    path's dense products run in; the copy of the weight in it is made at its first use, and anew whenever the weight
+    has changed. `exact_every`, shared by the layers of a model, says in which training forwards the factors are not
+    used.
 
     `LoGELinear(in_features, out_features)` alone is an exact layer without adapter; `from_linear` makes one from a
     pre-trained layer.
@@ -155,13 +156,13 @@ class LoGELinear(ShardedLinear):
 
     @property
     def exact_dtype(self) -> str | None:
-        """What the frozen path's dense products run in: "float8", "int8", or None for the weight's own dtype."""
+        """What the frozen path's dense products run in: one of `EXACT_DTYPES`, or None for the weight's own dtype."""
         return None if self.eight_bit is None else self.eight_bit.dtype
 
     @exact_dtype.setter
     def exact_dtype(self, name: str | None) -> None:
         if name != self.exact_dtype:
-            self.eight_bit = None if name is None else EightBitWeight(name)
+            self.eight_bit = None if name is None else weight_copy(name)
 
     @property
     def base_dtype(self) -> str | None:
@@ -220,7 +221,7 @@ class LoGELinear(ShardedLinear):
             self.factors.bind(self.weight)
 
     def prepare(self) -> None:
-        """Make the 8-bit copy of the weight, if there is to be one: a compiled graph cannot keep what it makes."""
+        """Make the copy of the weight, if there is to be one: a compiled graph cannot keep what it makes."""
         copy = self.eight_bit
         if copy is not None and why_not(copy.dtype, self.weight.device, *self.weight.shape) is None:
             copy.current(self.weight)

@@ -30,7 +30,8 @@ from ..backend.reference import add_adapter
 from ..factors.factors import Factors, as_buffers
 from ..numerics.autocast import autocast_dtype, without_autocast
 from ..numerics.dropout import draw_seed
-from ..numerics.eight_bit import DTYPES, announce, as_bits, quantize_columns, why_not
+from ..numerics.eight_bit import announce
+from ..numerics.exact_dtypes import weight_copy, why_not
 from ..op.autograd import restore, save
 from ..op.linear import factors_in_eight_bits, stand_ins
 from .linear import LoGELinear
@@ -145,7 +146,7 @@ class QuantizedLinear(LoGELinear):
         return _Quantized.apply(o.x, o.weight, o.bias, o.lora_A, o.lora_B, self, o)
 
     def exact_operands(self, dy: Tensor) -> dict[str, Any]:
-        """For the dense product with dY [M, N]: the weight [N, K] in its dtype, or its 8-bit copy and scales [K], by
+        """For the dense product with dY [M, N]: the weight [N, K] in its dtype, or a copy in fewer bits and scales, by
         the operands' names."""
         weight = self.dequantize(self, dy.dtype)
         name = self.exact_dtype
@@ -155,8 +156,7 @@ class QuantizedLinear(LoGELinear):
         if reason is not None:
             announce("exact_dtype", name, reason, dy.dtype)
             return {"weight": weight}
-        dense, scale = quantize_columns(weight, DTYPES[name])
-        return {"dense": as_bits(dense), "dense_scale": scale}
+        return weight_copy(name).operands(weight)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from loge_kernels.integrations import fsdp as sharding
     [
         (lora, r"is applied: call loge_kernels.apply\(model\) first, or torch's own fully_shard"),
         (lambda: situations.applied(lora(), {**LOW, "low_rank_dtype": "int8"}), "has low_rank_dtype='int8'"),
+        (lambda: situations.applied(lora(), {"exact_dtype": "nvfp4"}), "has exact_dtype='nvfp4', whose copies in 4"),
     ],
 )
 def test_what_cannot_be_sharded(make: Callable[[], Any], words: str) -> None:
