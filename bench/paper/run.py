@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loge_kernels.factors.factors import resolve_rank
+from loge_kernels.numerics.four_bit import FORMATS
 
 from ..measure.output import check_writable, print_wide, write
 from ..measure.shapes import Llama
@@ -60,7 +61,8 @@ class PaperPolicy:
 
     def __post_init__(self) -> None:
         if self.exact_dtype not in (None, "int8", "float8", "auto"):
-            raise ValueError(f"exact_dtype={self.exact_dtype!r} is unknown; choose 'int8', 'float8', 'auto' or None")
+            known = "has no known rates" if self.exact_dtype in FORMATS else "is unknown"
+            raise ValueError(f"exact_dtype={self.exact_dtype!r} {known}; choose 'int8', 'float8', 'auto' or None")
         if self.base_dtype not in (None, "int8", "float8"):
             raise ValueError(f"base_dtype={self.base_dtype!r} is unknown; choose 'int8', 'float8' or None")
         if self.base_dtype and self.exact_dtype != "auto":

@@ -13,6 +13,7 @@ from torch import nn
 
 import loge_kernels as loge
 from loge_kernels.numerics.eight_bit import DTYPES
+from loge_kernels.numerics.four_bit import FORMATS
 
 from ..policies import Policy
 
@@ -104,9 +105,9 @@ class Trainer:
 
     @property
     def kinds(self) -> set[str]:
-        """What approximates the gradients: of "low rank" and "8 bits"."""
+        """What approximates the gradients: of "low rank", as far from exact as which 4 bits are, and "8 bits"."""
         layers = () if self.report is None else self.report.converted
-        found = {"low rank" for layer in layers if layer.rank is not None}
+        found = {"low rank" for layer in layers if layer.rank is not None or layer.dx in FORMATS}
         return found | {"8 bits" for layer in layers if layer.dx in DTYPES}
 
     @property

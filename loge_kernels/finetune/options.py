@@ -18,6 +18,7 @@ from ..command_line import JSON, Device, Text
 from ..factors.factors import SUBSPACES, resolve_rank
 from ..machine import SHORT, choose_device
 from ..numerics.eight_bit import DTYPES as EIGHT_BIT
+from ..numerics.exact_dtypes import EXACT_DTYPES
 
 LORA, LOGE, LOW_RANK = "lora", "loge", "low-rank"
 # Their titles in what is printed, and their colours in the picture.
@@ -87,7 +88,11 @@ class FinetuneOptions:
         int | None, Option(help="low-rank: one training forward in so many has an exact backward.")
     ] = None
     exact_dtype: Annotated[
-        str, Option(help="loge, low-rank: exact products in auto (8 bits where faster), float8, int8 or none.")
+        str,
+        Option(
+            help="loge, low-rank: exact products in auto (8 bits where faster), float8, int8 or none; nvfp4 and mxfp4 "
+            "are experimental."
+        ),
     ] = "auto"
     base_dtype: Annotated[
         str | None,
@@ -152,7 +157,7 @@ class FinetuneOptions:
 
     def _check_policy(self) -> None:
         _need_one_of("subspace", self.subspace, SUBSPACES)
-        _need_one_of("exact_dtype", self.exact_dtype, ("auto", *EIGHT_BIT, "none"))
+        _need_one_of("exact_dtype", self.exact_dtype, ("auto", *EXACT_DTYPES, "none"))
         if self.base_dtype is not None:
             _need_one_of("base_dtype", self.base_dtype, tuple(EIGHT_BIT))
             remedy = f"with --base-dtype {self.base_dtype} exact products are in it; leave this out"

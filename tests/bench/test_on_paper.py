@@ -236,6 +236,7 @@ def test_bad_arguments(arguments: dict[str, Any], words: str) -> None:
     ("fields", "words"),
     [
         ({"exact_dtype": "float4"}, "exact_dtype='float4' is unknown; choose 'int8', 'float8', 'auto' or None"),
+        ({"exact_dtype": "nvfp4"}, "exact_dtype='nvfp4' has no known rates; choose 'int8', 'float8', 'auto' or None"),
         ({"rank": 0}, "rank=0; give an int of at least 1"),
         ({"rank": 1.5}, "rank=1.5; give an int of at least 1, a share in (0, 1]"),
         ({"rank": 16, "exact_layers": 1.1}, "exact_layers=1.1; give a share of the frozen weights in [0, 1]"),

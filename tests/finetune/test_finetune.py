@@ -160,7 +160,7 @@ def test_a_base_in_8_bits(base):
         ({"exact_layers": 1.5}, r"--exact-layers 1\.5: .*share"),
         ({"exact_layers": float("nan")}, "--exact-layers nan: "),
         ({"exact_every": 0}, r"--exact-every 0: .* an integer from 1 up"),
-        ({"exact_dtype": "int4"}, "--exact-dtype 'int4': choose auto, float8, int8 or none"),
+        ({"exact_dtype": "int4"}, "--exact-dtype 'int4': choose auto, float8, int8, nvfp4, mxfp4 or none"),
         ({"base_dtype": "int4"}, "--base-dtype 'int4': choose float8 or int8"),
         ({"base_dtype": "int8", "exact_dtype": "int8"}, "--exact-dtype 'int8': with --base-dtype int8 exact products"),
         ({"lora_rank": 0}, "--lora-rank 0: "),
