@@ -29,12 +29,15 @@ SCALES = {
 # The rule
 
 
-def scales_of(matrix: Tensor, name: str) -> tuple[Tensor, float]:
+def scales_of(matrix: Tensor, name: str, stochastic: bool) -> tuple[Tensor, float]:
     """The scale of each element of `matrix` [I, N], float64, in whole blocks, and the tensor's own."""
     largest = matrix.abs().view(len(matrix), -1, BLOCK[name]).amax(2)
     whole = max(largest.max().item() / (6 * 448), 2.0**-116) if name == "nvfp4" else 1.0
     wanted = (largest / 6 / whole).clamp_max(SCALES[name][-1].item())
-    place = torch.searchsorted(SCALES[name], wanted * (1 - 1e-7))  # the first that is no smaller; float32's own error
+    if stochastic or name == "mxfp4":
+        place = torch.searchsorted(SCALES[name], wanted * (1 - 1e-7))  # the first not smaller; float32's own error
+    else:
+        place = (wanted[..., None] - SCALES[name]).abs().argmin(-1)
     return SCALES[name][place].repeat_interleave(BLOCK[name], 1), whole
 
 
@@ -52,7 +55,7 @@ def neighbours(size: Tensor) -> tuple[Tensor, Tensor]:
 def nearest(matrix: Tensor, name: str) -> Tensor:
     """`matrix` [I, N], each block rounded on its own scale, ties to even codes, in float64; no rotation."""
     wide = padded(matrix.double())
-    scale, whole = scales_of(wide, name)
+    scale, whole = scales_of(wide, name, stochastic=False)
     size = wide.abs() / (scale * whole)
     distance = (size[..., None] - NUMBERS).abs()
     odd = torch.arange(8) % 2 * 1e-12
@@ -155,7 +158,7 @@ def test_dy_goes_up_or_down_and_in_the_mean_nowhere(name: str) -> None:
     matrix = torch.randn(4, 63) * 3
     matrix[0, 0] = matrix.abs().max() * 1.3  # the largest of all, where a scale rounded down would cut it off
     wide = padded(matrix.double())
-    scale, whole = scales_of(wide, name)
+    scale, whole = scales_of(wide, name, stochastic=True)
     down, up = (side * scale * whole for side in neighbours(wide.abs() / (scale * whole)))
     draws = torch.stack([stands_for(four_bit.quantize(matrix, name, stochastic=True), 63) for _ in range(600)])
     size = draws.abs()
@@ -236,6 +239,7 @@ def test_zeros_and_values_that_are_not_finite(name: str) -> None:
     assert multiply(dy, torch.zeros_like(weight), name).abs().max() == 0
     tiny = torch.full((2, 96), 1e-38)
     assert torch.isfinite(multiply(tiny, weight, name)).all()
+    assert (four_bit.quantize(torch.zeros(2, 96), name).scale > 0).all(), "0 / 0 would be anything"
     for value in (float("nan"), float("inf")):
         broken = dy.clone()
         broken[2, 5] = value
