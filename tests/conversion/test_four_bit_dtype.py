@@ -185,6 +185,8 @@ def test_the_attribute() -> None:
     follows(layer)
     with pytest.raises(ValueError, match="exact_dtype='fp4' is unknown; choose one of 'float8', 'int8', 'nvfp4'"):
         layer.exact_dtype = "fp4"
+    with pytest.raises(ValueError, match="exact_dtype='int8' is unknown; choose one of 'nvfp4', 'mxfp4', or None"):
+        FourBitWeight("int8")
     with pytest.raises(ValueError, match="low_rank_dtype='nvfp4' is unknown; choose one of 'float8', 'int8', or None"):
         loge.factorize(torch.randn(32, 32), 4).low_rank_dtype = "nvfp4"
 
