@@ -118,6 +118,11 @@ def test_a_wrong_step_gets_no_figure(where: str, monkeypatch: pytest.MonkeyPatch
     assert f"gradient of base_model.model.model.{where}" in printed
 
 
+def test_4_bits_are_not_held_to_the_exact_gradient() -> None:
+    report, _ = run(policies=("exact_dtype=nvfp4",))
+    assert [row["status"] for row in report["rows"]] == ["ok", "ok", "ok"]
+
+
 def test_peft_is_left_out_where_it_would_take_too_long() -> None:
     report, printed = run(slow_limit=1e-12, policies=("apply",))
     assert [row["status"] for row in report["rows"]] == ["not run", "ok", "ok"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import loge_kernels as loge
 from loge_kernels import LoGELinear
-from loge_kernels.conversion.exact_dtype import choose
+from loge_kernels.conversion import exact_dtype
 from loge_kernels.numerics import four_bit
 from loge_kernels.numerics.four_bit import FORMATS, FourBitWeight
 
@@ -30,11 +31,17 @@ def multiply(dy: Tensor, weight: Tensor, name: str) -> Tensor:
 # Where it runs
 
 
-def test_auto_never_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", "meta", "cuda"])
+def test_auto_never_takes_it(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    for N, K in ((64, 64), (4096, 4096), (14336, 4096)):
-        for device in ("meta", "cpu"):
-            assert choose(torch.empty(N, K, device=device, dtype=torch.bfloat16), "auto")[0] not in FORMATS
+    monkeypatch.setattr(exact_dtype, "faster_dtype", lambda N, K, name, *_: (asked.append(name), (name, ""))[1])
+    weight: Any = SimpleNamespace(
+        shape=(4096, 4096), dtype=torch.bfloat16, device=torch.device(device), numel=lambda: 4096 * 4096
+    )
+    assert exact_dtype.choose(weight, "auto")[0] in (None, "float8", "int8")
+    assert asked == (["float8"] if device == "cuda" else [])
+    assert exact_dtype.choose(weight, "nvfp4")[0] == "nvfp4"
 
 
 def test_the_report_says_that_it_is_emulated() -> None:
