@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from loge_kernels.command_line import SETTINGS, add_command
 
-from . import collectives, scale
+from . import collectives, frontier, scale
 from .classify import run as classify
 from .fidelity import run as fidelity
 from .linear import host
@@ -72,6 +72,14 @@ add_command(
     fidelity.run,
     "The time in which each policy comes to exact LoRA's held-out loss on a real model, measured here and predicted "
     "for a GPU.\n\nInterrupted, it goes on with the same --json where it stopped; policies and seeds can be added.",
+)
+add_command(
+    bench_app,
+    "frontier",
+    frontier.FrontierOptions,
+    frontier.run,
+    "Reports of `bench fidelity` on one page: what each policy takes to exact LoRA's loss, in predicted time on each "
+    "GPU and in bytes under FSDP2, each at its best learning rate.",
 )
 add_command(
     bench_app,

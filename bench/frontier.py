@@ -1,0 +1,235 @@
+"""Reports of `bench fidelity` on one page: what a policy takes to exact LoRA's loss, in time and in bytes.
+
+Steps are measured: those in which a policy comes to a share of the gain that PEFT's exact LoRA makes with the same
+seed. What a step takes and sends is predicted, for a model of the size that people train (`paper`), with this package's
+kernels in exact backwards. A report holds one learning rate; of several of one model each policy, PEFT's too, counts at
+the one with the lowest held-out loss.
+
+Best in their way are the policies that no other beats in both the time to the loss on the first GPU and the bytes that
+FSDP2 gathers for a step: of these a reader has to choose.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from typer import Argument, Option
+
+from loge_kernels.command_line import Json
+
+from .fidelity import run as fidelity
+from .fidelity.report import reached
+from .measure.output import check_writable, duration, print_wide, without_files, write
+from .measure.shapes import LLAMAS
+from .paper.collectives import held, traffic
+from .paper.model import GPUS, known
+from .paper.run import step_seconds
+from .policies import PEFT, parse
+
+_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontierOptions:
+    """Which reports, and what is predicted."""
+
+    files: Annotated[Sequence[Path], Argument(help="Reports of `bench fidelity`, of one model or several.")]
+    share: Annotated[float, Option(help="Of exact LoRA's gain: the loss that is waited for.")] = 0.9
+    gpus: Annotated[Sequence[str], Option("--gpu", help=f"Of {', '.join(GPUS)}: a list.")] = ("H100", "A100")
+    model: Annotated[str, Option(help=f"Whose step is predicted: {', '.join(LLAMAS)}.")] = "LLaMA-3-8B"
+    json: Json = None
+
+    def check(self) -> None:
+        """Raise ValueError where a value cannot work."""
+        if not self.files:
+            raise ValueError("FILES: give at least one report of bench fidelity")
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"--share {self.share:g}: give a share in (0, 1]")
+        if not self.gpus:
+            raise ValueError(f"--gpu: give at least one of {', '.join(GPUS)}")
+        for gpu in self.gpus:
+            known("--gpu", gpu, GPUS)
+        known("--model", self.model, LLAMAS)
+        check_writable(self.json)
+
+
+def run(options: FrontierOptions, console: Console | None = None) -> dict[str, Any]:
+    """Print a table a model; returns, and writes to `options.json`, what they hold. Raises ValueError for a bad option
+    and for files that are no reports or cannot stand in one table."""
+    options.check()
+    reports: dict[str, list[dict[str, Any]]] = {}
+    for file in options.files:
+        report = _read(file)
+        reports.setdefault(report["model"], []).append(report)
+    settings = without_files(asdict(options)) | {"files": [file.name for file in options.files]}
+    tables = {model: _rows(several, options) for model, several in reports.items()}
+    result = {"benchmark": "frontier", "options": settings, "models": tables}
+    _print(console or Console(), result, reports, options)
+    write(result, options.json)
+    return result
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = dict(json.loads(file.read_text()))
+        if (found["benchmark"], found["version"]) != ("fidelity", fidelity.VERSION):
+            raise ValueError("it is none")
+        if not any(row["policy"] == PEFT for row in found["rows"]):
+            raise ValueError(f"it has no run of {PEFT}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: no report of bench fidelity, version {fidelity.VERSION} ({error})") from error
+    return found
+
+
+def _rows(reports: list[dict[str, Any]], options: FrontierOptions) -> list[dict[str, Any]]:
+    """One model's policies, the soonest first."""
+    for report in reports[1:]:
+        for name, value in report["settings"].items():
+            if name != "lr" and value != reports[0]["settings"][name]:
+                raise ValueError(
+                    f"{report['model']}: one report has {name} = {value}, another {reports[0]['settings'][name]}; only "
+                    "the learning rate may differ"
+                )
+    rival = _best(PEFT, reports)
+    if rival is None:
+        raise ValueError(f"{reports[0]['model']}: every run of {PEFT} diverged, so that there is no loss to wait for")
+    gains = {row["seed"]: rival["before"] - row["curve"][-1]["heldout"] for row in rival["rows"]}
+    policies = dict.fromkeys(row["policy"] for report in reports for row in report["rows"])
+    rows = [_row(text, _best(text, reports), gains, options) for text in policies]
+    peft = next(row for row in rows if row["policy"] == PEFT)
+    for row in rows:
+        row["speedup"] = {
+            gpu: _over(peft["predicted_seconds"][gpu], row["predicted_seconds"][gpu]) for gpu in options.gpus
+        }
+        row["bytes_of_peft"] = _over(row["gathered_bytes"], peft["gathered_bytes"])
+    for row in rows:
+        row["best"] = not any(_beats(other, row, options.gpus[0]) for other in rows)
+    return sorted(rows, key=lambda row: -(row["speedup"][options.gpus[0]] or 0.0))
+
+
+def _best(policy: str, reports: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The runs of `policy` at the learning rate with the lowest mean held-out loss; None where every one diverged."""
+    found = []
+    for report in reports:
+        rows = [row for row in report["rows"] if row["policy"] == policy]
+        if rows and all(row["status"] == "ok" and row["curve"] for row in rows):
+            loss = statistics.fmean(row["curve"][-1]["heldout"] for row in rows)
+            found.append((loss, {"lr": report["settings"]["lr"], "before": report["heldout_before"], "rows": rows}))
+    return min(found, key=lambda each: each[0])[1] if found else None
+
+
+def _row(text: str, runs: dict[str, Any] | None, gains: dict[int, float], options: FrontierOptions) -> dict[str, Any]:
+    """One policy. "steps" is None where a seed did not come to the loss, as is what follows from it."""
+    row: dict[str, Any] = {"policy": text, "lr": None, "seeds": 0, "recovered": None, "recovered_range": None}
+    row |= {"steps": None, "predicted_seconds": dict.fromkeys(options.gpus), "gathered_bytes": _gathered(text, options)}
+    if runs is None:
+        return row
+    both = [each for each in runs["rows"] if gains.get(each["seed"], 0.0) > 0.0]
+    if not both:
+        return row
+    shares = [(runs["before"] - each["curve"][-1]["heldout"]) / gains[each["seed"]] for each in both]
+    row |= {"lr": runs["lr"], "seeds": len(both)}
+    row |= {"recovered": statistics.fmean(shares), "recovered_range": (min(shares), max(shares))}
+    there = [reached(each, runs["before"], runs["before"] - options.share * gains[each["seed"]]) for each in both]
+    steps = [each["step"] for each in there if each is not None]
+    if len(steps) < len(both):
+        return row
+    row["steps"] = statistics.fmean(steps)
+    for gpu in options.gpus:
+        step = _step(text, gpu, options)
+        row["predicted_seconds"][gpu] = None if step is None else row["steps"] * step
+    return row
+
+
+def _step(text: str, gpu: str, options: FrontierOptions) -> float | None:
+    """None for a policy that paper does not know, or that the GPU has no products for."""
+    try:
+        policy = parse(text).on_paper()
+        policy = policy if policy.peft else replace(policy, kernels=True)
+        return step_seconds(policy, known("--gpu", gpu, GPUS), options.model, _TOKENS)
+    except ValueError:
+        return None
+
+
+def _gathered(text: str, options: FrontierOptions) -> float | None:
+    """Bytes that FSDP2 gathers for a step, forward and backward, of all blocks."""
+    try:
+        policy = parse(text).on_paper()
+    except ValueError:
+        return None
+    llama = LLAMAS[known("--model", options.model, LLAMAS)]
+    block = traffic(held(llama, policy, known("--gpu", options.gpus[0], GPUS), _TOKENS, lora_rank=16), "fsdp2")
+    return llama.layers * (block.forward + block.backward)
+
+
+def _over(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+def _beats(a: dict[str, Any], b: dict[str, Any], gpu: str) -> bool:
+    """Whether `a` is as soon as `b` and gathers as little, and is better in one of the two."""
+    if b["steps"] is None:
+        return a["steps"] is not None
+    ours, theirs = (
+        (row["predicted_seconds"][gpu], row["gathered_bytes"]) if row["steps"] is not None else (None, None)
+        for row in (a, b)
+    )
+    if None in ours or None in theirs:
+        return False
+    pairs = list(zip(ours, theirs, strict=True))
+    return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
+
+
+def _print(
+    console: Console, result: dict[str, Any], reports: dict[str, list[dict[str, Any]]], options: FrontierOptions
+) -> None:
+    for model, rows in result["models"].items():
+        settings = reports[model][0]["settings"]
+        rates = ", ".join(f"{report['settings']['lr']:g}" for report in reports[model])
+        console.print(
+            f"[bold]{model}[/bold], {settings['steps']} steps of {settings['batch']} x {settings['seq']} tokens, the "
+            f"best learning rate of {rates}; predicted: {options.model}, 2 x {_TOKENS // 2} tokens a step",
+            highlight=False,
+            soft_wrap=True,
+        )
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("policy", no_wrap=True)
+        times = [f"{gpu} to {options.share:.0%}, x {PEFT}" for gpu in options.gpus]
+        for heading in ("lr", "recovered", "seeds", f"steps to {options.share:.0%}", *times, "gathered"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(
+                ("* " if row["best"] else "  ") + row["policy"],
+                _text(row["lr"], "g"),
+                _text(row["recovered"], ".1%"),
+                "" if row["recovered_range"] is None else "{:.1%} to {:.1%}".format(*row["recovered_range"]),
+                _text(row["steps"], ".1f") or "never",
+                *(_time(row, gpu) for gpu in options.gpus),
+                _text(row["bytes_of_peft"], ".2f"),
+            )
+        print_wide(console, table)
+    console.print(
+        "*: no other policy is there as soon on the first GPU and gathers as little. recovered: of exact LoRA's gain "
+        "at the end, mean and range of the seeds. gathered: bytes of a step under FSDP2, of PEFT's. Predicted with "
+        "this package's exact kernels, and PEFT's without.",
+        style="dim",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _time(row: dict[str, Any], gpu: str) -> str:
+    seconds, times = row["predicted_seconds"][gpu], row["speedup"][gpu]
+    return "" if seconds is None else f"{duration(seconds)}, {_text(times, '.2f')}"
+
+
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
