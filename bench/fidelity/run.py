@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from loge_kernels.machine import choose_device, choose_dtype
 
 from ..measure import output
 from ..measure.environment import describe
+from ..measure.resuming import begin
 from ..policies import LONGEST, PEFT, Policy, parse_all
 from . import hopper, report
 from .training import Workbench
@@ -47,6 +47,7 @@ DEFAULTS = (
 )
 SCHEDULES = ("constant", "cosine")
 VERSION = 2  # of the file; 1 had policies that are no more
+_OLDER = {"fast_accumulation": False}  # which older files do not name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +157,8 @@ def run(options: FidelityOptions, console: Console | None = None, progress: Cons
     # PEFT's exact LoRA comes first, asked for or not: the others are measured by it.
     policies = parse_all((PEFT, *(options.policies or DEFAULTS)))
     options.check()
-    result = begin(options.json, options.settings())
+    result = begin("fidelity", VERSION, options.json, options.settings(), _OLDER)
+    result.setdefault("calibration_seconds", {})
     done = {(row["policy"], row["seed"]) for row in result["rows"]}
     pending = [(seed, policy) for seed in options.seeds for policy in policies if (policy.text, seed) not in done]
     if pending:
@@ -171,28 +173,6 @@ def run(options: FidelityOptions, console: Console | None = None, progress: Cons
     if options.png is not None:
         report.plot(result, options.png)
     return result
-
-
-def begin(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the file holds, or a new result. Raises ValueError for a file of another kind or with other settings."""
-    if path is None or not path.exists():
-        new = {"benchmark": "fidelity", "version": VERSION, "settings": settings}
-        return {**new, "calibration_seconds": {}, "rows": []}
-    try:
-        found = dict(json.loads(path.read_text()))
-        kind, version, theirs, _ = found["benchmark"], found.get("version", 1), found["settings"], found["rows"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--json {path} is there and no result of bench fidelity; choose another") from error
-    if (kind, version) != ("fidelity", VERSION):
-        raise ValueError(f"--json {path} holds bench {kind}, version {version}, not fidelity, version {VERSION}")
-    theirs.setdefault("fast_accumulation", False)  # which older files do not name
-    for name, value in settings.items():
-        if theirs.get(name) != value:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {value}: {path} holds runs with {theirs.get(name)}; give the same, or "
-                "choose another --json"
-            )
-    return found
 
 
 def _measure(
