@@ -109,7 +109,9 @@ add_command(
     "classify",
     classify.ClassifyOptions,
     classify.run,
-    "A real encoder on a real classification text: exact LoRA, the same through apply, low rank, and frozen layers.",
+    "Held-out accuracy and time of exact LoRA and of each policy on a classification task, of an encoder or a decoder, "
+    "over several seeds.\n\nInterrupted, it goes on with the same --json where it stopped; policies and seeds can be "
+    "added.",
 )
 add_command(
     bench_app,

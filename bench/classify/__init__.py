@@ -1,1 +1,1 @@
-"""A real encoder on a real classification text."""
+"""An encoder or a decoder on a classification task."""

@@ -182,9 +182,9 @@ def test_options_are_the_fields_of_a_dataclass() -> None:
             scale.ScaleOptions(models=("LLaMA-3-8B",), policies=("rank=64",)),
         ),
         (
-            ["classify", "--policy", "rank=16", "--freeze-below", "1", "--seed", "4"],
+            ["classify", "--policy", "rank=16,exact_layers=0.5", "--policy", "freeze_below=1", "--seed", "4,5"],
             classify,
-            classify.ClassifyOptions(policy="rank=16", freeze_below=1, seed=4),
+            classify.ClassifyOptions(policies=("rank=16,exact_layers=0.5", "freeze_below=1"), seeds=(4, 5)),
         ),
         (["pretrain", "--lr", "full=1e-3,2e-3"], pretrain, pretrain.PretrainOptions(rates={"full": (1e-3, 2e-3)})),
     ],
