@@ -148,9 +148,13 @@ class Workbench:
         row |= self._apply(policy, seed)
         try:
             row |= yield from self._train(policy, corpus, seed, checkpoints)
+            learnt = {name: p.detach().clone() for name, p in self._trained().items()}
             row["gradient"] = self._compare(corpus, *reference)
         finally:
             loge.remove(self.model, weights=self._weights)
+        if policy.arguments.get("base_dtype") is not None and row["status"] == "ok":
+            self._take(learnt)
+            row["heldout_unrounded"] = self.evaluate(corpus)
         return row
 
     def _apply(self, policy: Policy, seed: int) -> dict[str, Any]:
@@ -237,13 +241,16 @@ class Workbench:
 
     def _compare(self, corpus: data.Corpus, start: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Any]:
         """The gradient of a low-rank step against the exact one, from adapters `start`; no step is exact afterwards."""
-        with torch.no_grad():
-            for name, p in self._trained().items():
-                p.copy_(start[name])
+        self._take(start)
         for layer in self.model.modules():
             if isinstance(layer, loge.LoGELinear):
                 layer.exact_every = None
         return compare(self._gradient(corpus), exact)
+
+    @torch.no_grad()
+    def _take(self, adapters: dict[str, Tensor]) -> None:
+        for name, p in self._trained().items():
+            p.copy_(adapters[name])
 
     def _gradient(self, corpus: data.Corpus) -> dict[str, Tensor]:
         """The adapters' gradient on the first held-out sequences, a batch of them."""

@@ -403,3 +403,19 @@ def test_a_base_in_8_bits_gives_the_weights_back(base: FidelityOptions) -> None:
     last = {policy: row["curve"][-1]["heldout"] for policy, row in rows.items()}
     assert last["exact"] == pytest.approx(last["peft"], rel=1e-4)
     assert last["base_dtype=int8"] == pytest.approx(last["peft"], rel=0.02)
+
+
+def test_adapters_of_a_base_in_8_bits_are_measured_over_16_bits_too(base: FidelityOptions) -> None:
+    """There adapters that are as good as exact LoRA's have its loss, whatever the 8 bits cost the forward."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(eight_bit._LIMIT, torch.int8, 5.0)  # so coarse that it shows
+        result, printed = go(base, policies=("base_dtype=int8", "exact"), json=None)
+    (row,), (exact,) = rows(result, "base_dtype=int8"), rows(result, "exact")
+    theirs = rows(result, "peft")[0]["curve"][-1]["heldout"]
+    assert "heldout_unrounded" not in exact
+    assert abs(row["heldout_unrounded"] - theirs) < 0.5 * abs(row["curve"][-1]["heldout"] - theirs)
+    found = entry(result, "base_dtype=int8")
+    share = (result["heldout_before"] - row["heldout_unrounded"]) / (result["heldout_before"] - theirs)
+    assert found["recovered_unrounded"] == pytest.approx(share)
+    assert entry(result, "exact")["recovered_unrounded"] is None
+    assert "unrounded" in printed
