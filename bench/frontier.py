@@ -160,13 +160,12 @@ def _step(text: str, gpu: str, options: FrontierOptions) -> float | None:
 
 
 def _gathered(text: str, options: FrontierOptions) -> float | None:
-    """Bytes that FSDP2 gathers for a step, forward and backward, of all blocks."""
+    """Bytes that FSDP2 gathers for a step, forward and backward, of all blocks; None for what paper does not know."""
+    llama, gpu = LLAMAS[known("--model", options.model, LLAMAS)], known("--gpu", options.gpus[0], GPUS)
     try:
-        policy = parse(text).on_paper()
+        block = traffic(held(llama, parse(text).on_paper(), gpu, _TOKENS, lora_rank=16), "fsdp2")
     except ValueError:
         return None
-    llama = LLAMAS[known("--model", options.model, LLAMAS)]
-    block = traffic(held(llama, policy, known("--gpu", options.gpus[0], GPUS), _TOKENS, lora_rank=16), "fsdp2")
     return llama.layers * (block.forward + block.backward)
 
 

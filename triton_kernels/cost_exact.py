@@ -33,8 +33,10 @@ EIGHT_BIT_STEP = 16  # N and K of 8-bit products are multiples of this
 
 
 def rate_of(device: DeviceSpec, precision: str) -> float:
-    """The matrix rate of an 8-bit precision over that of 16 bits; 0 where the device has none."""
+    """The matrix rate of a precision of 8 or 4 bits over that of 16; 0 where the device has none."""
     rates = {
+        "nvfp4": device.four_bit,
+        "mxfp4": device.four_bit,
         "int8": device.int8,
         "float8": device.float8,
         FAST: device.float8_fast,

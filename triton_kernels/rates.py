@@ -34,6 +34,7 @@ class DeviceSpec:
     int8: float = 1.5  # matrix rates over that of 16 bits; 0: none
     float8: float = 0.0  # torch._scaled_mm, scales by row and column
     float8_fast: float = 0.0  # the same with use_fast_accum
+    four_bit: float = 0.0  # nvfp4 and mxfp4
     narrow: tuple[tuple[int, float], ...] = _NARROW
     gap_us: float = 1.25  # from one kernel's end to the next one's start on a busy stream: 1 to 1.5 [review]
 
@@ -109,6 +110,22 @@ _A100 = DeviceSpec(
     skinny=0.72,
     int8=1.8,
     narrow=((80, 0.40), (144, 0.58), (272, 0.74), (528, 0.85), (4096, 1.0)),
+)
+# On paper alone: no kernel was tuned or counted for it. From its sheet (2250 TFLOP/s in 16 bits, 8 TB/s) by the shares
+# that an H200 reaches of its own, 8 bits and 4 at 1.78 of 2 and 3.55 of 4 times the rate of 16.
+B200 = replace(
+    _H200,
+    name="NVIDIA B200",
+    capability=(10, 0),
+    sms=148,
+    hbm_gbs=7200.0,
+    l2_gbs=7500.0,
+    l2_bytes=126 << 20,
+    tflops_16=1800.0,
+    tflops_16_sustained=1640.0,
+    tflops_32=60.0,
+    clock_ghz=1.85,
+    four_bit=2 * 1280 / 720,
 )
 KNOWN = {
     spec.name: spec

@@ -101,7 +101,7 @@ class FidelityOptions:
             "learning alone.",
         ),
     ] = False
-    gpu: Annotated[str, Option(help="Whose seconds are predicted: H100, H200 or A100.")] = "H100"
+    gpu: Annotated[str, Option(help="Whose seconds are predicted: H100, H200, A100 or B200.")] = "H100"
     paper_model: Annotated[
         str | None,
         Option(help="Predict for this model (LLaMA-3-8B), 2 x 4096 tokens a step; default: for the one trained."),

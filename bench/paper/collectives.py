@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loge_kernels.numerics.four_bit import FORMATS
+
 from ..measure.shapes import Llama
 from .run import PaperPolicy, layer_dtype, layer_rank
 
@@ -50,7 +52,10 @@ def held(
     llama: Llama, policy: PaperPolicy, gpu: str, tokens: int, lora_rank: int, base: int = 2, adapter: int = 4
 ) -> Held:
     """A block's bytes, on average, with weights of `base` bytes an element and adapters of rank `lora_rank` and
-    `adapter` bytes on every linear layer. `gpu` and `tokens` say which layers exact_dtype="auto" has in 8 bits."""
+    `adapter` bytes on every linear layer. `gpu` and `tokens` say which layers exact_dtype="auto" has in 8 bits. Raises
+    ValueError for 4 bits, which are not sharded."""
+    if policy.exact_dtype in FORMATS:
+        raise ValueError(f"policy {policy.name!r}: copies in 4 bits cannot be sharded; give 'float8', 'int8' or None")
     weights = copies = factors = read = 0.0
     for N, K in llama.linears():
         R, dtype = layer_rank(policy.rank, N, K), layer_dtype(gpu, policy, tokens, N, K)

@@ -13,17 +13,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from loge_kernels.numerics.four_bit import FORMATS
 from loge_kernels.triton_kernels import cost_exact, library, phases
-from loge_kernels.triton_kernels.rates import KERNEL_US, KNOWN, PASS, DeviceSpec
+from loge_kernels.triton_kernels.rates import B200, KERNEL_US, KNOWN, PASS, DeviceSpec
 
 from ..measure.shapes import LLAMAS, Llama
 
 Elementwise = Literal["lean", "eager"]
 EightBits = Literal["int8", "float8"]
+FewBits = Literal["int8", "float8", "nvfp4", "mxfp4"]
 
 _CROSS_ENTROPY = 28  # bytes a logit: to float32 (6), log-softmax (8), its backward (8), to 16 bits (6)
 _OPTIMIZER = 96  # bytes an adapter element: 21 reads and writes of AdamW's foreach passes, 3 of clipping, in float32
 _OPTIMIZER_KERNELS = 11
+# PyTorch's operations that make 4 bits of dY: bytes an element, kernels for the whole and for each slab of 2 ** 22.
+_FOUR_BITS, _FOUR_BIT_KERNELS, _SLAB_KERNELS = 190, 15, 26
 
 
 # LLaMA-2-7B from its published config, the others from `shapes`.
@@ -54,6 +58,7 @@ class Gpu:
             "int8": own * self.spec.int8,
             "float8": own * self.spec.float8 or None,
             "float8_fast": own * self.spec.float8_fast or None,
+            "four_bit": own * self.spec.four_bit or None,
             "attention_forward": self.attention_forward,
             "attention_backward": self.attention_backward,
             "copy": self.spec.hbm_gbs / 1e3,
@@ -61,11 +66,13 @@ class Gpu:
         }
 
 
-# Attention: FlashAttention 3 on Hopper, 2 on A100, as published; none was measured for this table.
+# Attention: FlashAttention 3 on Hopper, 2 on A100, as published, and on a B200 at Hopper's share of the matrix rate;
+# none was measured for this table.
 GPUS = {
     "H100": Gpu(KNOWN["NVIDIA H100 80GB HBM3"], 450, 380),
     "H200": Gpu(KNOWN["NVIDIA H200"], 450, 380),
     "A100": Gpu(KNOWN["NVIDIA A100-SXM4-80GB"], 190, 150),
+    "B200": Gpu(B200, 1100, 930),
 }
 
 
@@ -147,7 +154,7 @@ def passes(gpu: Gpu, nbytes: float, kernels: int = 1, share: float = PASS) -> Co
     return Cost.of(phases.passes("", gpu.spec, int(nbytes), kernels, share))
 
 
-def dense(gpu: Gpu, I: int, J: int, L: int, dtype: EightBits | None = None, fast_accumulation: bool = True) -> Cost:
+def dense(gpu: Gpu, I: int, J: int, L: int, dtype: FewBits | None = None, fast_accumulation: bool = True) -> Cost:
     """[I, J] @ [J, L] with no narrow side, operands in `dtype` or 16 bits; int8 writes int32, all else 16 bits. Raises
     ValueError where the GPU has no such product."""
     if dtype is None:
@@ -159,7 +166,7 @@ def dense(gpu: Gpu, I: int, J: int, L: int, dtype: EightBits | None = None, fast
     return Cost.of(library.dense_product("", gpu.spec, I, J, L, 1, times=times, out_size=out_size))
 
 
-def precision(dtype: EightBits, fast_accumulation: bool) -> str:
+def precision(dtype: FewBits, fast_accumulation: bool) -> str:
     """The name that the cost model gives to `dtype`."""
     return cost_exact.FAST if dtype == "float8" and fast_accumulation else dtype
 
@@ -190,9 +197,13 @@ def lora_backward(gpu: Gpu, M: int, N: int, K: int, P: int, peft: bool) -> Cost:
     return gradients + small(gpu, 2) + narrow(gpu, M, P, K, accumulates=True)
 
 
-def quantisation(gpu: Gpu, M: int, N: int, K: int, dtype: EightBits) -> Cost:
-    """Passes around the 8-bit product for dX: row maxima of dY, two small kernels for the scales, the division; int8
-    also rounds and converts, and scales int32 sums by row and by column afterwards."""
+def quantisation(gpu: Gpu, M: int, N: int, K: int, dtype: FewBits) -> Cost:
+    """Passes around the product for dX: row maxima of dY, two small kernels for the scales, the division; int8 also
+    rounds and converts, and scales int32 sums by row and by column afterwards. 4 bits are made by PyTorch's operations
+    one by one (`numerics.four_bit`), which rotate, scale, round and pack."""
+    if dtype in FORMATS:
+        slabs = -(-M * N // 2**22)
+        return passes(gpu, _FOUR_BITS * M * N, _FOUR_BIT_KERNELS + slabs * _SLAB_KERNELS)
     before, after = cost_exact.quantisation(M, N, K, dtype)
     return sum((passes(gpu, nbytes, share=share) for nbytes, share in before + after), small(gpu, 2))
 

@@ -23,14 +23,16 @@ from rich.console import Console
 from rich.table import Table
 
 from loge_kernels.factors.factors import resolve_rank
+from loge_kernels.numerics.exact_dtypes import EXACT_DTYPES
 from loge_kernels.numerics.four_bit import FORMATS
 
 from ..measure.output import check_writable, print_wide, write
 from ..measure.shapes import Llama
 from . import model as paper_model
-from .model import GPUS, MODELS, Cost, EightBits, Elementwise, Gpu, check_count, known
+from .model import GPUS, MODELS, Cost, EightBits, Elementwise, FewBits, Gpu, check_count, known
 
 _RECOMPUTATION = "recomputation"
+_EXACT = ", ".join(map(repr, EXACT_DTYPES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,8 @@ class PaperPolicy:
     """How the backward of the frozen layers runs.
 
     name: of its line in the table.   peft: PEFT's own exact LoRA in 16 bits; it takes no other field.
-    exact_dtype: of exact dX: None for 16 bits, "int8", "float8", or "auto", the fastest by shape.
+    exact_dtype: of exact dX: None for 16 bits, "int8", "float8", or "auto", the fastest by shape; "nvfp4" or "mxfp4",
+        for which no kernel of this package quantises.
     base_dtype: of the frozen weights, None for 16 bits; forward and exact dX are then in it, by this package's kernels.
     full_accumulation: float8 products without use_fast_accum, which is not the default.
     rank: R of a low-rank dX, an int or a share in (0, 1] of min(N, K); None for exact everywhere. A layer whose dense
@@ -51,7 +54,7 @@ class PaperPolicy:
 
     name: str
     peft: bool = False
-    exact_dtype: EightBits | Literal["auto"] | None = None
+    exact_dtype: FewBits | Literal["auto"] | None = None
     base_dtype: EightBits | None = None
     full_accumulation: bool = False
     rank: int | float | None = None
@@ -60,9 +63,8 @@ class PaperPolicy:
     kernels: bool = False
 
     def __post_init__(self) -> None:
-        if self.exact_dtype not in (None, "int8", "float8", "auto"):
-            known = "has no known rates" if self.exact_dtype in FORMATS else "is unknown"
-            raise ValueError(f"exact_dtype={self.exact_dtype!r} {known}; choose 'int8', 'float8', 'auto' or None")
+        if self.exact_dtype not in (None, "int8", "float8", "auto", *FORMATS):
+            raise ValueError(f"exact_dtype={self.exact_dtype!r} is unknown; choose {_EXACT}, 'auto' or None")
         if self.base_dtype not in (None, "int8", "float8"):
             raise ValueError(f"base_dtype={self.base_dtype!r} is unknown; choose 'int8', 'float8' or None")
         if self.base_dtype and self.exact_dtype != "auto":
@@ -154,6 +156,8 @@ def predict(
     for argument in ("exact_dtype", "base_dtype"):
         if getattr(policy, argument) == "float8" and not device.float8:
             raise ValueError(f"{argument}='float8' does not run on gpu={gpu!r}; give 'int8' or None")
+    if policy.exact_dtype in FORMATS and not device.spec.four_bit:
+        raise ValueError(f"exact_dtype={policy.exact_dtype!r} does not run on gpu={gpu!r}; give 'B200', or 8 bits")
     attention = paper_model.attention(device, sizes, tokens, tokens // sequences)
     others = paper_model.elementwise(device, sizes, tokens, elementwise)
     head, loss = paper_model.head(device, sizes, tokens)
@@ -195,7 +199,7 @@ def _linear_backward(gpu: Gpu, sizes: Llama, policy: PaperPolicy, M: int, P: int
         R = layer_rank(policy.rank, N, K)
         exact = 1.0 if R is None else policy.exact_share
         dtype = _dtype(gpu, policy, M, N, K)
-        if policy.kernels or policy.base_dtype:
+        if dtype != "nvfp4" and dtype != "mxfp4" and (policy.kernels or policy.base_dtype):
             base = policy.base_dtype is not None
             parts = paper_model.exact_kernels(gpu, M, N, K, P, dtype, not policy.full_accumulation, base)
             dense += parts["product"] * exact
@@ -225,12 +229,12 @@ def layer_rank(rank: int | float | None, N: int, K: int) -> int | None:
     return R if R * (N + K) < N * K else None
 
 
-def layer_dtype(gpu: str, policy: PaperPolicy, M: int, N: int, K: int) -> EightBits | None:
+def layer_dtype(gpu: str, policy: PaperPolicy, M: int, N: int, K: int) -> FewBits | None:
     """What the exact dX [M, K] of a layer [N, K] runs in; None for 16 bits."""
     return None if policy.peft else _dtype(_gpu(gpu), policy, M, N, K)
 
 
-def _dtype(gpu: Gpu, policy: PaperPolicy, M: int, N: int, K: int) -> EightBits | None:
+def _dtype(gpu: Gpu, policy: PaperPolicy, M: int, N: int, K: int) -> FewBits | None:
     if policy.base_dtype is not None:
         return policy.base_dtype
     if policy.exact_dtype == "auto":
@@ -272,6 +276,7 @@ def standard_policies(gpu: str) -> tuple[PaperPolicy, ...]:
         *((full,) if eight == "float8" else ()),
         PaperPolicy(ours, kernels=True),
         PaperPolicy(f"{ours}, {eight}", exact_dtype=eight, kernels=True),
+        *((PaperPolicy("exact nvfp4", exact_dtype="nvfp4"),) if _gpu(gpu).spec.four_bit else ()),
         *((replace(full, name=f"{ours}, float8, full accumulation", kernels=True),) if eight == "float8" else ()),
         PaperPolicy("exact auto", exact_dtype="auto"),
         PaperPolicy(f"{ours}, auto", exact_dtype="auto", kernels=True),

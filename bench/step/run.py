@@ -83,7 +83,9 @@ class StepOptions:
     budget: Annotated[float, Option(help="Seconds of measured rounds for each dtype.")] = 120.0
     slow_limit: Annotated[float, Option(help="Leave PEFT out above this many predicted seconds a step.")] = 180.0
     seed: Annotated[int, Option(help="Of weights, adapters and tokens.")] = 0
-    on_paper: Annotated[str | None, Option(help="Instead: predict the step on this GPU (H100, H200, A100).")] = None
+    on_paper: Annotated[str | None, Option(help="Instead: predict the step on this GPU (H100, H200, A100, B200).")] = (
+        None
+    )
     model: Annotated[str, Option(help="With --on-paper: LLaMA-2-7B, LLaMA-3-8B or LLaMA-3-70B.")] = "LLaMA-3-8B"
     json: Json = None
 

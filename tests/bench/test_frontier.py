@@ -62,6 +62,15 @@ def test_steps_to_a_share_of_the_gain_and_what_follows(tmp_path: Path) -> None:
     assert "never" in printed
 
 
+def test_4_bits(tmp_path: Path) -> None:
+    rows = [run_of("peft", 0, 2.0), run_of("exact_dtype=nvfp4", 0, 2.0)]
+    found, _ = table(save(tmp_path / "a.json", rows), gpus=("B200", "H100"))
+    four = found["exact_dtype=nvfp4"]
+    assert four["predicted_seconds"]["B200"] > found["peft"]["predicted_seconds"]["B200"], "no kernel quantises"
+    assert four["predicted_seconds"]["H100"] is None
+    assert four["gathered_bytes"] is None, "it cannot be sharded"
+
+
 def test_bytes_are_those_of_fsdp2(tmp_path: Path) -> None:
     rows = [run_of(policy, 0, 2.0) for policy in ("peft", BASE, "exact_dtype=int8", "freeze_below=1")]
     found, _ = table(save(tmp_path / "a.json", rows))

@@ -174,6 +174,20 @@ def test_auto_is_never_slower_than_one_dtype_for_all(gpu: str, model: Any) -> No
     assert auto <= min(of(policy, model, gpu).seconds for policy in others) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_4_bits_are_for_a_b200_and_quantised_by_pytorch(name: Any) -> None:
+    four, eight = PaperPolicy("four", exact_dtype=name), PaperPolicy("eight", exact_dtype="float8")
+    ours, theirs = (of(policy, gpu="B200").parts for policy in (four, eight))
+    assert ours["exact dX"].flops == theirs["exact dX"].flops
+    assert ours["exact dX"].seconds == pytest.approx(theirs["exact dX"].seconds / 2, rel=0.05)
+    M, wide = 8192, sum(N for N, _ in paper_model.MODELS["LLaMA-3-8B"].linears())
+    assert ours["quantisation"].bytes == 32 * 190 * M * wide
+    assert of(replace(four, kernels=True), gpu="B200").parts == ours
+    with pytest.raises(ValueError, match=f"exact_dtype='{name}' does not run on gpu='H100'; give 'B200', or 8 bits"):
+        of(four, gpu="H100")
+    assert "exact nvfp4" in [policy.name for policy in on_paper.standard_policies("B200")]
+
+
 def test_a_small_model_waits_for_launches() -> None:
     step = of(EXACT, SMALL, tokens=1024, sequences=4)
     assert sum(step.parts.values(), paper_model.Cost()).bound == "launches"
@@ -213,7 +227,7 @@ def test_the_report(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ({"model": "GPT-2"}, "model='GPT-2' is not known; choose from LLaMA-2-7B"),
-        ({"gpu": "V100"}, "gpu='V100' is not known; choose from H100, H200, A100"),
+        ({"gpu": "V100"}, "gpu='V100' is not known; choose from H100, H200, A100, B200"),
         ({"tokens": 0}, "tokens=0; give an integer of at least 1"),
         ({"sequences": 1.5}, "sequences=1.5; give an integer of at least 1"),
         ({"sequences": 3}, "tokens=8192, sequences=3: give a multiple of the sequences"),
@@ -235,8 +249,10 @@ def test_bad_arguments(arguments: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"exact_dtype": "float4"}, "exact_dtype='float4' is unknown; choose 'int8', 'float8', 'auto' or None"),
-        ({"exact_dtype": "nvfp4"}, "exact_dtype='nvfp4' has no known rates; choose 'int8', 'float8', 'auto' or None"),
+        (
+            {"exact_dtype": "float4"},
+            "exact_dtype='float4' is unknown; choose 'float8', 'int8', 'nvfp4', 'mxfp4', 'auto' or None",
+        ),
         ({"rank": 0}, "rank=0; give an int of at least 1"),
         ({"rank": 1.5}, "rank=1.5; give an int of at least 1, a share in (0, 1]"),
         ({"rank": 16, "exact_layers": 1.1}, "exact_layers=1.1; give a share of the frozen weights in [0, 1]"),

@@ -52,6 +52,11 @@ def test_bytes_of_a_block_are_those_of_a_model(policy: PaperPolicy) -> None:
     assert {name: 2 * value for name, value in asdict(block).items() if name != "read"} == found
 
 
+def test_4_bits_are_not_sharded() -> None:
+    with pytest.raises(ValueError, match="policy 'four': copies in 4 bits cannot be sharded"):
+        collectives.held(TINY, PaperPolicy("four", exact_dtype="nvfp4"), "B200", tokens=64, lora_rank=4)
+
+
 def test_traffic() -> None:
     block = collectives.Held(weights=1000.0, copies=500.0, factors=100.0, read=123.0, adapters=20, norms=3)
     assert collectives.traffic(block, "fsdp2") == collectives.Traffic(1023, 146, 20)
