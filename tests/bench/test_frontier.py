@@ -46,6 +46,7 @@ def table(*files: Path, **changes: Any) -> tuple[dict[str, dict[str, Any]], str]
 def test_steps_to_a_share_of_the_gain_and_what_follows(tmp_path: Path) -> None:
     # The gain is 1: 80 % of it are at 2.2. Between two points of a curve in proportion.
     rows = [run_of("peft", 0, 2.4, 2.0), run_of(BASE, 0, 2.2, 2.0), run_of(LOW, 0, 2.8, 2.3)]
+    rows.append(run_of("exact", 0, 2.4, 2.0))
     found, printed = table(save(tmp_path / "a.json", rows), share=0.8)
     assert [found[policy]["steps"] for policy in ("peft", BASE)] == pytest.approx([75, 50])
     assert found[LOW]["steps"] is None
@@ -59,6 +60,8 @@ def test_steps_to_a_share_of_the_gain_and_what_follows(tmp_path: Path) -> None:
         75 * step_seconds(PaperPolicy("peft", peft=True), "H100", "LLaMA-3-8B", 8192) / (50 * ours)
     )
     assert found[BASE]["predicted_seconds"]["A100"] is None, "an A100 has no float8"
+    with_kernels = step_seconds(PaperPolicy("", kernels=True), "H100", "LLaMA-3-8B", 8192)
+    assert found["exact"]["predicted_seconds"]["H100"] == pytest.approx(75 * with_kernels)
     assert "never" in printed
 
 
@@ -95,6 +98,8 @@ def test_seeds_are_paired(tmp_path: Path) -> None:
     found, _ = table(save(tmp_path / "a.json", [*rows, run_of(BASE, 2, 1.0)]))
     assert found[BASE]["recovered_range"] == pytest.approx((0.8, 0.9))
     assert found[BASE]["seeds"] == 2
+    found, _ = table(save(tmp_path / "a.json", rows), share=0.85)
+    assert found[BASE]["steps"] is None, "one of its seeds did not get there"
 
 
 def test_the_best_in_their_way(tmp_path: Path) -> None:
@@ -104,6 +109,12 @@ def test_the_best_in_their_way(tmp_path: Path) -> None:
     rows[2] = run_of(BASE, 0, 2.9)  # never there
     found, _ = table(save(tmp_path / "a.json", rows))
     assert [policy for policy, row in found.items() if row["best"]] == ["exact"]
+
+
+def test_time_and_bytes_are_two_ways_to_be_best(tmp_path: Path) -> None:
+    rows = [run_of("peft", 0, 2.0), run_of("exact_dtype=float8", 0, 2.0), run_of("rank=1/16", 0, 2.8, 2.0)]
+    found, _ = table(save(tmp_path / "a.json", rows))
+    assert [policy for policy, row in found.items() if row["best"]] == ["exact_dtype=float8", "rank=1/16"]
 
 
 def test_what_diverged_has_no_figures(tmp_path: Path) -> None:

@@ -404,3 +404,12 @@ def test_merged_and_unmerged_by_peft() -> None:
     assert_follows(torch.zeros_like(delta))
     adapter.unmerge()
     assert_follows(delta)
+
+
+@pytest.mark.parametrize("codes", [slice(None), slice(0, 127)], ids=["with NaN", "without"])
+def test_float8_is_read_as_torch_reads_it(codes: slice) -> None:
+    """Each of its numbers, of either sign, and NaN: times one, in a product of which torch converts nothing."""
+    q = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(2, 128)[:, codes].t().contiguous()
+    one, scale = torch.ones(1, 1).to(torch.float8_e4m3fn), torch.ones(q.numel(), 1)
+    found = eight_bit.multiply_quantized(q.reshape(-1, 1), scale, one, torch.ones(1), torch.float32)
+    torch.testing.assert_close(found.view_as(q), q.float(), rtol=0, atol=0, equal_nan=True)
