@@ -226,7 +226,7 @@ def _problems(job: Job, row: Row, device: DeviceSpec) -> Iterable[str]:
         yield f"spills: {row.stack} bytes of stack, {row.spills} LDL/STL"
     if row.shared > device.shared_bytes:
         yield f"{row.shared} bytes of shared memory, {device.shared_bytes} exist"
-    if job.entry.bits == 8 and row.eight_bits == 0:
+    if job.entry.bits == 8 and row.eight_bits == 0 and not job.variant.endswith("summed"):
         yield "no QGMMA, IGMMA or IMMA: the product is not taken in 8 bits"
     if job.entry.bits <= 16 and not job.kernel.startswith("exact_quantize"):
         if job.arch == "sm_80" and row.hmma == 0:

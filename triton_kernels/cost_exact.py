@@ -4,6 +4,7 @@
     prepared   one read of dY for s dY B, dB, db and the rows' maxima, a second one to quantise it; then cuBLAS's
                product, to which s (dY B) A is added, and cuBLAS's dA
     fused      prepared, and one product that adds s (dY B) A and takes dA from one read of x as it writes dX
+    summed     the same in a pass of its own over the sums of cuBLAS's int8 product
 
 each in the operands' own dtype, in int8 or in float8 ("float8 fast" with use_fast_accum).
 """
@@ -101,7 +102,10 @@ def estimate_exact(
         gradients = (P * K * flags.need_dA + N * P * flags.need_dB) * (4 + itemsize)
         casts = (flags.need_dA + flags.need_dB) * (itemsize == 2)
         phases.append(passes("small", device, 4 * M * (P + 1) + gradients, 1 + casts))  # one fill clears them all
-    if form == "fused":
+    if form == "summed":
+        phases.append(dense_product("product", device, M, N, K, 1, times=rate_of(device, "int8"), out_size=4))
+        phases.append(passes("product", device, (4 + itemsize * (1 + flags.need_dA)) * M * K))
+    elif form == "fused":
         phases.append(_fused(*sizes, eight, flags, device, itemsize))
     else:
         phases += _library(*sizes, eight, flags, device, itemsize, bfloat16, first=form == "prepared")

@@ -22,9 +22,11 @@ def limit_reciprocal(dtype: torch.dtype) -> float:
     return 1.0 / LIMITS[dtype]
 
 
-def tile_k(config: ProductConfig, operands: torch.dtype, dropout: bool, fast_accumulation: bool) -> int:
+def tile_k(config: ProductConfig, operands: torch.dtype, dropout: bool, fast_accumulation: bool, summed: bool) -> int:
     """The columns of a tile of dX. A second accumulator, of integers, of float8 sums in parts or of what the mask falls
-    on, leaves registers for half of the columns."""
+    on, leaves registers for half of the columns. A pass over sums takes what is rotated together."""
+    if summed:
+        return 64
     float8_in_parts = operands == torch.float8_e4m3fn and not fast_accumulation
     second = dropout or operands == torch.int8 or float8_in_parts
     return config.block_k // 2 if second else config.block_k
@@ -110,6 +112,7 @@ def product_constants(
     operands: torch.dtype,
     dtype: torch.dtype,
     flags: Flags,
+    summed: bool,
     weight_scales: bool,
     rotation: int,
     fast_accumulation: bool,
@@ -121,11 +124,12 @@ def product_constants(
     of dX."""
     return {
         "P": P,
-        "BM": config.block_m,
+        "BM": 64 if summed and device.capability < (9, 0) else config.block_m,  # or it spills
         "BN": config.block_n,
-        "BK": tile_k(config, operands, flags.dropout, fast_accumulation),
+        "BK": tile_k(config, operands, flags.dropout, fast_accumulation, summed),
         "BP": padded(P),
         "GROUP": config.group,
+        "SUMMED": summed,
         "SCALES": operands.itemsize == 1,
         "WEIGHT_SCALES": weight_scales,
         "ROTATE": rotation,

@@ -220,8 +220,8 @@ def exact_kernels(
 ) -> dict[str, Cost]:
     """One linear layer's exact backward by this package's kernels around and in the product, in the form that takes
     least time: its product, what quantises dY, and all else. `base`: the weight is kept in `dtype` row by row, as the
-    forward wants it, and transposed for the product; in int8 that is ours, which rotates dX back."""
-    forms = ("fused",) if base and dtype == "int8" else ("prepared", "fused")
+    forward wants it, and transposed for the product; in int8 our kernel ends it, which rotates dX back."""
+    forms = (*(() if base and dtype == "int8" else ("prepared",)), "fused", *(("summed",) if dtype == "int8" else ()))
     parts = _parts(_cheapest(gpu, forms, M, N, K, P, dtype, phases.Flags(), fast_accumulation))
     if base:
         parts["quantise"] += passes(gpu, 2 * N * K)
@@ -233,9 +233,8 @@ def forward_in_eight_bits(
 ) -> dict[str, Cost]:
     """y = x Wᵀ + s (x Aᵀ) Bᵀ with x and W in 8 bits, in the form that takes least time: product and adapter."""
     flags = phases.Flags(need_dx=True, need_dA=False, need_dB=False)
-    parts = _parts(
-        _cheapest(gpu, ("prepared", "fused"), M, K, N, P, dtype, flags, fast_accumulation, ("product", "adapter"))
-    )
+    forms = ("prepared", "fused", *(("summed",) if dtype == "int8" else ()))
+    parts = _parts(_cheapest(gpu, forms, M, K, N, P, dtype, flags, fast_accumulation, ("product", "adapter")))
     return {"product": parts["product"], "LoRA": parts["LoRA"] + small(gpu, 2) + narrow(gpu, M, K, P)}
 
 

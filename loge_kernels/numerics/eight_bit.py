@@ -226,6 +226,17 @@ def multiply_quantized(
     return _slab_by_slab(lambda part: (q[part], row_scale[part]), row_scale.to(dtype), tensor, scale)
 
 
+def integer_sums(q: Tensor, tensor: Tensor) -> Tensor:
+    """The product of int8, q [M, N] and tensor [N, K], in int32 and without scales; on a CPU for tests alone."""
+    if not q.is_cuda:
+        return q.int() @ tensor.int()
+    M = q.shape[0]
+    if tensor.stride(0) != 1:  # cuBLAS wants it stored column by column
+        tensor = tensor.t().contiguous().t()
+    padded = torch.nn.functional.pad(q, (0, 0, 0, _INT_ROWS - M)) if M < _INT_ROWS else q
+    return torch._int_mm(padded, tensor)[:M]
+
+
 def _by_cublas(q: Tensor, row_scale: Tensor, tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     M, K = q.shape[0], tensor.shape[1]
     if M == 0:
@@ -233,8 +244,7 @@ def _by_cublas(q: Tensor, row_scale: Tensor, tensor: Tensor, scale: Tensor | Non
     if tensor.stride(0) != 1:  # cuBLAS wants it stored column by column
         tensor = tensor.t().contiguous().t()
     if tensor.dtype == torch.int8:
-        padded = torch.nn.functional.pad(q, (0, 0, 0, _INT_ROWS - M)) if M < _INT_ROWS else q
-        sums = torch._int_mm(padded, tensor)[:M]
+        sums = integer_sums(q, tensor)
     elif dtype == torch.bfloat16:
         columns = torch.ones(1, K, device=q.device) if scale is None else scale[None]
         scales = {"scale_a": row_scale, "scale_b": columns}

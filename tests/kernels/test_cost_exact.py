@@ -76,15 +76,33 @@ class TestExact:
         assert after("prepared") == pytest.approx(1 + 2 + 1, abs=0.15)
         assert after("fused") == pytest.approx(1 + 1, abs=0.15)
 
+    def test_sums_of_int8_are_written_read_and_done(self) -> None:
+        """By cuBLAS, then by one pass, where PyTorch takes two more, and one for the adapter."""
+        M, N, K = 8192, 4096, 14336
+        found = estimate_exact("summed", "int8", M, N, K, P, Flags(), DEFAULT)
+        nbytes = [phase.hbm_bytes for phase in found.phases if phase.name == "product"]
+        assert nbytes == [M * N + N * K + 4 * M * K, (4 + 2 + 2) * M * K]
+        alone = estimate_exact("summed", "int8", M, N, K, P, Flags(need_dA=False), DEFAULT)
+        assert [phase.hbm_bytes for phase in alone.phases if phase.name == "product"][1] == (4 + 2) * M * K
+        for gpu in (H100, A100):
+            times = {form: self.us(form, "int8", gpu) for form in (*cost_exact.FORMS, "summed")}
+            assert min(times, key=lambda form: times[form]) == "summed"
+
     @pytest.mark.parametrize(
         ("N", "K", "name", "form"),
-        [(4096, 4096, "float8", "prepared"), (1024, 4096, "float8", "fused"), (4096, 4096, None, "prepared")],
+        [
+            (4096, 4096, "float8", "prepared"),
+            (1024, 4096, "float8", "fused"),
+            (4096, 4096, None, "prepared"),
+            (4096, 4096, "int8", "summed"),
+        ],
     )
     def test_the_choice(self, N: int, K: int, name: str | None, form: str) -> None:
         device = KNOWN[H100]
         assert tk.choose_exact(8192, N, K, P, torch.bfloat16, name, device, Flags()) == form
         times = {
-            one: estimate_exact(one, name, 8192, N, K, P, Flags(), device).predicted_us for one in cost_exact.FORMS
+            one: estimate_exact(one, name, 8192, N, K, P, Flags(), device).predicted_us
+            for one in (*cost_exact.FORMS, *(["summed"] if name == "int8" else []))
         }
         assert min(times, key=lambda one: times[one]) == form
 
