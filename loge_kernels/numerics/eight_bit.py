@@ -228,23 +228,27 @@ def multiply_quantized(
 
 def integer_sums(q: Tensor, tensor: Tensor) -> Tensor:
     """The product of int8, q [M, N] and tensor [N, K], in int32 and without scales; on a CPU for tests alone."""
-    if not q.is_cuda:
-        return q.int() @ tensor.int()
+    return _integer_sums_by_cublas(q, tensor) if q.is_cuda else q.int() @ tensor.int()
+
+
+def _integer_sums_by_cublas(q: Tensor, tensor: Tensor) -> Tensor:
     M = q.shape[0]
-    if tensor.stride(0) != 1:  # cuBLAS wants it stored column by column
-        tensor = tensor.t().contiguous().t()
     padded = torch.nn.functional.pad(q, (0, 0, 0, _INT_ROWS - M)) if M < _INT_ROWS else q
-    return torch._int_mm(padded, tensor)[:M]
+    return torch._int_mm(padded, _by_columns(tensor))[:M]
+
+
+def _by_columns(tensor: Tensor) -> Tensor:
+    """As cuBLAS wants it stored."""
+    return tensor if tensor.stride(0) == 1 else tensor.t().contiguous().t()
 
 
 def _by_cublas(q: Tensor, row_scale: Tensor, tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     M, K = q.shape[0], tensor.shape[1]
     if M == 0:
         return q.new_empty(0, K, dtype=dtype)
-    if tensor.stride(0) != 1:  # cuBLAS wants it stored column by column
-        tensor = tensor.t().contiguous().t()
+    tensor = _by_columns(tensor)
     if tensor.dtype == torch.int8:
-        sums = integer_sums(q, tensor)
+        sums = _integer_sums_by_cublas(q, tensor)
     elif dtype == torch.bfloat16:
         columns = torch.ones(1, K, device=q.device) if scale is None else scale[None]
         scales = {"scale_a": row_scale, "scale_b": columns}
@@ -286,7 +290,7 @@ def _slab_by_slab(
 def _halves(q: Tensor) -> tuple[Tensor, float]:
     """8 bits as 16 and what these are to be multiplied by: exact. torch (2.13) converts float8 number by number, ten
     times as slowly as float16, whose exponent lies 8 lower over the same bits, for all but NaN."""
-    if q.dtype == torch.int8:
+    if q.dtype == torch.int8 or type(q) is not Tensor:  # which is traced, and has no values to look at
         return q.to(torch.bfloat16), 1.0  # 8 significant bits
     bits = q.view(torch.int8)
     if q.numel() and (bits & 127).amax() == 127:  # NaN, as which all bits but the sign are 1

@@ -139,7 +139,7 @@ def test_peft_is_left_out_where_it_would_take_too_long() -> None:
         ({"dtypes": ("int8",)}, "dtype='int8'"),
         ({"slow_limit": -1.0}, "slow_limit"),
         ({"checkpointing": "maybe"}, "checkpointing='maybe'"),
-        ({"on_paper": "B200"}, "gpu='B200'"),
+        ({"on_paper": "V100"}, "gpu='V100'"),
         ({"on_paper": "H100", "model": "GPT-2"}, "model='GPT-2'"),
         ({"on_paper": "H100", "policies": ("rank=16,residual=0.1",)}, "a step on paper has no residual="),
     ],

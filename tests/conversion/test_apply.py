@@ -317,7 +317,11 @@ LOW = {"rank": 16}
         ({**LOW, "residual": 2}, ValueError, ["residual=2", "[0, 1]"]),
         ({**LOW, "residual": True}, TypeError, ["residual=True", "a number"]),
         ({**LOW, "low_rank_dtype": "auto"}, ValueError, ["low_rank_dtype='auto'", "'float8', 'int8', or None"]),
-        ({"exact_dtype": "fp8"}, ValueError, ["exact_dtype='fp8'", "'auto', 'float8', 'int8', or None"]),
+        (
+            {"exact_dtype": "fp8"},
+            ValueError,
+            ["exact_dtype='fp8'", "'auto', 'float8', 'int8', 'nvfp4', 'mxfp4', or None"],
+        ),
         ({"exact_dtype": ["int8"]}, ValueError, ["exact_dtype=['int8']", "'auto'"]),
         ({"freeze_below": 0.5}, TypeError, ["freeze_below=0.5", "number of layers or a FreezePlan"]),
         ({"backend": "nope"}, ValueError, ["backend='nope'", "'reference'"]),

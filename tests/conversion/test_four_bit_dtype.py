@@ -267,6 +267,7 @@ def test_autocast() -> None:
 
 
 @NAMED
+@pytest.mark.slow
 def test_a_compiled_model_is_one_graph(name: str, without_chance: None, compiler: Any) -> None:
     make = {"target_modules": ["q_proj", "down_proj"]}
     model, other = (applied(name, lora(llama(layers=1), **make)) for _ in range(2))
