@@ -209,7 +209,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     panels: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in report["rows"]:
-        if row["kind"] in ("loge", "unfused"):
+        if row["kind"] in ("loge", "unfused") and row["rank"] is not None:
             key = tuple(row[name] for name in ("shape", "M", "N", "K", "P", "dtype"))
             panels.setdefault(key, []).append(row)
     columns = min(3, max(1, len(panels)))

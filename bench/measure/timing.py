@@ -69,28 +69,43 @@ def clock_for(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Another stream than the default one, which no graph can be captured on, nor what waits for it: autograd adds up a
+    leaf's gradient on the stream where the leaf was first used."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        outside, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(outside)
+        with torch.cuda.stream(stream):
+            yield
+        outside.wait_stream(stream)
+
+
 def captured(prepare: Callable[[], Call], device: torch.device) -> Call:
     """What replays a CUDA graph of the call that `prepare()` returns; its results are written anew at each replay.
 
-    Prepared, run and captured on one stream, because autograd runs a backward on the stream of its forward. Raises
-    RuntimeError where a graph cannot hold the call.
+    Prepared, run and captured on the current stream, which is not the default one (`own_stream`). Raises RuntimeError
+    where a graph cannot hold the call.
     """
     with torch.cuda.device(device):
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call = prepare()
-            for _ in range(2):  # compiled and loaded before, for neither can be captured
-                call()
+        stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        call = prepare()
+        for _ in range(2):  # compiled and loaded before, for neither can be captured
+            call()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):  # a graph that fails leaves its own
             results = call()
 
-    def replay() -> Any:
-        graph.replay()
-        return results
+    # `call` holds what the graph reads and did not make itself: activations of the forward, copies of weights.
+    return partial(_replayed, graph, results, call)
 
-    return replay
+
+def _replayed(graph: torch.cuda.CUDAGraph, results: Any, call: Call) -> Any:
+    graph.replay()
+    return results
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,11 +41,13 @@ RIVALS = (PEFT, "exact")
 DEFAULTS = ("apply", "rank=1/16")
 CHECKPOINTING = {"off": (False,), "on": (True,), "both": (False, True)}
 _COMPARED = (*RIVALS, "apply")  # in the table; the file compares all with all
-# Allowed relative errors of the first gradients: rounding of activations through a few layers, and in 8 bits the
-# rounding of each dY and weight, which adds up from layer to layer: 0.05 after 4 layers in int8. An error in a formula
-# is of the order of 1.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.03}
+# Allowed relative errors of the first gradients: rounding of activations through a few layers (0.064 on an H200 where y
+# is rounded once and by PEFT three times), and in 8 bits the rounding of each dY and weight, which adds up from layer
+# to layer: 0.05 after 4 layers in int8, and with x in a forward 0.12, in float8 0.34. An error in a formula is of the
+# order of 1.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 _EIGHT_BIT_TOLERANCE = 0.15
+_EIGHT_BIT_FORWARD_TOLERANCE = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,9 +283,9 @@ def _predicted_peft_seconds(options: StepOptions, ceilings: Ceilings) -> float:
 
 
 def _verify(rows: dict[str, StepRow], trainers: dict[str, Trainer], dtype: torch.dtype) -> None:
-    """No figure for a wrong step. The first loss must be that of PEFT for every policy, for the forward is exact, and
-    so must every gradient of the exact ones, those of 8-bit ones within the looser tolerance. Of low-rank ones the
-    gradients above the first approximated product count: those of the last block's down projection."""
+    """No figure for a wrong step. The first loss must be that of PEFT for every policy, and so must every gradient of
+    the exact ones, those of 8-bit ones within the looser tolerance. Of low-rank ones, and of those whose forward is in
+    8 bits, the gradients above the first approximated product count: those of the last block's down projection."""
     done = [name for name in rows if rows[name].status == "ok"]
     if not done:
         return
@@ -293,12 +295,15 @@ def _verify(rows: dict[str, StepRow], trainers: dict[str, Trainer], dtype: torch
     expected_loss = rows[base].loss or 0.0
     for name in done:
         strict, kinds = _TOLERANCE[dtype], trainers[name].kinds
+        at_top = _EIGHT_BIT_FORWARD_TOLERANCE if "8-bit forward" in kinds else strict
+        only_top = bool(kinds & {"low rank", "8-bit forward"})
         found = rows[name].loss or math.nan
         errors = [("loss", abs(found - expected_loss) / max(abs(expected_loss), 1e-30), strict)]
         for key, gradient in trainers[name].first_gradients.items():
-            if top in key or "low rank" not in kinds:
+            if top in key or not only_top:
                 expected = trainers[base].first_gradients[key]
-                allowed = strict if top in key or "8 bits" not in kinds else max(strict, _EIGHT_BIT_TOLERANCE)
+                elsewhere = max(strict, _EIGHT_BIT_TOLERANCE) if "8 bits" in kinds else strict
+                allowed = at_top if top in key else elsewhere
                 errors.append((f"gradient of {key}", ((gradient - expected).norm() / expected.norm()).item(), allowed))
         where, worst, allowed = max(errors, key=lambda error: math.inf if math.isnan(error[1]) else error[1] / error[2])
         rows[name].error = None if math.isnan(worst) else max(error for _, error, _ in errors)

@@ -105,9 +105,11 @@ class Trainer:
 
     @property
     def kinds(self) -> set[str]:
-        """What approximates the gradients: of "low rank", as far from exact as which 4 bits are, and "8 bits"."""
+        """What approximates the gradients: of "low rank", as far from exact as which 4 bits are, "8 bits" and
+        "8-bit forward"."""
         layers = () if self.report is None else self.report.converted
         found = {"low rank" for layer in layers if layer.rank is not None or layer.dx in FORMATS}
+        found |= {"8-bit forward" for module in self.model.modules() if getattr(module, "base_dtype", None) is not None}
         return found | {"8 bits" for layer in layers if layer.dx in DTYPES}
 
     @property

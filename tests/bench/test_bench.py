@@ -329,6 +329,9 @@ def test_run_prints_and_writes_everything(tmp_path) -> None:  # type: ignore[no-
     assert float(lines[-1]["speedup_peft"]) == report["rows"][-1]["speedup"]["peft"]
     assert files["png"].read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["result.csv", "result.json", "result.png"]
+    without_rank = dict(report["rows"][-1], candidate="exact triton", rank=None)  # as on a GPU
+    output.plot(report | {"rows": [*report["rows"], without_rank]}, tmp_path / "both.png")
+    assert (tmp_path / "both.png").exists()
     text = written(console)
     for heading in ("x dense", "x peft", "x exact", "x unfused", "% roof", "TFLOP/s", "GB/s"):
         assert heading in text

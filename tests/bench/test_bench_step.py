@@ -118,6 +118,23 @@ def test_a_wrong_step_gets_no_figure(where: str, monkeypatch: pytest.MonkeyPatch
     assert f"gradient of base_model.model.model.{where}" in printed
 
 
+@pytest.mark.parametrize(("factor", "status"), [(1.0, "ok"), (2.0, "wrong result")])
+def test_a_forward_in_8_bits_may_differ_and_not_by_all(
+    factor: float, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scaled(*arguments: Any) -> dict[str, step_trainer.Trainer]:
+        trainers = step_trainer.build(*arguments)
+        for name, trainer in trainers.items():
+            for key, parameter in trainer.adapters.items():
+                if name.startswith("base") and "layers.1.mlp.down_proj.lora_A" in key:
+                    parameter.register_hook(lambda gradient: factor * gradient)
+        return trainers
+
+    monkeypatch.setattr(step, "build", scaled)
+    report, _ = run(policies=("base_dtype=int8", "base_dtype=float8"), dtypes=("bfloat16",))
+    assert [row["status"] for row in report["rows"]] == ["ok", "ok", status, status]
+
+
 def test_4_bits_are_not_held_to_the_exact_gradient() -> None:
     report, _ = run(policies=("exact_dtype=nvfp4",))
     assert [row["status"] for row in report["rows"]] == ["ok", "ok", "ok"]

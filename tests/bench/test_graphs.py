@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -74,6 +78,99 @@ def test_a_wrong_replay_gets_no_figure(graphs: list[str], monkeypatch: pytest.Mo
     [case] = micro.plan(TINY, CPU)
     rows = micro.measure(case, replace(TINY, budget=1e-3), micro.operands_of(case, TINY, CPU), CEILINGS)
     assert {row.status for row in rows if row.kind != "unfused"} == {"wrong result"}
+
+
+class Streams:
+    """torch.cuda, as far as a capture needs it: which stream is current, and graphs that record nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current: object = "default"
+        self.waits: list[tuple[object, object]] = []
+        outer = self
+
+        class Stream:
+            def wait_stream(self, other: object) -> None:
+                outer.waits.append((self, other))
+
+        @contextmanager
+        def stream(to: object) -> Iterator[None]:
+            before, outer.current = outer.current, to
+            try:
+                yield
+            finally:
+                outer.current = before
+
+        class Graph:
+            def replay(self) -> None:
+                pass
+
+        class graph:  # as torch's: its own stream stays current when the end of a capture raises
+            def __init__(self, graph: Graph, stream: object) -> None:
+                assert stream != "default"
+                self.stream = stream
+
+            def __enter__(self) -> None:
+                self.before, outer.current = outer.current, "captured"
+
+            def __exit__(self, kind: object, *_: object) -> None:
+                if kind is not None:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                outer.current = self.before
+
+        default = Stream()
+        self.current = default
+        fakes = {"Stream": Stream, "stream": stream, "CUDAGraph": Graph, "graph": graph}
+        fakes |= {"device": nullcontext, "synchronize": lambda: None, "current_stream": lambda: self.current}
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_a_graph_keeps_what_it_reads_and_did_not_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    Streams(monkeypatch)
+    saved = torch.ones(1)
+    gone = weakref.ref(saved)
+    replay = timing.captured(partial(partial, torch.neg, saved), CPU)
+    del saved
+    assert gone() is not None
+    assert replay().item() == -1
+    del replay
+    assert gone() is None
+
+
+def test_what_is_captured_ran_on_the_stream_of_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch)
+    default, seen = streams.current, []
+    with timing.own_stream(torch.device("cuda")):
+        own = streams.current
+        timing.captured(lambda: lambda: seen.append(streams.current), CPU)
+
+        def fails() -> None:
+            if streams.current == "captured":
+                raise ValueError("the first error")
+
+        with pytest.raises(RuntimeError, match="previous error"):
+            timing.captured(lambda: fails, CPU)
+        assert streams.current is own  # or all that follows runs on the capture's stream
+    assert own is not default
+    assert seen == [own, own, "captured"]
+    assert streams.waits == [(own, default), (default, own)]
+    assert streams.current is default
+
+
+def test_of_a_failed_capture_the_first_error_is_told() -> None:
+    [case] = micro.plan(TINY, CPU)
+    found = micro.candidates(micro.operands_of(case, TINY, CPU), "backward", None, ("dense",))
+
+    def fails(prepare: object, device: object) -> None:
+        try:
+            raise ValueError("the first error")
+        except ValueError:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(micro, "captured", fails)
+        _, reasons = micro._captured(found[:1], CPU, lambda message: None)
+    assert list(reasons.values()) == ["ValueError: the first error"]
 
 
 def test_without_graphs_a_row_is_eager() -> None:
