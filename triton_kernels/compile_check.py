@@ -2,7 +2,8 @@
 
 Requirements: no spills; shared memory within the architecture's limit; on sm_90 every 16-bit product of aligned
 operands on wgmma (HGMMA, and no mma.sync left), on sm_80 on mma.sync (HMMA). The rows for known Triton versions are
-committed in `resources.json` and compared: a change of a kernel or of a configuration shows there.
+committed in `resources.json` and compared: a change of a kernel or of a configuration shows there. And no operand of
+wgmma is read from a wrong address (`broken_descriptors`), and none waited for before the next is issued (`serialised`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from .devices import KNOWN, DeviceSpec
 
 TABLE = Path(__file__).parent / "resources.json"
 ARCHITECTURES: dict[str, DeviceSpec] = {"sm_80": KNOWN["NVIDIA A100-SXM4-80GB"], "sm_90": KNOWN["NVIDIA H200"]}
+# A predicate, the name and the arguments of a line of SASS, behind its address.
+_INSTRUCTION = re.compile(r"\s*(?:/\*[0-9a-f]+\*/)?\s*(?:@!?U?P\w+ )?(\S+) (.*?) ?;")
 VARIANTS = {
     # The common case, and the one that needs most: a mask to regenerate, a cast in the loop, every gradient.
     "plain": (False, Flags()),
@@ -69,6 +72,8 @@ class Row:
     hmma: int
     hgmma: int
     eight_bits: int = 0  # tensor-core instructions over 8-bit operands: QGMMA, IGMMA, IMMA
+    broken: int = 0  # descriptors of wgmma that point elsewhere
+    serialised: int = 0  # wgmma that is waited for one by one, where the source has several in flight
     problems: tuple[str, ...] = ()
 
 
@@ -162,6 +167,8 @@ def compile_job(job: Job) -> Row:
         hmma=count("HMMA"),
         hgmma=count("HGMMA"),
         eight_bits=count("QGMMA") + count("IGMMA") + count("IMMA"),
+        broken=len(broken_descriptors(sass)),
+        serialised=serialised(sass, compiled.asm["ptx"]),
     )
     return dataclasses.replace(row, problems=tuple(_problems(job, row, device)))
 
@@ -203,7 +210,7 @@ def _source(job: Job, device: DeviceSpec) -> tuple[Any, dict[str, str], dict[str
         )
     cast, flags = VARIANTS[job.variant]
     entry, config, P = job.entry, job.entry.config, job.entry.adapter
-    dtype, name = (torch.float32, "fp32") if entry.bits == 32 else (torch.bfloat16, "bf16")
+    dtype, name = torch.bfloat16, "bf16"
     lora = "fp32" if cast else name
     dtypes = dict.fromkeys(("dy_ptr", "x_ptr", "xa_ptr", "left_ptr", "right_ptr", "t_ptr", "dx_ptr", "y_ptr"), name)
     dtypes |= dict.fromkeys(("dA_ptr", "dB_ptr", "db_ptr", "parts_ptr"), "fp32") | {"seed_ptr": "i64"}
@@ -224,9 +231,13 @@ def _source(job: Job, device: DeviceSpec) -> tuple[Any, dict[str, str], dict[str
 def _problems(job: Job, row: Row, device: DeviceSpec) -> Iterable[str]:
     if row.stack or row.spills:
         yield f"spills: {row.stack} bytes of stack, {row.spills} LDL/STL"
+    if row.broken:
+        yield f"{row.broken} descriptors of wgmma with a wrong upper half: ptxas has taken another register"
+    if row.serialised:
+        yield f"{row.serialised} HGMMA that ptxas waits for one by one"
     if row.shared > device.shared_bytes:
         yield f"{row.shared} bytes of shared memory, {device.shared_bytes} exist"
-    if job.entry.bits == 8 and row.eight_bits == 0 and not job.variant.endswith("summed"):
+    if job.entry.bits == 8 and row.eight_bits == 0:
         yield "no QGMMA, IGMMA or IMMA: the product is not taken in 8 bits"
     if job.entry.bits <= 16 and not job.kernel.startswith("exact_quantize"):
         if job.arch == "sm_80" and row.hmma == 0:
@@ -235,6 +246,44 @@ def _problems(job: Job, row: Row, device: DeviceSpec) -> Iterable[str]:
             yield "no HGMMA"
         if job.arch == "sm_90" and job.entry.aligned and row.hmma > 0:
             yield f"{row.hmma} HMMA: a product does not use wgmma"
+
+
+def broken_descriptors(sass: str) -> list[str]:
+    """Instructions that add the upper half of wgmma's matrix descriptor to something else than zero.
+
+    A descriptor is an address, which fits the lower 32 bits, plus constants. ptxas 12.8 (Triton 3.6 carries it) once
+    took, for both halves, a register that held neither: every product but the first read from anywhere.
+    """
+    found, defined = [], dict[str, str]()
+    for line in sass.splitlines():
+        parts = _INSTRUCTION.match(line)
+        if parts is None:
+            continue
+        name, arguments = parts[1], parts[2].split(", ")
+        if name == "UIADD3.X":
+            constants = [int(value, 16) for value in arguments if re.fullmatch(r"-?0x[0-9a-f]+", value)]
+            registers = [value for value in arguments[1:] if re.fullmatch(r"UR\d+", value)]
+            upper_half = any(abs(value) >= 1 << 28 for value in constants)
+            if upper_half and any(defined.get(register) != "UMOV URZ" for register in registers):
+                found.append(f"{name} {parts[2]}")
+        target = re.fullmatch(r"UR(\d+)", arguments[0])
+        if target is not None:
+            width = 4 if ".128" in name else 2 if "64" in name or "WIDE" in name else 1
+            for register in range(int(target[1]), int(target[1]) + width):
+                defined[f"UR{register}"] = f"{name} {', '.join(arguments[1:])}"
+    return found
+
+
+def serialised(sass: str, ptx: str) -> int:
+    """The wgmma instructions of a kernel, if each is a group of its own, which the source (`ptx`) does not ask for.
+
+    ptxas does so to all of a kernel, and tells nobody, where anything else touches an accumulator in flight: a copy
+    that LLVM has left at the edge of a loop is enough.
+    """
+    products = re.findall(r"\b[HQI]GMMA\b.*", sass)
+    waited = sum("gsb0" in product for product in products)
+    asked = ptx.count("wgmma.commit_group") < ptx.count("wgmma.mma_async")
+    return waited if products and waited == len(products) and asked else 0
 
 
 def _count(sass: str, instruction: str) -> int:
@@ -297,4 +346,4 @@ def _key(row: Row) -> str:
 
 def _numbers(row: Row) -> dict[str, Any]:
     numbers = {name: getattr(row, name) for name in ("registers", "stack", "spills", "shared", "hmma", "hgmma")}
-    return numbers | ({"eight_bits": row.eight_bits} if row.eight_bits else {})
+    return numbers | {name: value for name in ("eight_bits", "broken", "serialised") if (value := getattr(row, name))}

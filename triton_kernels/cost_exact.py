@@ -4,22 +4,25 @@
     prepared   one read of dY for s dY B, dB, db and the rows' maxima, a second one to quantise it; then cuBLAS's
                product, to which s (dY B) A is added, and cuBLAS's dA
     fused      prepared, and one product that adds s (dY B) A and takes dA from one read of x as it writes dX
-    summed     the same in a pass of its own over the sums of cuBLAS's int8 product
 
 each in the operands' own dtype, in int8 or in float8 ("float8 fast" with use_fast_accum).
 """
 
 from __future__ import annotations
 
+from .configs import uses_wgmma
 from .cost_model import triton_flops
 from .library import dense_product, narrow_product
 from .phases import Estimate, Flags, Phase, Step, cdiv, l2_traffic, passes, product_cycles, walk
 from .rates import (
     CAST,
+    CAST_FLOAT8,
+    INT8_WAIT,
     KERNEL_US,
     PASS,
     REDUCTION,
     SHARED_BYTES,
+    TILED_L2,
     TRITON_STORE_K,
     TRITON_STORE_N,
     TRITON_WAIT,
@@ -45,6 +48,11 @@ def rate_of(device: DeviceSpec, precision: str) -> float:
     return rates[precision]
 
 
+def own_rate_of(device: DeviceSpec, precision: str) -> float:
+    """The same of our own products, which take int8 at the speed of float8: on an H200 cuBLAS has 0.62 of that."""
+    return max(device.int8, device.float8_fast) if precision == "int8" else rate_of(device, precision)
+
+
 def precisions(N: int, K: int, device: DeviceSpec) -> tuple[str, ...]:
     """The 8-bit precisions that a weight [N, K] can be multiplied in on this device."""
     if N % EIGHT_BIT_STEP or K % EIGHT_BIT_STEP:
@@ -65,7 +73,7 @@ def quantisation(
     before = [(size * M * N, REDUCTION)]
     after = [((4 + 4) * M * K, CAST), ((4 + size) * M * K, CAST)]
     if name != "int8":
-        return [*before, ((size + 1) * M * N, CAST)], [] if bfloat16 else after
+        return [*before, ((size + 1) * M * N, CAST_FLOAT8)], [] if bfloat16 else after
     return [*before, ((size + 4) * M * N, CAST), ((4 + 4) * M * N, PASS), ((4 + 1) * M * N, PASS)], after
 
 
@@ -102,10 +110,7 @@ def estimate_exact(
         gradients = (P * K * flags.need_dA + N * P * flags.need_dB) * (4 + itemsize)
         casts = (flags.need_dA + flags.need_dB) * (itemsize == 2)
         phases.append(passes("small", device, 4 * M * (P + 1) + gradients, 1 + casts))  # one fill clears them all
-    if form == "summed":
-        phases.append(dense_product("product", device, M, N, K, 1, times=rate_of(device, "int8"), out_size=4))
-        phases.append(passes("product", device, (4 + itemsize * (1 + flags.need_dA)) * M * K))
-    elif form == "fused":
+    if form == "fused":
         phases.append(_fused(*sizes, eight, flags, device, itemsize))
     else:
         phases += _library(*sizes, eight, flags, device, itemsize, bfloat16, first=form == "prepared")
@@ -180,18 +185,21 @@ def _library(
 
 
 def _fused(M: int, N: int, K: int, P: int, eight: str | None, flags: Flags, device: DeviceSpec, itemsize: int) -> Phase:
-    """`exact_product`: tiles [128, 256] of dX; at a tile's end the adapter's part, dA, x and dX pass once."""
+    """`exact_product`: tiles [128, 256] of dX, half as wide with a second accumulator; at a tile's end the adapter's
+    part, dA, x and dX pass once."""
     size = 1 if eight else itemsize
+    width = _TILE_K // 2 if flags.dropout or eight in ("int8", "float8") else _TILE_K
     depth = 128 // size
-    rows, columns = cdiv(M, _TILE_M), cdiv(K, _TILE_K)
+    rows, columns = cdiv(M, _TILE_M), cdiv(K, width)
     steps = cdiv(N, depth)
-    tile = 2 * _TILE_M * _TILE_K * depth / triton_flops(device, itemsize, rate_of(device, eight) if eight else 1.0)
-    end = product_cycles(device, itemsize, _TILE_M, _TILE_K, P) if P and flags.need_dx else 0.0
-    end += product_cycles(device, itemsize, _TILE_K, P * flags.need_dA, _TILE_M)
-    moved = _TILE_M * _TILE_K * itemsize * (2 * flags.need_dx + flags.need_dA)
+    tile = 2 * _TILE_M * width * depth / triton_flops(device, itemsize, own_rate_of(device, eight) if eight else 1.0)
+    end = product_cycles(device, itemsize, _TILE_M, width, P) if P and flags.need_dx else 0.0
+    end += product_cycles(device, itemsize, width, P * flags.need_dA, _TILE_M)
+    moved = _TILE_M * width * itemsize * (2 * flags.need_dx + flags.need_dA)
     wait = (moved / SHARED_BYTES + TRITON_STORE_K + 2 * TRITON_WAIT) / steps
-    fill = depth * (_TILE_M + _TILE_K) * size
-    operands = (_TILE_M + _TILE_M // 64 * _TILE_K) * depth * size
+    wait += INT8_WAIT * (eight == "int8" and flags.need_dA and uses_wgmma(device.capability, 16))
+    fill = depth * (_TILE_M + width) * size
+    operands = (_TILE_M + _TILE_M // 64 * width) * depth * size
     t_p = M * P * 4 * flags.need_dx
     loaded = (columns * M * N + rows * N * K) * size + columns * t_p + M * K * itemsize * flags.need_dA
     added, dX = rows * P * K * 4 * flags.need_dA, M * K * itemsize * flags.need_dx
@@ -202,9 +210,9 @@ def _fused(M: int, N: int, K: int, P: int, eight: str | None, flags: Flags, devi
         steps,
         rows * columns,
         hbm=(M * N + N * K) * size + t_p + dX + M * K * itemsize * flags.need_dA + 4 * P * K,
-        l2=l2_traffic(loaded, dX + added * flags.deterministic, added * (not flags.deterministic)),
+        l2=l2_traffic(loaded, dX + added * flags.deterministic, added * (not flags.deterministic)) / TILED_L2,
         l2_bytes=loaded + dX + added,
-        flops=2 * rows * _TILE_M * columns * _TILE_K * (N + P * (flags.need_dx + flags.need_dA)),
+        flops=2 * rows * _TILE_M * columns * width * (N + P * (flags.need_dx + flags.need_dA)),
         resident=cdiv(rows * columns, device.sms),
         share=PASS,
         start_us=KERNEL_US,

@@ -130,10 +130,12 @@ class _Tiles:
     def _products(self, rows: int, width: int, depth: int) -> float:
         return product_cycles(self.device, self.itemsize, rows, width, depth)
 
-    def _step(self, wide: float, thin: float, waits: int, moved: int, operands: int, stores: float) -> Step:
-        """`moved` elements are loaded or staged, `operands` are read from shared memory."""
+    def _step(
+        self, wide: float, thin: float, waits: int, moved: int, operands: int, stores: float, in_flight: bool
+    ) -> Step:
+        """`moved` elements are loaded or staged, `operands` are read from shared memory; `in_flight`: while the wide
+        product is computed."""
         rest = moved * self.itemsize / SHARED_BYTES + stores
-        in_flight = uses_wgmma(self.device.capability, self.itemsize * 8)
         latency = thin + waits * TRITON_WAIT + (max(wide, rest) if in_flight else wide + rest)
         return Step(wide + thin, (moved + operands) * self.itemsize, latency)
 
@@ -143,17 +145,18 @@ class _Tiles:
         wide = self._products(rows, self.rank, step) + self._products(rows, p * need_t_p, step)
         thin = self._products(step, p * need_db, rows)
         operands = rows // 64 * step * (64 + self.rank) + (rows + p) * step * need_t_p + (step + p) * rows * need_db
-        return self._step(wide, thin, 1, step * (rows + self.rank + p), operands, TRITON_STORE_N)
+        in_flight = uses_wgmma(self.device.capability, self.itemsize * 8)
+        return self._step(wide, thin, 1, step * (rows + self.rank + p), operands, TRITON_STORE_N, in_flight)
 
     def over_k(self, need_dx: bool, need_dA: bool) -> Step:
-        """dAᵀ and the adapter's part of dX, a wait for each, then T right and all else; dX is staged on its way out."""
+        """dAᵀ, the adapter's part of dX and T right, a wait for each, and all else; dX is staged on its way out."""
         rows, step, p = self.rows, self.step, self.adapter
         wide = self._products(rows, step, self.rank) if need_dx else 0.0
         thin = self._products(rows, step, p) if need_dx and p else 0.0
         thin += self._products(step, p * need_dA, rows)
         moved = step * (rows * need_dA + (self.rank + p) * need_dx) + 2 * rows * step * need_dx
         operands = (max(1, rows // 64) * (self.rank + p) * step + self.kept) * need_dx + (step + p) * rows * need_dA
-        return self._step(wide, thin, 2, moved, operands, TRITON_STORE_K)
+        return self._step(wide, thin, 3, moved, operands, TRITON_STORE_K, in_flight=False)
 
     @property
     def resident(self) -> int:

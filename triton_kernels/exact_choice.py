@@ -13,9 +13,8 @@ from .devices import DeviceSpec, device_spec
 from .dispatch import config_for
 from .phases import Flags
 
-# "torch": PyTorch's composition; "prepared": `exact_prepare`, then PyTorch's products; "fused": `exact_product` too;
-# "summed": it takes the sums of PyTorch's int8 product.
-ExactForm = Literal["torch", "prepared", "fused", "summed"]
+# "torch": PyTorch's composition; "prepared": `exact_prepare`, then PyTorch's products; "fused": `exact_product` too.
+ExactForm = Literal["torch", "prepared", "fused"]
 
 
 def fuses(dtype: torch.dtype) -> bool:
@@ -72,11 +71,9 @@ def choose_exact(
         return "torch"
     if precision is not None and (precision not in precisions(N, K, spec) or dtype == torch.float32):
         return "torch"
-    forms: tuple[ExactForm, ...] = ("torch", "prepared")
-    if flags.need_dx and fuses(dtype):
-        forms = (*forms, "fused", "summed") if precision == "int8" else (*forms, "fused")
+    forms: tuple[ExactForm, ...] = ("torch", "prepared", "fused")
     estimates = {
         form: estimate_exact(form, precision, M, N, K, P, flags, spec, dtype.itemsize, dtype == torch.bfloat16)
-        for form in forms
+        for form in (forms if flags.need_dx and fuses(dtype) else forms[:2])
     }
     return min(estimates, key=lambda form: estimates[form].predicted_us)

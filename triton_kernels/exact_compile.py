@@ -14,32 +14,30 @@ from .devices import DeviceSpec
 from .exact_plan import prepare_constants, product_constants, quantize_constants, quantize_rows_constants
 
 _FLOAT8, _INT8 = torch.float8_e4m3fn, torch.int8
-_POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", _FLOAT8: "fp8e4nv", _INT8: "i8"}
-# By the name of the variant: in which 8 bits, with scales of columns, with dropout, with fast accumulation, of sums.
-_VARIANTS: dict[str, tuple[torch.dtype | None, bool, bool, bool, bool]] = {
-    "plain": (None, False, False, True, False),
-    "dropout": (None, False, True, True, False),
-    "float8": (_FLOAT8, False, False, True, False),
-    "float8 base": (_FLOAT8, True, False, True, False),
-    "float8 dropout, full accumulation": (_FLOAT8, False, True, False, False),
-    "int8": (_INT8, False, False, True, False),
-    "int8 base": (_INT8, True, False, True, False),
-    "int8 dropout": (_INT8, False, True, True, False),
-    "int8 base, summed": (_INT8, True, False, True, True),
-    "int8 dropout, summed": (_INT8, False, True, True, True),
+_POINTERS = {_FLOAT8: "fp8e4nv", _INT8: "i8"}
+# By the name of the variant: in which 8 bits, with scales of columns, with dropout, with fast accumulation.
+_VARIANTS: dict[str, tuple[torch.dtype | None, bool, bool, bool]] = {
+    "plain": (None, False, False, True),
+    "dropout": (None, False, True, True),
+    "float8": (_FLOAT8, False, False, True),
+    "float8 base": (_FLOAT8, True, False, True),
+    "float8 dropout, full accumulation": (_FLOAT8, False, True, False),
+    "int8": (_INT8, False, False, True),
+    "int8 base": (_INT8, True, False, True),
+    "int8 dropout": (_INT8, False, True, True),
 }
 
 
 def variants(kernel: str, bits: int, device: DeviceSpec) -> Iterator[str]:
     """The variants of a configuration's kernel for operands of `bits` bits on a device."""
-    for name, (eight_bits, column_scales, dropout, _, summed) in _VARIANTS.items():
-        if (eight_bits == _FLOAT8 and device.capability < (8, 9)) or (summed and kernel != "exact_product"):
+    for name, (eight_bits, column_scales, dropout, _) in _VARIANTS.items():
+        if eight_bits == _FLOAT8 and device.capability < (8, 9):
             continue
         serves = {
             "exact_product": (bits == 8) == (eight_bits is not None),
             "exact_prepare": not dropout,
             "exact_quantize": eight_bits is not None and not dropout,
-            "exact_quantize_rows": column_scales and bits == 16,  # of float32 the product is PyTorch's
+            "exact_quantize_rows": column_scales,
         }
         if serves[kernel]:
             yield name
@@ -52,9 +50,8 @@ def source(
     from .exact_prepare import exact_prepare, exact_quantize, exact_quantize_rows
     from .exact_product import exact_product
 
-    eight_bits, column_scales, dropout, fast_accumulation, summed = _VARIANTS[variant]
-    dtype = torch.float32 if bits == 32 else torch.bfloat16
-    name = _POINTERS[dtype]
+    eight_bits, column_scales, dropout, fast_accumulation = _VARIANTS[variant]
+    dtype, name = torch.bfloat16, "bf16"
     q = name if eight_bits is None else _POINTERS[eight_bits]
     types = dict.fromkeys(("dy_ptr", "xa_ptr", "x_ptr", "dx_ptr"), name) | {"amax_ptr": "i32", "seed_ptr": "i64"}
     types |= dict.fromkeys(("t_ptr", "dA_ptr", "dB_ptr", "db_ptr", "lora_A_ptr", "lora_B_ptr"), "fp32")
@@ -62,10 +59,12 @@ def source(
     flags = Flags(need_dbias=True, dropout=dropout)
     if kernel == "exact_product":
         assert isinstance(config, ProductConfig)
-        types |= {"dy_ptr": "i32" if summed else q, "weight_ptr": q}
-        scaled, rotation = eight_bits is not None, rotation_of(eight_bits, column_scales)
+        types |= {"dy_ptr": q, "weight_ptr": q}
+        # The scales of a base's rows are multiplied into dY.
+        scaled = eight_bits is not None and not column_scales
+        rotation = rotation_of(eight_bits, column_scales)
         constants = product_constants(
-            P, eight_bits or dtype, dtype, flags, summed, scaled, rotation, fast_accumulation, aligned, config, device
+            P, eight_bits or dtype, dtype, flags, scaled, rotation, fast_accumulation, aligned, config, device
         )
         return exact_product, types, constants
     if kernel == "exact_quantize":

@@ -152,7 +152,7 @@ def quantize(x: Tensor, eight_bits: torch.dtype, rotation: int = 1) -> tuple[Ten
 
 def product(
     dy: Tensor,
-    weight: Tensor | None,
+    weight: Tensor,
     *,
     t: Tensor | None = None,
     lora_A: Tensor | None = None,
@@ -172,31 +172,23 @@ def product(
     where x is given.
 
     dy [M, N] with any strides and weight [N, K]: in one dtype, fp32, fp16 or bf16; or both in float8_e4m3fn or both in
-    int8, with dy_scale [M] and, unless its columns have none, weight_scale [K]. Or dy is what two in int8 gave without
-    their scales, int32 [M, K], and weight None. t [M, P] in fp32, lora_A [P, K] in dX's dtype or fp32, x [M, K] with
-    any strides. `rotation`: dY W is rotated in blocks of so many columns, up to 64. `zeros`: P · K cleared floats for
-    dA, which are used up. `fast_accumulation` is for float8 alone. Raises ValueError where a needed tensor is missing
-    or no tile holds P.
+    int8, with dy_scale [M] and, unless its columns have none, weight_scale [K]. t [M, P] in fp32, lora_A [P, K] in dX's
+    dtype or fp32, x [M, K] with any strides. `rotation`: dY W is rotated in blocks of so many columns, up to 64.
+    `zeros`: P · K cleared floats for dA, which are used up. `fast_accumulation` is for float8 alone. Raises ValueError
+    where a needed tensor is missing or no tile holds P.
     """
     if (t is None) != (lora_A is None) or (x is not None and t is None) or (dropout > 0.0 and seed is None):
         raise ValueError("a tensor that the needed gradients read is None")
-    summed = weight is None
-    if summed != (dy.dtype == torch.int32) or (summed and dtype is None):
-        raise ValueError(f"dy in {dy.dtype}: sums are in int32, have no weight, and need dX's dtype; nothing else does")
-    if (summed or dy.dtype in LIMITS) != (dy_scale is not None) or (dy_scale is None and weight_scale is not None):
+    if (dy.dtype in LIMITS) != (dy_scale is not None) or (dy_scale is None and weight_scale is not None):
         raise ValueError(f"dy in {dy.dtype}: 8 bits need dy_scale, and take weight_scale; nothing else does")
-    (M, N), device = dy.shape, dy.device
-    K = N if weight is None else weight.shape[1]
+    (M, N), K, device = dy.shape, weight.shape[1], dy.device
     dtype = dtype or dy.dtype
-    operands = torch.int8 if summed else dy.dtype
-    dy = dy.contiguous() if summed else dy
     P = 0 if lora_A is None else lora_A.shape[0]
     drops = dropout > 0.0 and P > 0
     # The kernel reads 16 bits row by row, 8 bits column by column, as each is kept.
-    if weight is not None:
-        weight = weight.contiguous() if dy_scale is None else weight.t().contiguous().t()
+    weight = weight.contiguous() if dy_scale is None else weight.t().contiguous().t()
     lora_A = None if lora_A is None else lora_A.contiguous()
-    per_load = 8 if dy_scale is None or summed else 16
+    per_load = 8 if dy_scale is None else 16
     aligned = (
         N % 16 == 0
         and K % 8 == 0
@@ -207,31 +199,31 @@ def product(
         and (x is None or (x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0))
     )
     scaled = weight_scale is not None
-    forms = summed, scaled, rotation, x is not None, drops, fast_accumulation, aligned, deterministic
-    key = (P, operands, dtype, forms, config, device)
+    forms = scaled, rotation, x is not None, drops, fast_accumulation, aligned, deterministic
+    key = (P, dy.dtype, dtype, forms, config, device)
     constants = _product_constants.get(key)
     if constants is None:
         spec = device_spec(device)
-        chosen = config or config_for("exact_product", operands, 16, P, aligned, spec)
+        chosen = config or config_for("exact_product", dy.dtype, 16, P, aligned, spec)
         if not isinstance(chosen, ProductConfig):
-            raise ValueError(f"no shipped configuration holds P={P} in {operands}")
+            raise ValueError(f"no shipped configuration holds P={P} in {dy.dtype}")
         flags = Flags(True, x is not None, False, False, drops, deterministic)
         constants = product_constants(
-            P, operands, dtype, flags, summed, scaled, rotation, fast_accumulation, aligned, chosen, spec
+            P, dy.dtype, dtype, flags, scaled, rotation, fast_accumulation, aligned, chosen, spec
         )
         _product_constants[key] = constants
     rows = cdiv(M, constants["BM"])
-    dx = torch.empty((M, K), dtype=dtype, device=device)
+    dx = (torch.empty if N else torch.zeros)((M, K), dtype=dtype, device=device)
     dA = None
     if x is not None and deterministic and rows:
         dA = torch.empty((rows, P, K), dtype=torch.float32, device=device)
     elif x is not None:
         dA = torch.zeros((P, K), dtype=torch.float32, device=device) if zeros is None else zeros.view(P, K)
-    if M and K:
+    if M and N and K:
         with on(device):
             exact_product[(rows * cdiv(K, constants["BK"]),)](
                 dy,
-                dx.view(torch.int8) if weight is None else weight,
+                weight,
                 dx if dy_scale is None else dy_scale,
                 dx if weight_scale is None else weight_scale.contiguous(),
                 dx if t is None else t,

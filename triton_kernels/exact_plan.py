@@ -22,11 +22,9 @@ def limit_reciprocal(dtype: torch.dtype) -> float:
     return 1.0 / LIMITS[dtype]
 
 
-def tile_k(config: ProductConfig, operands: torch.dtype, dropout: bool, fast_accumulation: bool, summed: bool) -> int:
+def tile_k(config: ProductConfig, operands: torch.dtype, dropout: bool, fast_accumulation: bool) -> int:
     """The columns of a tile of dX. A second accumulator, of integers, of float8 sums in parts or of what the mask falls
-    on, leaves registers for half of the columns. A pass over sums takes what is rotated together."""
-    if summed:
-        return 64
+    on, leaves registers for half of the columns."""
     float8_in_parts = operands == torch.float8_e4m3fn and not fast_accumulation
     second = dropout or operands == torch.int8 or float8_in_parts
     return config.block_k // 2 if second else config.block_k
@@ -112,7 +110,6 @@ def product_constants(
     operands: torch.dtype,
     dtype: torch.dtype,
     flags: Flags,
-    summed: bool,
     weight_scales: bool,
     rotation: int,
     fast_accumulation: bool,
@@ -124,12 +121,11 @@ def product_constants(
     of dX."""
     return {
         "P": P,
-        "BM": 64 if summed and device.capability < (9, 0) else config.block_m,  # or it spills
+        "BM": config.block_m,
         "BN": config.block_n,
-        "BK": tile_k(config, operands, flags.dropout, fast_accumulation, summed),
+        "BK": tile_k(config, operands, flags.dropout, fast_accumulation),
         "BP": padded(P),
         "GROUP": config.group,
-        "SUMMED": summed,
         "SCALES": operands.itemsize == 1,
         "WEIGHT_SCALES": weight_scales,
         "ROTATE": rotation,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .availability import interpreted
-from .device_code import load_tile, reduce_store
+from .device_code import load_tile, reduce_store, walked
 
 QUANTIZE_ROWS_RUNTIME = ("M", "N", "stride_m", "stride_n")
 PREPARE_RUNTIME = ("M", "N", "m_chunk", "stride_dy_m", "stride_dy_n", "scaling")
@@ -146,8 +146,9 @@ def exact_prepare(
     if COLUMN_SCALES:
         b_column_scale = tl.load(column_scale_ptr + offs_n, mask=mask_n, other=0.0)  # [BN]
 
-    for m0 in range(m_begin, m_end, BM):
-        offs_m = m0 + tl.arange(0, BM)
+    base, first, last = walked(m_begin, m_end, WGMMA)
+    for m0 in range(first, last, BM):
+        offs_m = base + m0 + tl.arange(0, BM)
         mask_m = offs_m < M
         row_m = offs_m.to(tl.int64)[:, None]  # [BM, 1]
         mask_mn = mask_m[:, None] & mask_n[None, :]

@@ -1,7 +1,6 @@
 """The exact product and what rides on it: dX = dY W + drop(T A), written once, and dA = Tᵀ drop(x) from one read of x.
 
 dY and W come in 16 or 32 bits, or both in 8 bits with a scale for each row of dY, and one for each column of W or none.
-Or another library has multiplied int8, whose products give sums alone, and all that follows is done in one pass.
 """
 
 # mypy: disallow-incomplete-defs=False
@@ -31,7 +30,6 @@ def exact_sum(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    SUMMED: tl.constexpr,
     SCALES: tl.constexpr,
     WEIGHT_SCALES: tl.constexpr,
     IMPRECISE: tl.constexpr,
@@ -43,27 +41,24 @@ def exact_sum(
     mask_k = offs_k < K
     p_dy_row = dy_ptr + offs_m.to(tl.int64)[:, None] * stride_dy_m  # [BM, 1]
     SUM: tl.constexpr = tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32
-    if SUMMED:
-        accumulator = tl.load(p_dy_row + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0)
-    else:
-        accumulator = tl.zeros((BM, BK), dtype=SUM)
-        for n0 in range(0, N, BN):
-            offs_n = n0 + tl.arange(0, BN)
-            mask_n = offs_n < N
-            b_dy = load_tile(p_dy_row, offs_n, stride_dy_n, mask_m[:, None] & mask_n[None, :], ALIGNED_N)  # [BM, BN]
-            if not SCALES:
-                p_weight = weight_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
-            else:
-                p_weight = weight_ptr + offs_k.to(tl.int64)[None, :] * N + offs_n[:, None]
-            b_weight = tl.load(p_weight, mask=mask_n[:, None] & mask_k[None, :], other=0.0)  # [BN, BK]
-            accumulator = tl.dot(
-                b_dy,
-                b_weight,
-                accumulator,
-                input_precision=PRECISION,
-                max_num_imprecise_acc=IMPRECISE,
-                out_dtype=SUM,
-            )
+    accumulator = tl.zeros((BM, BK), dtype=SUM)
+    for n0 in range(0, N, BN):
+        offs_n = n0 + tl.arange(0, BN)
+        mask_n = offs_n < N
+        b_dy = load_tile(p_dy_row, offs_n, stride_dy_n, mask_m[:, None] & mask_n[None, :], ALIGNED_N)  # [BM, BN]
+        if not SCALES:
+            p_weight = weight_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+        else:
+            p_weight = weight_ptr + offs_k.to(tl.int64)[None, :] * N + offs_n[:, None]
+        b_weight = tl.load(p_weight, mask=mask_n[:, None] & mask_k[None, :], other=0.0)  # [BN, BK]
+        accumulator = tl.dot(
+            b_dy,
+            b_weight,
+            accumulator,
+            input_precision=PRECISION,
+            max_num_imprecise_acc=IMPRECISE,
+            out_dtype=SUM,
+        )
 
     b_dx = accumulator.to(tl.float32)
     if SCALES:
@@ -102,7 +97,6 @@ def exact_product(
     BK: tl.constexpr,
     BP: tl.constexpr,
     GROUP: tl.constexpr,
-    SUMMED: tl.constexpr,
     SCALES: tl.constexpr,
     WEIGHT_SCALES: tl.constexpr,
     ROTATE: tl.constexpr,
@@ -118,10 +112,10 @@ def exact_product(
     """Grid (cdiv(M, BM) · cdiv(K, BK),), a `grouped_tile` each.
 
     weight [N, K], contiguous, or with SCALES stored column by column; dx [M, K] contiguous; t [M, P] in fp32, scaled;
-    dA [P, K] in fp32, with a leading dimension of row blocks unless ATOMIC. SUMMED: dy is their product [M, K], int32,
-    contiguous, and there is no weight. SCALES: dy_scale [M], and with WEIGHT_SCALES weight_scale [K]. ROTATE: W was
-    rotated in blocks of so many columns, which divide BK, and dX is rotated back; 1: it was not. IMPRECISE: terms of
-    float8 that the tensor cores may sum in their own, shorter accumulator before fp32 takes them; None: all.
+    dA [P, K] in fp32, with a leading dimension of row blocks unless ATOMIC. SCALES: dy_scale
+    [M], and with WEIGHT_SCALES weight_scale [K]. ROTATE: W was rotated in blocks of so many columns, which divide BK,
+    and dX is rotated back; 1: it was not. IMPRECISE: terms of float8 that the tensor cores may sum in their own,
+    shorter accumulator before fp32 takes them; None: all.
     """
     dtype = dx_ptr.dtype.element_ty
     pid_m, pid_k = grouped_tile(tl.cdiv(M, BM), tl.cdiv(K, BK), GROUP)
@@ -138,6 +132,8 @@ def exact_product(
     mask_k = offs_k < K
     mask_p = offs_p < P
     row_m = offs_m.to(tl.int64)[:, None]  # [BM, 1]
+    if P > 16 or not DROPOUT:  # which is not serialised, and would spill
+        tl.assume(N > 0)  # as `walked` does it, which takes a register more
     b_dx = exact_sum(
         dy_ptr,
         weight_ptr,
@@ -153,22 +149,24 @@ def exact_product(
         BM=BM,
         BN=BN,
         BK=BK,
-        SUMMED=SUMMED,
         SCALES=SCALES,
         WEIGHT_SCALES=WEIGHT_SCALES,
         IMPRECISE=IMPRECISE,
         ALIGNED_N=ALIGNED_N,
         PRECISION=PRECISION,
     )
-    if ROTATE > 1:
-        # In dX's dtype: float32 products would spill, and 8 bits lose more than this rounding.
-        b_dx = rotated(b_dx.to(dtype), BM, BK, ROTATE, PRECISION)
     mask_mk = mask_m[:, None] & mask_k[None, :]
     if DROPOUT:
         key = dropout_key(seed_ptr)
     if P > 0:
+        # Before the rotation, whose matrix is then still in the way: of a tile of t that takes its place in shared
+        # memory ptxas 12.8 loses the address (`compile_check.broken_descriptors`), and dA is garbage.
         p_t = t_ptr + row_m * P + offs_p[None, :]
         b_t = tl.load(p_t, mask=mask_m[:, None] & mask_p[None, :], other=0.0).to(dtype)  # [BM, BP]
+    if ROTATE > 1:
+        # In dX's dtype: float32 products would spill, and 8 bits lose more than this rounding.
+        b_dx = rotated(b_dx.to(dtype), BM, BK, ROTATE, PRECISION)
+    if P > 0:
         p_lora_A = lora_A_ptr + offs_p.to(tl.int64)[:, None] * K + offs_k[None, :]
         b_lora_A = tl.load(p_lora_A, mask=mask_p[:, None] & mask_k[None, :], other=0.0).to(dtype)  # [BP, BK]
         if DROPOUT:

@@ -134,8 +134,6 @@ def _exact(
         for form in (FORMS if ours and flags.need_dx and fuses(dtype) else FORMS[:2] if ours else FORMS[:1])
         for precision in (None, *eight)
     ]
-    if ours and "int8" in eight and fuses(dtype):
-        pairs.append(("summed", "int8"))
     estimates = [
         estimate_exact(form, precision, M, N, K, P, flags, device, dtype.itemsize, dtype == torch.bfloat16)
         for form, precision in pairs

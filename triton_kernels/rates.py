@@ -1,9 +1,9 @@
-"""Every rate and share that a prediction rests on, once, each with its source. Nothing here was measured by us.
+"""Every rate and share that a prediction rests on, once, each with its source.
 
-Sources: [sheet] the device's data sheet; [review] a review of the kernels on paper, from compiled code, published
-measurements and counts, good to 15 % (kernels) and 20 % (cuBLAS's skinny products, PyTorch's passes); [compiled] read
-from the machine code. `bench linear` measures the fields of `MEASURED` on a GPU and keeps them in the user's
-table, from where `devices.device_spec` puts them in the place of these.
+Sources: [H200] measured on one, `bench/results/h200`; [sheet] the device's data sheet; [review] a review of the kernels
+on paper, from compiled code, published measurements and counts, good to 15 % (kernels) and 20 % (cuBLAS's skinny
+products, PyTorch's passes); [compiled] read from the machine code. `bench linear` measures the fields of `MEASURED` on
+a GPU and keeps them in the user's table, from where `devices.device_spec` puts them in the place of these.
 """
 
 from __future__ import annotations
@@ -49,47 +49,44 @@ MEASURED = {
     "gap_us": (0.01, 100.0),
 }
 
-# Copy and matrix rates: H200 4.3 TB/s and 790 TFLOP/s [published], H100 SXM 3.0 and 740, the others 0.90 and 0.80 of
-# the sheet. Sustained: 660 (H100) and 720 (H200) at 700 W [review]; Ampere holds its rate. L2: 6.0 to 6.2 TB/s on
-# Hopper [review], scaled by multiprocessors and clock elsewhere. Narrow on A100: from a composition of 255 us at R =
-# 128 and of 320 at R = 256 [review]. Skinny [review]: 0.62 on H200, 0.72 on A100; on H100 two estimates, 0.62 and
-# 0.72, of which this is the middle. 8 bits: 980 and 1150 of 660 (H100), 1080 and 1280 of 720 (H200) with cuBLAS 12.9;
-# int8 on Hopper as slow float8, whose peak it shares, on A100 0.72 of its own.
+# Copy and matrix rates: H200 4.16 TB/s and 790 TFLOP/s [H200], H100 SXM 3.0 and 740, the others 0.90 and 0.80 of the
+# sheet. Sustained: 660 (H100) and 720 (H200) at 700 W [review], 708 to 798 by shape [H200]; Ampere holds its rate. L2:
+# what walks get of it, by the kernels for R = 128 to 512 [H200]; H100 the same for its clock, scaled by multiprocessors
+# and clock elsewhere. Skinny: 0.59 of 67 MB, 0.87 of 235 MB [H200], 0.72 on A100 [review]. Narrow [H200]; on A100 from
+# a composition of 255 us at R = 128 and of 320 at R = 256 [review]. 8 bits by cuBLAS [H200]: float8 1170 to 1290 and
+# 1310 to 1450 TFLOP/s, int8 no more than 760 to 830; on A100 int8 0.72 of its sheet's rate [review].
 _H200 = DeviceSpec(
     name="NVIDIA H200",
     capability=(9, 0),
     sms=132,
-    hbm_gbs=4300.0,
-    l2_gbs=6200.0,
+    hbm_gbs=4160.0,
+    l2_gbs=5200.0,
     l2_bytes=50 << 20,
     shared_bytes=232448,
     tflops_16=790.0,
     tflops_16_sustained=720.0,
     tflops_32=50.0,
     clock_ghz=1.70,
-    skinny=0.62,
-    int8=1.5,
-    float8=1.5,
-    float8_fast=1280 / 720,
+    skinny=0.70,
+    int8=1.1,
+    float8=1.67,
+    float8_fast=1.87,
+    narrow=((80, 0.30), (144, 0.42), (272, 0.60), (528, 0.78), (4096, 1.0)),
 )
 _H100 = replace(
     _H200,
     name="NVIDIA H100 80GB HBM3",
     hbm_gbs=3000.0,
-    l2_gbs=6000.0,
+    l2_gbs=5000.0,
     tflops_16=740.0,
     tflops_16_sustained=660.0,
-    skinny=0.67,
-    int8=980 / 660,
-    float8=980 / 660,
-    float8_fast=1150 / 660,
 )
 _H100_PCIE = replace(
     _H100,
     name="NVIDIA H100 PCIe",
     sms=114,
     hbm_gbs=1800.0,
-    l2_gbs=4600.0,
+    l2_gbs=3850.0,
     tflops_16=600.0,
     tflops_16_sustained=433.0,
     tflops_32=40.0,
@@ -112,20 +109,20 @@ _A100 = DeviceSpec(
     narrow=((80, 0.40), (144, 0.58), (272, 0.74), (528, 0.85), (4096, 1.0)),
 )
 # On paper alone: no kernel was tuned or counted for it. From its sheet (2250 TFLOP/s in 16 bits, 8 TB/s) by the shares
-# that an H200 reaches of its own, 8 bits and 4 at 1.78 of 2 and 3.55 of 4 times the rate of 16.
+# that an H200 reaches of its own, 4 bits at twice the 1.87 of 8.
 B200 = replace(
     _H200,
     name="NVIDIA B200",
     capability=(10, 0),
     sms=148,
     hbm_gbs=7200.0,
-    l2_gbs=7500.0,
+    l2_gbs=6300.0,
     l2_bytes=126 << 20,
     tflops_16=1800.0,
     tflops_16_sustained=1640.0,
     tflops_32=60.0,
     clock_ghz=1.85,
-    four_bit=2 * 1280 / 720,
+    four_bit=2 * 1.87,
 )
 KNOWN = {
     spec.name: spec
@@ -139,8 +136,10 @@ COLUMN_WALK = 0.92  # our kernels' walks, which read rows in pieces of 128 bytes
 PASS = 0.85  # elementwise kernels, dense products, products that write their wide side
 REDUCTION = 0.72  # row maxima
 CAST = 0.50  # PyTorch kernels that broadcast and change the dtype
+CAST_FLOAT8 = 0.16  # the same to float8 [H200]
 
 # ---- between L2 and a multiprocessor [review] ----
+TILED_L2 = 1.9  # times the rate of a walk at which our products in tiles load: 9.8 TB/s in int8 [H200]
 L2_WRITE = 0.5  # weight of a stored byte over a loaded one; an atomic costs twice a store
 L2_KEPT = 0.5  # share of L2 in which a kernel's results wait for the next one's reads, beside operands read once
 SM_DRAW = 1.45  # times its share of L2's rate that a multiprocessor draws where others idle: 40 of 27.6 B a cycle
@@ -164,7 +163,12 @@ TRITON_STORE_K = 400  # the same of dX and dA
 # What a tile of `expand_tiles` takes beside its products and the bytes it moves: T_P and A before the loop, the loop's
 # first loads and x after it, one latency of L2 or HBM after the other, which no other tile hides. An assumption.
 TRITON_TILE = 3000
-TRITON_MATRIX_SHARE = 0.7  # what a Triton product without such waits reaches of cuBLAS's rate; an assumption
+# Cycles that a step of an int8 product waits where one block fills a multiprocessor, as with dA's registers: Triton has
+# no two of its products in flight. 300 to 500 [H200].
+INT8_WAIT = 350
+# What a Triton product without such waits reaches of cuBLAS's rate: 0.95 in 8 bits [H200]; less where an epilogue is
+# not hidden, an assumption.
+TRITON_MATRIX_SHARE = 0.85
 
 # ---- microseconds [review] ----
 KERNEL_US = 1.25  # start and end of a library kernel, beside the gap before it

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from loge_kernels.numerics.four_bit import FORMATS
 from loge_kernels.triton_kernels import cost_exact, library, phases
+from loge_kernels.triton_kernels.dense import ADAPTER
 from loge_kernels.triton_kernels.rates import B200, KERNEL_US, KNOWN, PASS, DeviceSpec
 
 from ..measure.shapes import LLAMAS, Llama
@@ -220,8 +221,8 @@ def exact_kernels(
 ) -> dict[str, Cost]:
     """One linear layer's exact backward by this package's kernels around and in the product, in the form that takes
     least time: its product, what quantises dY, and all else. `base`: the weight is kept in `dtype` row by row, as the
-    forward wants it, and transposed for the product; in int8 our kernel ends it, which rotates dX back."""
-    forms = (*(() if base and dtype == "int8" else ("prepared",)), "fused", *(("summed",) if dtype == "int8" else ()))
+    forward wants it, and transposed for the product; in int8 that is ours, which rotates dX back."""
+    forms = ("fused",) if base and dtype == "int8" else ("prepared", "fused")
     parts = _parts(_cheapest(gpu, forms, M, N, K, P, dtype, phases.Flags(), fast_accumulation))
     if base:
         parts["quantise"] += passes(gpu, 2 * N * K)
@@ -233,8 +234,9 @@ def forward_in_eight_bits(
 ) -> dict[str, Cost]:
     """y = x Wᵀ + s (x Aᵀ) Bᵀ with x and W in 8 bits, in the form that takes least time: product and adapter."""
     flags = phases.Flags(need_dx=True, need_dA=False, need_dB=False)
-    forms = ("prepared", "fused", *(("summed",) if dtype == "int8" else ()))
-    parts = _parts(_cheapest(gpu, forms, M, K, N, P, dtype, flags, fast_accumulation, ("product", "adapter")))
+    parts = _parts(
+        _cheapest(gpu, ("prepared", "fused"), M, K, N, P, dtype, flags, fast_accumulation, ("product", "adapter"))
+    )
     return {"product": parts["product"], "LoRA": parts["LoRA"] + small(gpu, 2) + narrow(gpu, M, K, P)}
 
 
@@ -264,14 +266,20 @@ def _parts(counted: Iterable[phases.Phase]) -> dict[str, Cost]:
     return parts
 
 
-def fastest_dtype(gpu: Gpu, M: int, N: int, K: int, fast_accumulation: bool = True) -> EightBits | None:
-    """What the dense product dX = dY W takes least time in, its quantisation counted; None for 16 bits."""
-    seconds: dict[EightBits | None, float] = {None: dense(gpu, M, N, K).seconds}
-    eight_bits: tuple[EightBits, ...] = ("int8", "float8") if gpu.float8 else ("int8",)
-    for dtype in eight_bits if runs_in_eight_bits(N, K) else ():
+def fastest_dtype(
+    gpu: Gpu, M: int, N: int, K: int, fast_accumulation: bool = True, kernels: bool = False
+) -> EightBits | None:
+    """What the dense product dX = dY W takes least time in, its quantisation counted; None for 16 bits. `kernels`: by
+    this package's, with an adapter."""
+
+    def seconds(dtype: EightBits | None) -> float:
+        if kernels:
+            return sum(part.seconds for part in exact_kernels(gpu, M, N, K, ADAPTER, dtype, fast_accumulation).values())
         product = dense(gpu, M, N, K, dtype, fast_accumulation)
-        seconds[dtype] = (product + quantisation(gpu, M, N, K, dtype)).seconds
-    return min(seconds, key=lambda dtype: seconds[dtype])
+        return product.seconds if dtype is None else (product + quantisation(gpu, M, N, K, dtype)).seconds
+
+    eight_bits: tuple[EightBits, ...] = ("int8", "float8") if gpu.float8 else ("int8",)
+    return min((None, *(eight_bits if runs_in_eight_bits(N, K) else ())), key=seconds)
 
 
 def runs_in_eight_bits(N: int, K: int) -> bool:

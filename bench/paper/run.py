@@ -238,7 +238,7 @@ def _dtype(gpu: Gpu, policy: PaperPolicy, M: int, N: int, K: int) -> FewBits | N
     if policy.base_dtype is not None:
         return policy.base_dtype
     if policy.exact_dtype == "auto":
-        return paper_model.fastest_dtype(gpu, M, N, K, not policy.full_accumulation)
+        return paper_model.fastest_dtype(gpu, M, N, K, not policy.full_accumulation, policy.kernels)
     return policy.exact_dtype if paper_model.runs_in_eight_bits(N, K) else None
 
 

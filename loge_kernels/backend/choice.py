@@ -197,10 +197,8 @@ def run_forward(operands: Operands) -> tuple[Tensor, Tensor | None]:
     can run.
     """
     if operands.weight is None:
-        form = _eight_bits_form(operands)
-        if form in ("torch", "prepared"):  # whose forwards are the same
-            return reference.forward(operands)
-        return triton_backend.forward_in_eight_bits(operands, form)
+        by_triton = _by_triton(operands) and (operands.backend == "triton" or triton_backend.eight_bits_win(operands))
+        return triton_backend.forward_in_eight_bits(operands) if by_triton else reference.forward(operands)
     return triton_backend.forward(operands) if _fused_forward(operands) else reference.forward(operands)
 
 
@@ -210,12 +208,6 @@ def quantize_input(operands: Operands) -> tuple[Tensor, Tensor]:
     assert operands.dense is not None
     quantize = triton_backend.quantize if _by_triton(operands) else reference.quantize
     return quantize(operands.x, from_bits(operands.dense).dtype)
-
-
-def _eight_bits_form(operands: Operands) -> ExactForm:
-    if not _by_triton(operands):
-        return "torch"
-    return "fused" if operands.backend == "triton" else triton_backend.eight_bits_form(operands)
 
 
 def _by_triton(operands: Operands) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_kernels as kernels
-from ..numerics.eight_bit import FAST_ACCUMULATION, from_bits, integer_sums
+from ..numerics.eight_bit import FAST_ACCUMULATION, from_bits
 from ..numerics.rotation import block_of
 from . import reference
 from .problem import BackwardProblem, Gradients, Operands, Prepared
@@ -98,11 +98,10 @@ def _why_not_exact(p: BackwardProblem) -> str | None:
 
 def exact_backward(p: BackwardProblem, form: kernels.ExactForm) -> Gradients:
     """All gradients of a dense frozen path. dY is read once for s·dY B, dB and db, and once more for 8 bits; then dX
-    and dA by one kernel ("fused"), which writes dX once, also of the sums of PyTorch's int8 product ("summed"), or by
-    PyTorch's products ("prepared")."""
+    and dA by one kernel ("fused"), which writes dX once, or by PyTorch's products ("prepared")."""
     eight_bits = None if p.dense is None else p.dense.dtype
     adapter = p.lora_B is not None
-    fused = form != "prepared" and kernels.fuses(p.dy.dtype)
+    fused = form == "fused" and kernels.fuses(p.dy.dtype)
     sums_dA = fused and p.need_dA and p.lora_A is not None and not p.deterministic
     prepared = kernels.prepare(
         p.dy,
@@ -124,7 +123,8 @@ def exact_backward(p: BackwardProblem, form: kernels.ExactForm) -> Gradients:
     weight = p.weight if p.dense is None else p.dense
     assert weight is not None
     dx, dA = kernels.product(
-        *_multiplied(p.dy if prepared.q is None else prepared.q, weight, form),
+        p.dy if prepared.q is None else prepared.q,
+        weight,
         t=prepared.t,
         lora_A=p.lora_A,
         x=p.x if p.need_dA else None,
@@ -141,11 +141,6 @@ def exact_backward(p: BackwardProblem, form: kernels.ExactForm) -> Gradients:
     gradients = Gradients(dx=dx, dbias=prepared.dbias, dA=dA, dB=prepared.dB)
     add_weight_gradient(gradients, p)
     return gradients
-
-
-def _multiplied(q: Tensor, weight: Tensor, form: kernels.ExactForm) -> tuple[Tensor, Tensor | None]:
-    """What `product` takes: both operands, or in the form "summed" their product."""
-    return (integer_sums(q, weight), None) if form == "summed" else (q, weight)
 
 
 def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -170,9 +165,8 @@ def why_not_eight_bits(o: Operands) -> str | None:
     return _asked_once(kernels.why_not_exact, **kind, lora_dtype=lora_dtype)
 
 
-def forward_in_eight_bits(o: Operands, form: kernels.ExactForm = "fused") -> tuple[Tensor, Tensor | None]:
-    """y [M, N] and xa [M, P] (None without an adapter): one product that adds the adapter's part as it writes y, or
-    that in a pass over PyTorch's sums ("summed")."""
+def forward_in_eight_bits(o: Operands) -> tuple[Tensor, Tensor | None]:
+    """y [M, N] and xa [M, P] (None without an adapter): one product that adds the adapter's part as it writes y."""
     assert o.x is not None
     assert o.x_bits is not None
     assert o.x_scale is not None
@@ -180,7 +174,8 @@ def forward_in_eight_bits(o: Operands, form: kernels.ExactForm = "fused") -> tup
     assert o.weight_scale is not None
     xa = None if o.lora_A is None else reference.adapter_input(o)
     y, _ = kernels.product(
-        *_multiplied(from_bits(o.x_bits), from_bits(o.dense).t(), form),
+        from_bits(o.x_bits),
+        from_bits(o.dense).t(),
         t=None if xa is None else o.scaling * xa.float(),
         lora_A=None if o.lora_B is None else o.lora_B.t(),
         dy_scale=o.x_scale.flatten(),
@@ -191,9 +186,8 @@ def forward_in_eight_bits(o: Operands, form: kernels.ExactForm = "fused") -> tup
     return (y if o.bias is None else reference.add(y, o.bias)), xa
 
 
-def eight_bits_form(o: Operands) -> kernels.ExactForm:
-    """The form of that forward that the cost model predicts to be fastest; "torch" or "prepared" for PyTorch's product
-    with the adapter's beside it."""
+def eight_bits_win(o: Operands) -> bool:
+    """Whether the cost model predicts that forward to beat PyTorch's product with the adapter's beside it."""
     assert o.x is not None
     (N, K), M, dtype = o.sizes, o.x.shape[0], o.x.dtype
     P = 0 if o.lora_B is None else o.lora_B.shape[1]
@@ -201,7 +195,7 @@ def eight_bits_form(o: Operands) -> kernels.ExactForm:
     flags = kernels.Flags(need_dx=True, need_dA=False, need_dB=False)
     eight_bits = from_bits(o.dense).dtype
     # What quantises is not part of it: it is the same for both.
-    return kernels.choose_exact(M, K, N, P, dtype, eight_bits, o.x.device, flags, FAST_ACCUMULATION)
+    return kernels.choose_exact(M, K, N, P, dtype, eight_bits, o.x.device, flags, FAST_ACCUMULATION) == "fused"
 
 
 def exact_form(p: BackwardProblem) -> kernels.ExactForm:

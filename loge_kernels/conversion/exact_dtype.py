@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backend.verified import is_verified
 from ..numerics.eight_bit import cpu_multiplies_int8
 from ..numerics.exact_dtypes import why_not
 from ..numerics.four_bit import FORMATS
@@ -39,7 +40,7 @@ def choose(weight: Tensor, requested: str | None) -> tuple[str | None, str]:
     if weight.device.type == "cuda":
         for name in ("float8", "int8"):
             if why_not(name, weight.device, N, K) is None:
-                return faster_dtype(N, K, name, weight.dtype, weight.device)
+                return faster_dtype(N, K, name, weight.dtype, weight.device, _kernels_run(weight))
         return None, "no 8-bit products here"
     # Meta: the other ranks' part of Accelerate's cpu_ram_efficient_loading, whose rank 0 has its weights on the CPU.
     if weight.device.type not in ("cpu", "meta"):
@@ -49,3 +50,8 @@ def choose(weight: Tensor, requested: str | None) -> tuple[str | None, str]:
     if weight.numel() < _CPU_FROM[weight.dtype]:
         return None, f"too small for int8 to beat {own}"
     return "int8", f"faster than {own} on this CPU"
+
+
+def _kernels_run(weight: Tensor) -> bool:
+    """Whether "auto" takes our kernels for the exact products with a weight like this one."""
+    return weight.dtype != torch.float32 and torch.cuda.is_available() and is_verified("triton", weight.device)

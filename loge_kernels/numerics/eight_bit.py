@@ -226,29 +226,15 @@ def multiply_quantized(
     return _slab_by_slab(lambda part: (q[part], row_scale[part]), row_scale.to(dtype), tensor, scale)
 
 
-def integer_sums(q: Tensor, tensor: Tensor) -> Tensor:
-    """The product of int8, q [M, N] and tensor [N, K], in int32 and without scales; on a CPU for tests alone."""
-    return _integer_sums_by_cublas(q, tensor) if q.is_cuda else q.int() @ tensor.int()
-
-
-def _integer_sums_by_cublas(q: Tensor, tensor: Tensor) -> Tensor:
-    M = q.shape[0]
-    padded = torch.nn.functional.pad(q, (0, 0, 0, _INT_ROWS - M)) if M < _INT_ROWS else q
-    return torch._int_mm(padded, _by_columns(tensor))[:M]
-
-
-def _by_columns(tensor: Tensor) -> Tensor:
-    """As cuBLAS wants it stored."""
-    return tensor if tensor.stride(0) == 1 else tensor.t().contiguous().t()
-
-
 def _by_cublas(q: Tensor, row_scale: Tensor, tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     M, K = q.shape[0], tensor.shape[1]
     if M == 0:
         return q.new_empty(0, K, dtype=dtype)
-    tensor = _by_columns(tensor)
+    if tensor.stride(0) != 1:  # cuBLAS wants it stored column by column
+        tensor = tensor.t().contiguous().t()
     if tensor.dtype == torch.int8:
-        sums = _integer_sums_by_cublas(q, tensor)
+        padded = torch.nn.functional.pad(q, (0, 0, 0, _INT_ROWS - M)) if M < _INT_ROWS else q
+        sums = torch._int_mm(padded, tensor)[:M]
     elif dtype == torch.bfloat16:
         columns = torch.ones(1, K, device=q.device) if scale is None else scale[None]
         scales = {"scale_a": row_scale, "scale_b": columns}

@@ -28,14 +28,15 @@ def of(policy: PaperPolicy, model: Any = "LLaMA-3-8B", gpu: str = "H100", **argu
     return predict(model, gpu, policy, **arguments)
 
 
-# LLaMA-3-8B on an H100, 2 x 4096 tokens: milliseconds of an estimate by hand, without and with checkpointing.
+# LLaMA-3-8B on an H100, 2 x 4096 tokens: milliseconds of an estimate by hand, without and with checkpointing; in float8
+# with the rates that an H200 has shown.
 @pytest.mark.parametrize(
     ("policy", "plain", "checkpointed"),
     [
         (PEFT, 658, 933),
         (EXACT, 591, 830),
-        (replace(FLOAT8, full_accumulation=True), 569, 808),
-        (FLOAT8, 552, 791),
+        (replace(FLOAT8, full_accumulation=True), 614, 854),
+        (FLOAT8, 603, 843),
         (RANK, 425, 664),
         (replace(FLOAT8, rank=1 / 8, exact_layers=0.7), 530, 769),
     ],
@@ -58,13 +59,12 @@ def test_a_step_is_within_five_percent(policy: PaperPolicy, plain: float, checkp
         (EXACT, "LoRA, forward", 27),
         (EXACT, "LoRA, backward", 49),
         (EXACT, "exact dX", 173),
-        (replace(FLOAT8, full_accumulation=True), "exact dX", 117),
-        (FLOAT8, "quantisation", 35),
-        (FLOAT8, "exact dX", 99),
+        (replace(FLOAT8, full_accumulation=True), "exact dX", 104),
+        (FLOAT8, "quantisation", 83),
+        (FLOAT8, "exact dX", 93),
     ],
 )
 def test_parts_do_not_make_up_for_each_other(policy: PaperPolicy, part: str, milliseconds: float) -> None:
-    # The estimate has skinny products at 0.72 of the copy rate, `rates` at 0.67.
     assert 1e3 * of(policy).parts[part].seconds == pytest.approx(milliseconds, rel=0.1)
 
 
@@ -160,7 +160,7 @@ def test_the_dtype_depends_on_the_shape() -> None:
     assert on_paper.default_exact_dtype("H100", N=4096, K=14336, M=8192) == "float8"
     slow = {"fast_accumulation": False}
     assert on_paper.default_exact_dtype("H100", N=1024, K=4096, M=8192, **slow) is None  # quantising dY takes as long
-    assert on_paper.default_exact_dtype("H100", N=1024, K=4096, M=8192) == "float8"
+    assert on_paper.default_exact_dtype("H100", N=4096, K=4096, M=8192) is None  # by PyTorch
     assert on_paper.default_exact_dtype("H100", N=4096, K=14330, M=8192) is None  # not a multiple of 16
     assert on_paper.default_exact_dtype("A100", N=4096, K=4096, M=8192) is None
     assert on_paper.default_exact_dtype("A100", N=8192, K=28672, M=8192) == "int8"

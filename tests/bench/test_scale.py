@@ -130,11 +130,13 @@ def test_the_table(tmp_path: Path) -> None:
             if policy == "rank=1/8":
                 assert 0.15 < row["backward_bytes"] / peft["backward_bytes"] < 0.25
             if policy == "apply":
-                assert row["backward_bytes"] <= 0.51 * peft["backward_bytes"]
+                # What PyTorch alone takes longer for in float8 stays in 16 bits.
+                assert 0.5 < row["backward_bytes"] / peft["backward_bytes"] <= 0.61
     assert not rows["LLaMA-3-70B", 8, "ddp", "rank=1/8"]["fits"]
     eight_bits, peft = (rows["LLaMA-3-8B", 8, "ddp", policy] for policy in ("apply", "peft"))
-    # A byte for each weight, four for each column.
-    assert eight_bits["resident_bytes"] - peft["resident_bytes"] == 32 * (218_103_808 + 4 * (6 * 4096 + 14336))
+    # A byte for each weight of the MLPs, four for each column; attention stays in 16 bits.
+    held = 32 * (3 * 4096 * 14336 + 4 * (2 * 4096 + 14336))
+    assert eight_bits["resident_bytes"] - peft["resident_bytes"] == held
     assert eight_bits["compute_seconds"] < peft["compute_seconds"]
     # The step of `on_paper`, to the last part.
     step = predict("LLaMA-3-8B", "H200", PaperPolicy("peft", peft=True), tokens=8192, sequences=2, lora_rank=16)
@@ -185,7 +187,7 @@ def learnt(folder: Path, **steps: float | None) -> str:
 def test_which_network_low_rank_needs(tmp_path: Path) -> None:
     """Inside the ranges that are printed a low-rank policy is sooner, outside it is not."""
     policy = "rank=1/8"
-    taken = {"peft": 20.0, "apply": 20.0, policy: 24.0, "rank=1/16": None, "rank=1/4": 60.0, "rank=1/32": 20.0}
+    taken = {"peft": 20.0, "apply": 20.0, policy: 26.0, "rank=1/16": None, "rank=1/4": 60.0, "rank=1/32": 20.0}
     file = learnt(tmp_path, **taken)
     options = "LLaMA-3-8B", "--gpus", "8,64", "--engine", "fsdp2", "--tokens", "4096"
     report, printed = report_of(*options, "--learning", file, folder=tmp_path)
@@ -203,7 +205,7 @@ def test_which_network_low_rank_needs(tmp_path: Path) -> None:
     for network, sooner in ((0.98 * slow, True), (1.02 * slow, False), (0.98 * fast, False), (1.02 * fast, True)):
         rows = rows_of(*options, "--network", str(network), folder=tmp_path)
         ours, rival = (rows["LLaMA-3-8B", 64, "fsdp2", each]["seconds"] for each in (policy, "apply"))
-        assert (24.0 * ours < 20.0 * rival) == sooner
+        assert (26.0 * ours < 20.0 * rival) == sooner
 
 
 @pytest.mark.parametrize(

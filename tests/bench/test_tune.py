@@ -33,7 +33,7 @@ TWO = TwoLaunchConfig(
 SLUG = "triton_interpreter"
 SPEC = replace(DEFAULT, name=tune.INTERPRETER)
 OPTIONS = micro.MicroOptions(
-    shapes=("24,64,64",), ranks=(16,), lora_ranks=(4,), dtypes=("float32",), device="cpu", budget=0.05
+    shapes=("24,64,64",), ranks=(16,), lora_ranks=(4,), dtypes=("float16",), device="cpu", budget=0.05
 )
 
 
@@ -104,7 +104,7 @@ class TestTuning:
         def chosen() -> Config | None:
             with monkeypatch.context() as context:
                 context.delenv("TRITON_INTERPRET")  # where the interpreter's own table serves everything
-                return dispatch.form_configs(torch.float32, 16, 4, True, SPEC)[0]
+                return dispatch.form_configs(torch.float16, 16, 4, True, SPEC)[0]
 
         shipped = chosen()
         assert shipped not in (ONE, OTHER)
@@ -112,7 +112,7 @@ class TestTuning:
         report, text = run(replace(OPTIONS, shapes=("24,64,64", "20,64,72"), json=tmp_path / "tune.json"))
 
         row = class_of(report, "one_launch")
-        assert (row["bits"], row["rank"], row["adapter"], row["aligned"]) == (32, 64, 64, True)
+        assert (row["bits"], row["rank"], row["adapter"], row["aligned"]) == (16, 64, 16, True)
         assert row["best"]["config"] == tune.asdict(OTHER)
         assert (row["shipped"]["seconds"], row["best"]["seconds"]) == pytest.approx((1.0, 0.25))
         assert row["ratio"] == pytest.approx(4.0)
@@ -128,12 +128,12 @@ class TestTuning:
 
     def test_a_tie_keeps_the_shipped_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tune, "_fails_at_most", lambda *arguments: "")
-        entries = tune.classes_of([tune.Problem("", 8, 64, 64, 16, 4, "float32")], SPEC)
+        entries = tune.classes_of([tune.Problem("", 8, 64, 64, 16, 4, "float16")], SPEC)
         [entry] = [one for one in entries if one.kernel == "one_launch"]
         measured = tune._space(entry, space)
         for one in measured:
             one.times = [{"median": 1.0}]
-        winner = tune._winner(entry, measured, "float32", torch.device("cpu"))
+        winner = tune._winner(entry, measured, "float16", torch.device("cpu"))
         assert winner.config == entry.config
 
     def test_the_mean_is_geometric(self) -> None:
@@ -164,7 +164,7 @@ class TestTuning:
         break_backward(monkeypatch, change)
         monkeypatch.setattr(tune, "clock_for", lambda device: Clock({ONE: 0.25, OTHER: 0.5, TWO: 0.5}))
         report, _ = run()
-        assert str(dropped(report, ONE)).startswith("wrong result: dbias at R=64, P=64")
+        assert str(dropped(report, ONE)).startswith("wrong result: dbias at R=64, P=16")
         assert written() == {"one_launch": OTHER, "two_launch": TWO}
         assert report["passed"]
 

@@ -70,7 +70,10 @@ def test_on_a_gpu_the_cost_model_decides(
     """Of what the GPU can run at all."""
     seen: list[str] = []
 
-    def predicted(N: int, K: int, name: str, dtype: torch.dtype, device: torch.device) -> tuple[str | None, str]:
+    def predicted(
+        N: int, K: int, name: str, dtype: torch.dtype, device: torch.device, kernels: bool
+    ) -> tuple[str | None, str]:
+        assert not kernels
         seen.append(name)
         return (name if wins else None), "predicted"
 
@@ -95,8 +98,8 @@ def test_a_dtype_that_cannot_run_is_kept_and_said(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("device", "name", "shape", "expected"),
     [
-        (H100, "float8", (4096, 4096), "float8"),
-        (H100, "float8", (14336, 4096), "float8"),
+        (H100, "float8", (4096, 4096), None),
+        (H100, "float8", (14336, 4096), None),
         (H100, "float8", (4096, 14336), "float8"),
         (H100, "float8", (1024, 1024), None),
         (H100, "int8", (1024, 4096), None),
@@ -111,6 +114,35 @@ def test_what_is_predicted(device: str, name: str, shape: tuple[int, int], expec
     own, eight = (dense_us(8192, *shape, BFLOAT16, KNOWN[device], which) for which in (None, name))
     assert reason == f"{name} predicted {own / eight:.2f}x bfloat16 on {device}"
     assert (eight < own) is (found is not None)
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "shape", "expected"),
+    [
+        (H100, "float8", (4096, 4096), "float8"),
+        (H100, "float8", (14336, 4096), "float8"),
+        (A100, "int8", (14336, 4096), "int8"),
+        (A100, "int8", (64, 4096), None),
+    ],
+)
+def test_with_kernels_their_times_decide(device: str, name: str, shape: tuple[int, int], expected: str | None) -> None:
+    assert faster_dtype(*shape, name, BFLOAT16, device, kernels=True)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "verified", "kernels"),
+    [(BFLOAT16, True, True), (BFLOAT16, False, False), (torch.float32, True, False)],
+)
+def test_kernels_count_where_auto_takes_them(
+    dtype: torch.dtype, verified: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(exact_dtype, "is_verified", lambda name, device: verified and name == "triton")
+    monkeypatch.setattr(exact_dtype, "faster_dtype", lambda *given: (seen.append(given[-1]), (None, ""))[1])
+    choose(outline(4096, 4096, dtype, "cuda"), "auto")
+    assert seen == [kernels]
 
 
 def test_float16_is_scaled_outside_the_product() -> None:

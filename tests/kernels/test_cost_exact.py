@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from loge_kernels.triton_kernels.rates import DEFAULT, KNOWN
 
 H100, H200, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA A100-SXM4-80GB"
 P = 16
+RESULTS = Path(__file__).parents[2] / "bench/results/h200"
 LINEARS = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]
 
 
@@ -28,28 +31,21 @@ class TestExact:
         """All linears of a block of LLaMA-3-8B, 8192 tokens, fast accumulation, scales by row."""
         now = self.us("torch", None)
         assert now / self.us("prepared", cost_exact.FAST) >= 1.45
-        assert now / self.us("torch", cost_exact.FAST) < 1.25  # which the passes around dY hold
-        assert now / self.us("prepared", "float8") == pytest.approx(1.33, abs=0.05)
+        assert now / self.us("torch", cost_exact.FAST) < 1.1  # which the passes around dY hold
+        assert now / self.us("prepared", "float8") == pytest.approx(1.44, abs=0.05)
         assert now / self.us("prepared", None) > 1.05
 
-    @pytest.mark.parametrize(
-        ("N", "K", "M", "form", "precision", "estimated"),
-        [
-            (4096, 4096, 8192, "torch", None, 520),
-            (4096, 4096, 8192, "torch", "float8", 469),
-            (4096, 4096, 8192, "torch", "float8 fast", 430),
-            (4096, 4096, 8192, "prepared", "float8 fast", 342),
-            (14336, 4096, 8192, "torch", None, 1601),
-            (14336, 4096, 8192, "torch", "float8", 1401),
-            (4096, 14336, 8192, "torch", "float8 fast", 1138),
-            (1024, 4096, 8192, "torch", None, 212),
-        ],
-    )
-    def test_an_exact_backward_is_within_its_15_percent(
-        self, N: int, K: int, M: int, form: str, precision: str | None, estimated: float
-    ) -> None:
-        found = estimate_exact(form, precision, M, N, K, P, Flags(), KNOWN[H200]).predicted_us
-        assert found == pytest.approx(estimated, rel=0.15)
+    def test_the_model_and_what_an_h200_measured(self) -> None:
+        """Fused products but int8's were measured with every wgmma waited for, as Triton 3.6 compiled them then."""
+        ratios: dict[str, list[float]] = {}
+        for row in json.loads((RESULTS / "exact-forms.json").read_text())["backward"]:
+            if row["form"] in ("torch", "prepared") or (row["form"], row["bits"]) == ("fused", "int8"):
+                precision = {"bf16": None, "float8": cost_exact.FAST}.get(row["bits"], row["bits"])
+                found = estimate_exact(row["form"], precision, 8192, row["N"], row["K"], P, Flags(), KNOWN[H200])
+                ratios.setdefault(row["form"], []).append(found.predicted_us / row["us"])
+        for form, least, most in (("torch", 0.9, 1.13), ("prepared", 0.93, 1.08), ("fused", 0.94, 1.06)):
+            assert min(ratios[form]) == pytest.approx(least, abs=0.02)
+            assert max(ratios[form]) == pytest.approx(most, abs=0.02)
 
     def test_reads_of_dy(self) -> None:
         """Of 16 bits: three and the quantisation's two by PyTorch, two by our kernels."""
@@ -76,33 +72,15 @@ class TestExact:
         assert after("prepared") == pytest.approx(1 + 2 + 1, abs=0.15)
         assert after("fused") == pytest.approx(1 + 1, abs=0.15)
 
-    def test_sums_of_int8_are_written_read_and_done(self) -> None:
-        """By cuBLAS, then by one pass, where PyTorch takes two more, and one for the adapter."""
-        M, N, K = 8192, 4096, 14336
-        found = estimate_exact("summed", "int8", M, N, K, P, Flags(), DEFAULT)
-        nbytes = [phase.hbm_bytes for phase in found.phases if phase.name == "product"]
-        assert nbytes == [M * N + N * K + 4 * M * K, (4 + 2 + 2) * M * K]
-        alone = estimate_exact("summed", "int8", M, N, K, P, Flags(need_dA=False), DEFAULT)
-        assert [phase.hbm_bytes for phase in alone.phases if phase.name == "product"][1] == (4 + 2) * M * K
-        for gpu in (H100, A100):
-            times = {form: self.us(form, "int8", gpu) for form in (*cost_exact.FORMS, "summed")}
-            assert min(times, key=lambda form: times[form]) == "summed"
-
     @pytest.mark.parametrize(
         ("N", "K", "name", "form"),
-        [
-            (4096, 4096, "float8", "prepared"),
-            (1024, 4096, "float8", "fused"),
-            (4096, 4096, None, "prepared"),
-            (4096, 4096, "int8", "summed"),
-        ],
+        [(4096, 4096, "float8", "fused"), (14336, 4096, "float8", "prepared"), (4096, 4096, None, "prepared")],
     )
     def test_the_choice(self, N: int, K: int, name: str | None, form: str) -> None:
         device = KNOWN[H100]
         assert tk.choose_exact(8192, N, K, P, torch.bfloat16, name, device, Flags()) == form
         times = {
-            one: estimate_exact(one, name, 8192, N, K, P, Flags(), device).predicted_us
-            for one in (*cost_exact.FORMS, *(["summed"] if name == "int8" else []))
+            one: estimate_exact(one, name, 8192, N, K, P, Flags(), device).predicted_us for one in cost_exact.FORMS
         }
         assert min(times, key=lambda one: times[one]) == form
 
@@ -118,7 +96,7 @@ class TestExact:
             }
             return tk.choose_exact(M=8192, flags=Flags(), **(arguments | changes))
 
-        assert choose() == "prepared"
+        assert choose() == "fused"
         assert choose(P=72) == choose(dtype=torch.float64) == choose(dtype=torch.float32) == "torch"
         assert choose(N=4100) == choose(device=KNOWN[A100]) == "torch"
         without_dx = tk.choose_exact(8192, 1024, 4096, P, torch.bfloat16, "float8", KNOWN[H100], Flags(need_dx=False))

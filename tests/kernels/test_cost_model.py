@@ -1,8 +1,10 @@
-"""The cost model against an independent estimate of the same kernels, and what must follow from its counts."""
+"""The cost model against what was measured, and what must follow from its counts."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from loge_kernels import triton_kernels as tk
 from loge_kernels.triton_kernels import cost_cuda, cost_sm90
 from loge_kernels.triton_kernels.configs import best_entry, padded, shipped
-from loge_kernels.triton_kernels.cost_model import Flags, _tile, _Tiles, estimate_one_launch, estimate_two_launch
+from loge_kernels.triton_kernels.cost_model import Flags, _tile, _Tiles, estimate_one_launch
 from loge_kernels.triton_kernels.explanation import Explanation
 from loge_kernels.triton_kernels.library import dense_product, estimate_torch, narrow_product
 from loge_kernels.triton_kernels.phases import BOUNDS, Estimate, Phase, l2_traffic
@@ -20,94 +22,17 @@ from loge_kernels.triton_kernels.rates import DEFAULT, KERNEL_US, KNOWN, OVERLAP
 H100, H200, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA A100-SXM4-80GB"
 P = 16
 
-# An estimate on paper of bfloat16 with an adapter of 16, in microseconds: the PyTorch composition, the sm_90 kernels
-# without what is small beside them, Triton's one launch and two launches. It is itself good to 15 %.
-#
-# The Triton forms by hand, W = R + 16, s slabs of rows, bytes through L2 at 6.2 TB/s (H100: 6.0) and through HBM at
-# 0.92 of 4.3 (3.0), cycles at 1.7 GHz; bounds that come near each other add up to 9 %:
-#   project: 2MN a column of 256 of R (dY), 2sNW (left, B), 64sN (dB's atomics, two stores each, at half weight), T: MW
-#     where it is whole, 4MW a split where N is in 132 / s parts. Then 4 for the launch. Parts: a fill of 4MW, 2.5.
-#   expand, R <= 256: 3MK (x, and dX at half weight), 2sKW (right, A), 64sK (dA), 2MW for each of 132 / s chunks of K.
-#     HBM: 4MK. Then 4, and 3.6 where a slab sums its parts. R = 512: T once for each 256 columns of K; of parts the sum
-#     is rounded first, 6MW and 2.5.
-#   The small kernels: 10. M = 8192, N = K = 4096, R = 512, s = 64: 134 + 277 + 17 + 4 MB, 70 + 4; 101 + 277 + 17 + 138
-#   MB, 86 + 4; 174 in all, where T in fp32 at 128 columns took 268: 277 MB in place of 138 of 16 bits at 256, with the
-#   waits of that loop. Products are 2 x 45 us: L2 holds both kernels.
-#   one launch: slabs of 64 rows, of 128 for R = 256. Of 64 columns over N a step takes dB's product, 100 cycles, and
-#     the longer of the others and of loads at 128 B a cycle and 350; over K dA's and the adapter's, 200, and the longer
-#     of T right and of loads, dX staged, and 400. M <= 8192, R = 256: 64 steps of 260 + 1184 and of 424 + 1072 cycles.
-#    N     K     M     R  torch sm90 one  two
-ESTIMATED = """
-H200  4096  4096  4096  64   69   32   78   51
-H200  4096  4096  4096 128   75   35   86   56
-H200  4096  4096  4096 256   91   41  138   69
-H200  4096  4096  4096 512  118   65    -  110
-H200  4096  4096  8192  64  117   58   86   79
-H200  4096  4096  8192 128  125   62  103   87
-H200  4096  4096  8192 256  151   72  138  110
-H200  4096  4096  8192 512  198  123    -  174
-H200  4096  4096 16384  64  214  109  157  129
-H200  4096  4096 16384 128  230  115  195  142
-H200  4096  4096 16384 256  280  131  175  179
-H200  4096  4096 16384 512  370  238    -  330
-H200 14336  4096  4096  64  131   55  143   77
-H200 14336  4096  4096 128  150   62  164   89
-H200 14336  4096  4096 256  188   78  289  115
-H200 14336  4096  4096 512  251  137    -  196
-H200 14336  4096  8192  64  240  103  163  131
-H200 14336  4096  8192 128  259  116  206  152
-H200 14336  4096  8192 256  323  145  289  202
-H200 14336  4096  8192 512  427  267    -  347
-H200 14336  4096 16384  64  457  199  311  234
-H200 14336  4096 16384 128  495  222  399  272
-H200 14336  4096 16384 256  618  278  361  362
-H200 14336  4096 16384 512  817  527    -  675
-H200  4096 14336  4096  64  131   76  171   94
-H200  4096 14336  4096 128  144   79  187  101
-H200  4096 14336  4096 256  174   85  299  123
-H200  4096 14336  4096 512  233  137    -  217
-H200  4096 14336  8192  64  240  146  188  165
-H200  4096 14336  8192 128  259  150  223  177
-H200  4096 14336  8192 256  313  160  299  218
-H200  4096 14336  8192 512  419  267    -  389
-H200  4096 14336 16384  64  457  284  362  302
-H200  4096 14336 16384 128  495  291  434  322
-H200  4096 14336 16384 256  598  306  390  394
-H200  4096 14336 16384 512  801  527    -  760
-H200  1024  4096  4096  64   50   25   58   43
-H200  1024  4096  4096 128   53   27   62   46
-H200  1024  4096  4096 256   61   30   93   55
-H200  1024  4096  4096 512   78   43    -   84
-H200  1024  4096  8192  64   80   45   63   63
-H200  1024  4096  8192 128   85   46   72   68
-H200  1024  4096  8192 256  100   50   93   82
-H200  1024  4096  8192 512  129   79    -  122
-H200  1024  4096 16384  64  142   82  111   98
-H200  1024  4096 16384 128  151   83  133  103
-H200  1024  4096 16384 256  179   87  119  124
-H200  1024  4096 16384 512  236  151    -  226
-H100  4096  4096  8192  64  160   80   96   97
-H100  4096  4096  8192 128  163   81  110  103
-H100  4096  4096  8192 256  180   87  142  120
-H100  4096  4096  8192 512  232  130    -  179
-H100 14336  4096  8192  64  335  144  177  161
-H100 14336  4096  8192 128  341  145  216  174
-H100 14336  4096  8192 256  388  160  294  216
-H100 14336  4096  8192 512  502  285    -  358
-H100  4096 14336  8192  64  335  205  221  220
-H100  4096 14336  8192 128  341  205  243  227
-H100  4096 14336  8192 256  377  211  307  249
-H100  4096 14336  8192 512  494  285    -  402
-H100  1024  4096  8192  64  107   61   72   78
-H100  1024  4096  8192 128  110   62   78   82
-H100  1024  4096  8192 256  118   65   96   92
-H100  1024  4096  8192 512  150   84    -  126
-"""
-
-
-def shapes() -> list[Any]:
-    rows = [line.split() for line in ESTIMATED.strip().splitlines()]
-    return [pytest.param({"H100": H100, "H200": H200}[gpu], *row, id=" ".join([gpu, *row[:4]])) for gpu, *row in rows]
+MEASURED = json.loads((Path(__file__).parents[2] / "bench/results/h200/linear.json").read_text())["rows"]
+# What `bench linear` calls it, what the model calls it, and what the prediction may be of the measured time. Triton's
+# kernels for factors were measured with every wgmma waited for, as Triton 3.6 compiled them then.
+CANDIDATES = {
+    "loge cuda": ("cuda sm90", 0.74, 0.96),
+    "loge reference": ("torch", 1.02, 1.26),
+    "exact": ("torch 16-bit", 1.12, 1.16),
+    "exact float8": ("torch float8 fast", 1.03, 1.05),
+    "exact int8": ("torch int8", 0.9, 0.97),
+    "exact float8 triton": ("prepared float8 fast", 0.85, 0.9),
+}
 
 
 def config(kernel: str, R: int) -> Any:
@@ -116,22 +41,26 @@ def config(kernel: str, R: int) -> Any:
     return entry.config
 
 
-@pytest.mark.parametrize(("gpu", "n", "k", "m", "r", "torch_us", "sm90_us", "one_us", "two_us"), shapes())
-def test_every_row_of_the_estimate(
-    gpu: str, n: str, k: str, m: str, r: str, torch_us: str, sm90_us: str, one_us: str, two_us: str
-) -> None:
-    sizes, device = (int(m), int(n), int(k), int(r), P), KNOWN[gpu]
-    assert estimate_torch(*sizes, Flags(), device).predicted_us == pytest.approx(float(torch_us), rel=0.1)
-    two = estimate_two_launch(*sizes, config("two_launch", int(r)), Flags(), device)
-    assert two.predicted_us == pytest.approx(float(two_us), rel=0.1)
-    if one_us != "-":
-        one = estimate_one_launch(*sizes, config("one_launch", int(r)), Flags(), device)
-        assert one.predicted_us == pytest.approx(float(one_us), rel=0.1)
-    if sm90_us != "-":
-        cuda = cost_cuda.estimate_cuda(*sizes, Flags(), device)
-        small = sum(phase.us for phase in cuda.phases if phase.name == "small")
-        assert cuda.predicted_us - small == pytest.approx(float(sm90_us), rel=0.13)
-        assert estimate_torch(*sizes, Flags(), device).predicted_us > 1.3 * cuda.predicted_us
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_the_model_and_what_an_h200_measured(name: str) -> None:
+    """The whole range of its errors: a change of a rate or a count is seen here."""
+    form, least, most = CANDIDATES[name]
+    ratios = []
+    for row in MEASURED:
+        if row["mode"] == "graph" and row["candidate"].rsplit(" R=", 1)[0] == name:
+            found = explained(row["rank"], H200, row["M"], row["N"], row["K"]).candidates
+            ratios += [c.predicted_us / row["seconds"] / 1e6 for c in found if form in (c.name, c.form)]
+    assert len(ratios) == (9 if "loge" in name else 3)
+    assert (min(ratios), max(ratios)) == (pytest.approx(least, abs=0.02), pytest.approx(most, abs=0.02))
+
+
+@pytest.mark.parametrize("gpu", [H200, H100])
+@pytest.mark.parametrize("M", [4096, 8192, 16384])
+def test_the_cuda_kernels_are_1_3_times_as_fast_as_pytorch(M: int, gpu: str) -> None:
+    for N, K in ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)):
+        for R in (64, 128, 256, 512):
+            cuda = cost_cuda.estimate_cuda(M, N, K, R, P, Flags(), KNOWN[gpu])
+            assert estimate_torch(M, N, K, R, P, Flags(), KNOWN[gpu]).predicted_us > 1.3 * cuda.predicted_us, (N, K, R)
 
 
 def explained(R: int | None = 256, gpu: str = H200, M: int = 8192, N: int = 4096, K: int = 4096) -> Explanation:
@@ -156,10 +85,10 @@ class TestPhases:
         assert estimate.host_us > replace(estimate, phases=walks[:1]).host_us > 0.0
 
     def test_the_walks_of_one_kernel_have_limits_of_their_own(self) -> None:
-        """R = 256: shared memory holds the walk over N, HBM that over K, which reads x and writes dX."""
-        cuda = cost_cuda.estimate_cuda(8192, 4096, 4096, 256, P, Flags(), DEFAULT)
+        """R = 128: L2 holds the walk over N, HBM that over K, which reads x and writes dX."""
+        cuda = cost_cuda.estimate_cuda(8192, 4096, 4096, 128, P, Flags(), DEFAULT)
         limits = {phase.name: phase.limit for phase in cuda.phases}
-        assert (limits["walk N"], limits["walk K"], limits["exchange"]) == ("shared", "hbm", "latency")
+        assert (limits["walk N"], limits["walk K"], limits["exchange"]) == ("l2", "hbm", "latency")
 
     def test_atomics_count_as_two_stores_and_stores_half(self) -> None:
         assert l2_traffic(100, 0, 0) == l2_traffic(0, 200, 0) == l2_traffic(0, 0, 100) == 100
@@ -172,13 +101,12 @@ class TestPhases:
         assert (over_n.shared, over_k.shared) == (170 * 1024, 170 * 1024)
 
     def test_triton_waits_in_each_step(self) -> None:
-        """So that half as many rows, on half of the card, take as long."""
+        """So that half as many rows, on half of the card, wait as long."""
         walks = [
             estimate_one_launch(M, 4096, 4096, 256, P, config("one_launch", 256), Flags(), DEFAULT).phases[0]
             for M in (4096, 8192)
         ]
-        assert walks[0].limit == "latency"
-        assert walks[1].us < 1.01 * walks[0].us
+        assert 0.0 < walks[0].latency_us == walks[1].latency_us
 
     def test_with_wgmma_a_step_waits_for_thin_products_alone(self) -> None:
         """R = 256, a step of 64 columns of 128 rows over N: dB in 8 pieces of 20 cycles and a wait of 100, then T_R and
@@ -192,6 +120,8 @@ class TestPhases:
         ampere = replace(hopper, device=KNOWN[A100])
         step = ampere.over_n(True, True)
         assert step.latency == pytest.approx(step.tensor + loads + 450)
+        moved = 64 * (128 + 256 + 16 + 2 * 128) * 2 / 128  # over K each product is waited for, and dX is staged
+        assert hopper.over_k(True, True).latency == 2 * 17 * 32 + 8 * 20 + 3 * 100 + moved + 400
 
     def test_a_tile_of_a_large_rank_by_hand(self) -> None:
         """[128, 256] of dX at R = 512: 8 steps of 64, the adapter's 16 and dA. A step loads 48 KiB and reads 80 as
@@ -222,17 +152,17 @@ class TestPhases:
 
 class TestLibrary:
     def test_narrow_products_reach_a_share_of_the_rate(self) -> None:
-        assert [narrow_share(DEFAULT, width) for width in (144, 272, 528)] == [0.45, 0.56, 0.72]
+        assert [narrow_share(DEFAULT, width) for width in (144, 272, 528)] == [0.42, 0.6, 0.78]
         shares = [narrow_share(DEFAULT, width) for width in (1, 16, 80, 100, 144, 500, 2000, 4096, 9999)]
         assert shares == sorted(shares)
         assert shares[-1] == 1.0
         wide = narrow_product("T", DEFAULT, 8192, 4096, 272)
-        assert wide.tensor_us == pytest.approx(2 * 8192 * 4096 * 272 / (0.56 * DEFAULT.tflops_16 * 1e6))
+        assert wide.tensor_us == pytest.approx(2 * 8192 * 4096 * 272 / (0.6 * DEFAULT.tflops_16 * 1e6))
 
     def test_skinny_products_move_at_their_own_rate(self) -> None:
         dA = narrow_product("dA", DEFAULT, P, 8192, 4096)
         assert dA.limit == "hbm"
-        assert dA.hbm_us == pytest.approx(2 * (P * 8192 + 8192 * 4096 + P * 4096) / (0.62 * DEFAULT.hbm_gbs * 1e3))
+        assert dA.hbm_us == pytest.approx(2 * (P * 8192 + 8192 * 4096 + P * 4096) / (0.7 * DEFAULT.hbm_gbs * 1e3))
 
     def test_dense_products_run_at_the_rate_that_lasts(self) -> None:
         flops = 2 * 8192 * 4096 * 4096

@@ -54,7 +54,6 @@ def steps(ptx: str) -> list[list[str]]:
     ("name", "waits", "wide"),
     [
         ("project 16-bit R<=8192", 1, ["n256"] * 4 + ["n16"] * 4),  # for dB
-        ("expand_slab 16-bit R<=256", 2, ["n64"] * 16),  # for dA and for the adapter's part
         ("expand_tiles 16-bit R<=8192", 0, ["n256"] * 4),
     ],
 )
@@ -84,6 +83,47 @@ def test_the_committed_table_is_whole_and_clean(version: str) -> None:
         arch, job = jobs[key]
         row = Row(arch=arch, name=job.name, **numbers)
         assert list(compile_check._problems(job, row, ARCHITECTURES[arch])) == [], key
+
+
+BROKEN = """\
+        /*53a0*/                   UMOV UR4, URZ ;                                 /* 0x0000003f00047c82 */
+        /*53b0*/                   ULEA UR5, UR9, UR7, 0xe ;
+        /*53c0*/                   HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8].tnspA.tnspB, RZ, !UPT ;
+        /*53d0*/                   UIADD3 UR10, UP0, UR5, 0x20, URZ ;
+        /*53e0*/                   UIADD3 UR8, UP1, UR8, 0x80, URZ ;
+        /*53f0*/                   UIADD3.X UR11, UR5, -0x3ffffff0, URZ, UP0, !UPT ;
+        /*5400*/                   UIADD3.X UR9, UR4, 0x40000040, URZ, UP1, !UPT ;
+"""
+
+
+def test_a_descriptor_that_points_elsewhere_is_found() -> None:
+    """As ptxas 12.8 wrote it once: the lower half of an address, or anything, where its upper half should be."""
+    (found,) = compile_check.broken_descriptors(BROKEN)
+    assert found == "UIADD3.X UR11, UR5, -0x3ffffff0, URZ, UP0, !UPT"
+    whole = BROKEN.replace("UR5, 0x20", "UR6, 0x20").replace("ULEA UR5, UR9, UR7, 0xe", "UMOV UR5, URZ")
+    assert compile_check.broken_descriptors(whole) == []
+    over = whole.replace("HGMMA", "ULDC.64 UR4, c[0x0][0x250] ;\n  HGMMA")  # two registers, and neither is zero
+    assert len(compile_check.broken_descriptors(over)) == 2
+    assert compile_check.broken_descriptors(whole.replace("-0x3ffffff0", "0x10")) == []  # of a pointer
+    job = jobs_for("sm_90")[0]
+    row = Row(arch="sm_90", name=job.name, registers=1, stack=0, spills=0, shared=0, hmma=0, hgmma=1, broken=1)
+    (problem,) = compile_check._problems(job, row, ARCHITECTURES["sm_90"])
+    assert "descriptor" in problem
+    assert compile_check._numbers(row)["broken"] == 1
+
+
+def test_products_that_are_waited_for_one_by_one_are_counted() -> None:
+    """As ptxas writes them where a copy of an accumulator is in the way: each is a group of its own."""
+    ptx = "wgmma.mma_async a; wgmma.mma_async b; wgmma.commit_group"
+    apart = "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;\nWARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n" * 2
+    assert compile_check.serialised(apart, ptx) == 2
+    assert compile_check.serialised(apart.replace(", gsb0", "", 1), ptx) == 0
+    assert compile_check.serialised(apart, ptx.replace("wgmma.mma_async b;", "")) == 0  # the source asks for it
+    assert compile_check.serialised("HMMA.16816.F32 R4, R8 ;", "") == 0
+    job = jobs_for("sm_90")[0]
+    row = Row(arch="sm_90", name=job.name, registers=1, stack=0, spills=0, shared=0, hmma=0, hgmma=1, serialised=2)
+    (problem,) = compile_check._problems(job, row, ARCHITECTURES["sm_90"])
+    assert "one by one" in problem
 
 
 def test_a_difference_is_reported() -> None:

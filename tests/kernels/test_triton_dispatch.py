@@ -142,9 +142,9 @@ class TestDevices:
 class TestTables:
     @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
     @pytest.mark.parametrize("aligned", [False, True])
-    @pytest.mark.parametrize("bits", [16, 32])
     @pytest.mark.parametrize(("rank", "adapter"), [(16, 16), (128, 16), (256, 64)])
-    def test_every_rank_is_served(self, rank: int, adapter: int, bits: int, aligned: bool, arch: str) -> None:
+    def test_every_rank_is_served(self, rank: int, adapter: int, aligned: bool, arch: str) -> None:
+        bits = 16
         for kernel in ("one_launch", "two_launch"):
             assert best_entry((shipped(arch),), kernel, bits, rank, adapter, aligned) is not None
         assert best_entry((shipped(arch),), "two_launch", bits, availability.MAX_RANK, adapter, aligned) is not None
@@ -259,8 +259,8 @@ class TestTables:
         assert unaffected == best_entry((shipped("sm_90"),), "one_launch", 16, 256, 16, True).config
 
     @pytest.mark.parametrize("kernel", ["one_launch", "two_launch", "forward"])
-    @pytest.mark.parametrize("bits", [16, 32])
-    def test_the_search_space_is_made_of_valid_entries(self, bits: int, kernel: str) -> None:
+    def test_the_search_space_is_made_of_valid_entries(self, kernel: str) -> None:
+        bits = 16
         entries = tuple(Entry(kernel, bits, 128, 16, True, c) for c in tuning.search_space(kernel, bits, 128, 16))
         assert 0 < len(entries) < 60
         assert parse_table(to_json(entries, "here", "test"), "here") == entries
@@ -294,6 +294,13 @@ class TestReasons:
     )
     def test_reasons(self, problem: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert words in str(self.reason(monkeypatch, **problem))
+
+    def test_on_a_gpu_float32_stays_with_pytorch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(availability, "why_not_here", lambda: None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        problem = {"device": torch.device("cuda"), "R": 16, "P": 8}
+        assert "float32" in str(availability.why_not(dtype=torch.float32, **problem))
+        assert availability.why_not(dtype=torch.bfloat16, lora_dtype=torch.float32, **problem) is None
 
     def test_a_device_with_too_little_shared_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         small = from_properties(SimpleNamespace(name="tiny", major=8, minor=6, shared_memory_per_block_optin=16384))

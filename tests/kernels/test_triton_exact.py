@@ -98,26 +98,10 @@ class TestExactBackward:
         check(problem(*sizes, dtype, eight_bits))
 
     @DTYPES
-    @pytest.mark.parametrize("deterministic", [False, True])
-    @pytest.mark.parametrize("sizes", [(1, 33, 17, 3), (33, 48, 70, 5), (40, 64, 33, 16)])
-    def test_over_the_sums_of_another_product(
-        self, sizes: tuple[int, ...], deterministic: bool, dtype: torch.dtype
-    ) -> None:
-        """The same bits as where the kernel multiplies itself: the sums are integers."""
-        p = problem(*sizes, dtype, INT8, deterministic=deterministic)
-        assert torch.equal(check(p, "summed").dx, check(p, "fused").dx)
-
-    def test_sums_with_any_strides(self) -> None:
-        sums, scale = torch.randint(-900, 900, (70, 33), dtype=torch.int32).t(), torch.rand(33)
-        dx, _ = tk.product(sums, None, dy_scale=scale, dtype=torch.float32)
-        assert torch.equal(dx, sums * scale[:, None])
-
-    @DTYPES
     @pytest.mark.parametrize("probability", [0.1, 0.7])  # thresholds on both sides of 2^31
     def test_dropout(self, probability: float, dtype: torch.dtype) -> None:
         check(problem(50, 40, 72, 5, dtype, dropout=probability))
         check(problem(50, 64, 48, 5, dtype, INT8, dropout=probability))
-        check(problem(50, 64, 48, 5, dtype, INT8, dropout=probability), "summed")
 
     def test_without_an_adapter(self) -> None:
         check(problem(40, 64, 48, None, torch.float32))
@@ -168,12 +152,6 @@ class TestExactBackward:
             tk.product(p.dy.to(torch.int8), p.weight.to(torch.int8))
         with pytest.raises(ValueError, match="is None"):
             tk.product(p.dy, p.weight, x=p.x)
-        sums = torch.zeros(5, 8, dtype=torch.int32)
-        for dy, weight, options in ((sums, p.weight, {}), (p.dy, None, {}), (sums, None, {"dtype": None})):
-            with pytest.raises(ValueError, match="sums are in int32, have no weight, and need dX's dtype"):
-                tk.product(dy, weight, **{"dy_scale": torch.ones(5), "dtype": torch.float32} | options)
-        with pytest.raises(ValueError, match="dy_scale"):
-            tk.product(sums, None, dtype=torch.float32)
 
 
 class TestQuantization:
@@ -270,16 +248,14 @@ class TestWeightInEightBits:
         y = rounded @ weight.t()
         if P:
             y += 1.5 * (p.x.double() @ p.lora_A.double().t()) @ p.lora_B.double().t()
-        plain, plain_xa = reference.forward(o)
-        forms: tuple[Any, ...] = ("fused", "summed") if eight_bits == INT8 else ("fused",)
-        for form in forms:
-            with guard_bands("exact_launch"):
-                got, xa = triton_backend.forward_in_eight_bits(o, form)
-            assert_close("y", got, plain, y)
-            assert (xa is None) == (P is None)
-            assert xa is None or torch.equal(xa, plain_xa)
         with guard_bands("exact_launch"):
-            computed = [exact_backward(p, form) for form in forms]
+            got, xa = triton_backend.forward_in_eight_bits(o)
+        plain, plain_xa = reference.forward(o)
+        assert_close("y", got, plain, y)
+        assert (xa is None) == (P is None)
+        assert xa is None or torch.equal(xa, plain_xa)
+        with guard_bands("exact_launch"):
+            computed = exact_backward(p, "fused")
         exact = reference.backward(p)
         double = in_double(p)
         double.dense = double.weight_scale = None
@@ -290,8 +266,7 @@ class TestWeightInEightBits:
         truth = reference.backward(double)
         for name in ("dx", "dA", "dB", "dbias"):
             if getattr(exact, name) is not None:
-                for each in computed:
-                    assert_close(name, *(getattr(g, name) for g in (each, exact, truth)))
+                assert_close(name, *(getattr(g, name) for g in (computed, exact, truth)))
 
 
 class TestTraffic:
@@ -311,15 +286,6 @@ class TestTraffic:
         assert recorder.of(p.dy) == Traffic(loaded=(reads + product) * M * N * 2)
         assert recorder.of(p.x) == Traffic(loaded=M * K * 2)
         assert recorder.of(gradients.dx) == Traffic(stored=M * K * 2)
-
-    def test_sums_are_read_once(self) -> None:
-        sums, scale = torch.ones(70, 300, dtype=torch.int32), torch.ones(70)
-        t, lora_A, x = torch.ones(70, 5), torch.ones(5, 300).half(), torch.ones(70, 300).half()
-        with recording() as recorder:
-            dx, _ = tk.product(sums, None, t=t, lora_A=lora_A, x=x, dy_scale=scale, dtype=torch.float16)
-        assert recorder.of(sums) == Traffic(loaded=70 * 300 * 4)
-        assert recorder.of(x) == Traffic(loaded=70 * 300 * 2)
-        assert recorder.of(dx) == Traffic(stored=70 * 300 * 2)
 
     def test_sums_are_added_once_a_chunk(self) -> None:
         M, N, P = 96, 256, 4

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 import loge_kernels as loge
-from loge_kernels.backend import choice
-from loge_kernels.backend import triton as triton_backend
 from loge_kernels.numerics.eight_bit import DTYPES, dequantize, quantize_weight
 
 M, N, K, P = 6, 48, 64, 4
@@ -109,23 +107,3 @@ def test_refused(case: str) -> None:
     given = operands("int8") | {"bias": None, "lora_A": None, "lora_B": None}
     with pytest.raises(error, match=message):
         call(given | changes)
-
-
-@pytest.mark.parametrize("form", ["fused", "summed", "prepared", "torch"])
-def test_the_forward_is_of_the_form_that_is_predicted_to_be_fastest(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By Triton where a kernel of its own ends it, by PyTorch elsewhere."""
-    taken: list[str] = []
-
-    def by_triton(o: Any, form: str) -> Any:
-        taken.append(form)
-        return choice.reference.forward(o)
-
-    monkeypatch.setattr(choice, "_by_triton", lambda o: True)
-    monkeypatch.setattr(triton_backend, "quantize", choice.reference.quantize)
-    monkeypatch.setattr(triton_backend, "eight_bits_form", lambda o: form)
-    monkeypatch.setattr(triton_backend, "forward_in_eight_bits", by_triton)
-    given = operands("int8")
-    y = call(given)
-    assert taken == ([form] if form in ("fused", "summed") else [])
-    monkeypatch.undo()
-    assert torch.equal(y, call(given))
