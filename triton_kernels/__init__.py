@@ -12,7 +12,7 @@ from .availability import why_not_here
 from .configs import ForwardConfig, OneLaunchConfig, TwoLaunchConfig
 from .cost_model import Flags
 from .dispatch import forward_wins, why_not
-from .exact_choice import ExactForm, choose_exact, fuses, why_not_exact
+from .exact_choice import ExactForm, choose_exact, fuses, takes_dA, why_not_exact
 from .explanation import explain
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "prepare",
     "product",
     "quantize",
+    "takes_dA",
     "why_not",
     "why_not_exact",
     "why_not_here",

@@ -10,8 +10,13 @@ each in the operands' own dtype, in int8 or in float8 ("float8 fast" with use_fa
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
 from .configs import uses_wgmma
 from .cost_model import triton_flops
+from .exact_plan import product_takes_dA
 from .library import dense_product, narrow_product
 from .phases import Estimate, Flags, Phase, Step, cdiv, l2_traffic, passes, product_cycles, walk
 from .rates import (
@@ -111,7 +116,11 @@ def estimate_exact(
         casts = (flags.need_dA + flags.need_dB) * (itemsize == 2)
         phases.append(passes("small", device, 4 * M * (P + 1) + gradients, 1 + casts))  # one fill clears them all
     if form == "fused":
-        phases.append(_fused(*sizes, eight, flags, device, itemsize))
+        dA_apart = flags.need_dA and eight == "int8" and not product_takes_dA(torch.int8, flags.dropout, device)
+        phases.append(_fused(*sizes, eight, replace(flags, need_dA=flags.need_dA and not dA_apart), device, itemsize))
+        if dA_apart:
+            phases.append(passes("dA", device, M * P * (4 + itemsize)))
+            phases.append(narrow_product("dA", device, P, M, K, itemsize))
     else:
         phases += _library(*sizes, eight, flags, device, itemsize, bfloat16, first=form == "prepared")
     return Estimate(form, tuple(phases), precision=eight or own_precision(itemsize))

@@ -11,10 +11,16 @@ from . import availability
 from .cost_exact import FAST, estimate_exact, precisions
 from .devices import DeviceSpec, device_spec
 from .dispatch import config_for
+from .exact_plan import product_takes_dA
 from .phases import Flags
 
 # "torch": PyTorch's composition; "prepared": `exact_prepare`, then PyTorch's products; "fused": `exact_product` too.
 ExactForm = Literal["torch", "prepared", "fused"]
+
+
+def takes_dA(eight_bits: torch.dtype | None, dropout: float, device: torch.device) -> bool:
+    """Whether dA is to come from `product` as well, or from PyTorch (`exact_plan.product_takes_dA`)."""
+    return product_takes_dA(eight_bits, dropout > 0.0, device_spec(device))
 
 
 def fuses(dtype: torch.dtype) -> bool:

@@ -4,6 +4,7 @@ most registers."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,13 @@ import torch
 from .configs import PrepareConfig, ProductConfig
 from .cost_model import Flags
 from .devices import DeviceSpec
-from .exact_plan import prepare_constants, product_constants, quantize_constants, quantize_rows_constants
+from .exact_plan import (
+    prepare_constants,
+    product_constants,
+    product_takes_dA,
+    quantize_constants,
+    quantize_rows_constants,
+)
 
 _FLOAT8, _INT8 = torch.float8_e4m3fn, torch.int8
 _POINTERS = {_FLOAT8: "fp8e4nv", _INT8: "i8"}
@@ -63,6 +70,7 @@ def source(
         # The scales of a base's rows are multiplied into dY.
         scaled = eight_bits is not None and not column_scales
         rotation = rotation_of(eight_bits, column_scales)
+        flags = replace(flags, need_dA=product_takes_dA(eight_bits, dropout, device))
         constants = product_constants(
             P, eight_bits or dtype, dtype, flags, scaled, rotation, fast_accumulation, aligned, config, device
         )

@@ -30,6 +30,16 @@ def tile_k(config: ProductConfig, operands: torch.dtype, dropout: bool, fast_acc
     return config.block_k // 2 if second else config.block_k
 
 
+def product_takes_dA(eight_bits: torch.dtype | None, dropout: bool, device: DeviceSpec) -> bool:
+    """Whether `exact_product` takes dA too, or leaves it to PyTorch.
+
+    Of int8 Triton has no two wgmma in flight, so that two blocks must share a multiprocessor, and dA leaves no
+    registers for two: on an H200 a product took some 390 us with it and 220 without (M = 8192, 4096 x 4096), and
+    PyTorch's dA takes 30. With dropout it does, for else the masked x would pass through memory.
+    """
+    return dropout or eight_bits != torch.int8 or not uses_wgmma(device.capability, 16)
+
+
 @functools.lru_cache(maxsize=4096)
 def m_chunk_of(M: int, N: int, config: PrepareConfig, sms: int) -> int:
     """The rows a block of `exact_prepare` walks: few enough to fill the card, many enough to add dB seldom."""

@@ -163,8 +163,8 @@ TRITON_STORE_K = 400  # the same of dX and dA
 # What a tile of `expand_tiles` takes beside its products and the bytes it moves: T_P and A before the loop, the loop's
 # first loads and x after it, one latency of L2 or HBM after the other, which no other tile hides. An assumption.
 TRITON_TILE = 3000
-# Cycles that a step of an int8 product waits where one block fills a multiprocessor, as with dA's registers: Triton has
-# no two of its products in flight. 300 to 500 [H200].
+# Cycles that a step of an int8 product waits where one block fills a multiprocessor, as with the registers of dA and of
+# dropout: Triton has no two of its products in flight. 300 to 500 [H200].
 INT8_WAIT = 350
 # What a Triton product without such waits reaches of cuBLAS's rate: 0.95 in 8 bits [H200]; less where an epilogue is
 # not hidden, an assumption.

@@ -134,9 +134,7 @@ def backward(problem: BackwardProblem, prepared: Prepared | None = None) -> Grad
         gradients.dx = _input_gradient(p, T, T_P, lora_A, given)
     if p.need_dA:
         assert T_P is not None
-        assert p.x is not None
-        assert p.lora_A is not None
-        gradients.dA = matmul(T_P.t(), drop(p.x, p.seed, p.dropout), p.lora_A.dtype)
+        gradients.dA = adapter_gradient(p, T_P)
     if p.need_dB and gradients.dB is None:
         assert p.xa is not None
         assert p.lora_B is not None
@@ -145,6 +143,13 @@ def backward(problem: BackwardProblem, prepared: Prepared | None = None) -> Grad
     if p.need_dbias and gradients.dbias is None:
         gradients.dbias = p.dy.sum(0)
     return gradients
+
+
+def adapter_gradient(p: BackwardProblem, T_P: Tensor) -> Tensor:
+    """dA = T_Pᵀ drop(x) [P, K] in lora_A's dtype, with T_P = s · dY B [M, P]."""
+    assert p.x is not None
+    assert p.lora_A is not None
+    return matmul(T_P.t(), drop(p.x, p.seed, p.dropout), p.lora_A.dtype)
 
 
 def add_weight_gradient(gradients: Gradients, p: BackwardProblem) -> None:

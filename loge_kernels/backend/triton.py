@@ -98,11 +98,13 @@ def _why_not_exact(p: BackwardProblem) -> str | None:
 
 def exact_backward(p: BackwardProblem, form: kernels.ExactForm) -> Gradients:
     """All gradients of a dense frozen path. dY is read once for s·dY B, dB and db, and once more for 8 bits; then dX
-    and dA by one kernel ("fused"), which writes dX once, or by PyTorch's products ("prepared")."""
+    and dA by one kernel ("fused"), which writes dX once, or by PyTorch's products ("prepared"). Of int8 on Hopper dA is
+    PyTorch's in both."""
     eight_bits = None if p.dense is None else p.dense.dtype
     adapter = p.lora_B is not None
     fused = form == "fused" and kernels.fuses(p.dy.dtype)
-    sums_dA = fused and p.need_dA and p.lora_A is not None and not p.deterministic
+    takes_dA = fused and p.need_dA and kernels.takes_dA(eight_bits, p.dropout, p.dy.device)
+    sums_dA = takes_dA and p.lora_A is not None and not p.deterministic
     prepared = kernels.prepare(
         p.dy,
         p.xa,
@@ -127,7 +129,7 @@ def exact_backward(p: BackwardProblem, form: kernels.ExactForm) -> Gradients:
         weight,
         t=prepared.t,
         lora_A=p.lora_A,
-        x=p.x if p.need_dA else None,
+        x=p.x if takes_dA else None,
         dy_scale=prepared.scale,
         weight_scale=p.dense_scale,
         dtype=p.dy.dtype,
@@ -138,6 +140,9 @@ def exact_backward(p: BackwardProblem, form: kernels.ExactForm) -> Gradients:
         fast_accumulation=FAST_ACCUMULATION,
         deterministic=p.deterministic,
     )
+    if p.need_dA and not takes_dA:
+        assert prepared.t is not None
+        dA = reference.adapter_gradient(p, prepared.t.to(p.dy.dtype))
     gradients = Gradients(dx=dx, dbias=prepared.dbias, dA=dA, dB=prepared.dB)
     add_weight_gradient(gradients, p)
     return gradients

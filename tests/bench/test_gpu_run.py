@@ -26,7 +26,7 @@ def names(plan: list[list[Step]]) -> list[str]:
     return [step.name for beside in plan for step in beside]
 
 
-@pytest.mark.parametrize(("quick", "minutes"), [(True, 3), (False, 10)])
+@pytest.mark.parametrize(("quick", "minutes"), [(True, 5), (False, 11)])
 def test_what_an_emulator_cannot_show_comes_first_and_all_within_the_time(quick: bool, minutes: int) -> None:
     plan = gpu.steps(Path("r"), "cuda", quick)
     assert names(plan)[: len(gpu.HARDWARE) + 1] == [*gpu.HARDWARE, "linear"]

@@ -22,7 +22,8 @@ from loge_kernels.numerics.eight_bit import as_bits
 from loge_kernels.numerics.rotation import rotate
 from loge_kernels.triton_kernels.configs import PrepareConfig
 from loge_kernels.triton_kernels.cost_model import Traffic
-from loge_kernels.triton_kernels.exact_plan import m_chunk_of
+from loge_kernels.triton_kernels.exact_plan import m_chunk_of, product_takes_dA
+from loge_kernels.triton_kernels.rates import DEFAULT, KNOWN
 from loge_kernels.triton_kernels.traffic import recording
 
 pytestmark = needs_triton
@@ -96,6 +97,18 @@ class TestExactBackward:
     @pytest.mark.parametrize("sizes", [(1, 33, 17, 3), (33, 48, 70, 5), (40, 64, 33, 16)])
     def test_in_eight_bits(self, sizes: tuple[int, ...], eight_bits: torch.dtype, dtype: torch.dtype) -> None:
         check(problem(*sizes, dtype, eight_bits))
+
+    def test_of_int8_dA_is_pytorchs_or_the_products(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """PyTorch's on Hopper, which the interpreter plays, but with dropout."""
+        given = []
+        launched = tk.product
+        monkeypatch.setattr(tk, "product", lambda *a, **named: (given.append(named["x"]), launched(*a, **named))[1])
+        check(problem(33, 48, 70, 5, torch.float16, INT8))
+        check(problem(33, 48, 70, 5, torch.float16, INT8, dropout=0.5))
+        check(problem(33, 48, 70, 5, torch.float16, FLOAT8))
+        monkeypatch.setattr(tk, "takes_dA", lambda *_: True)
+        check(problem(33, 48, 70, 5, torch.float16, INT8))
+        assert [x is not None for x in given] == [False, True, True, True]
 
     @DTYPES
     @pytest.mark.parametrize("probability", [0.1, 0.7])  # thresholds on both sides of 2^31
@@ -275,11 +288,12 @@ class TestTraffic:
     __test__ = INTERPRETED
 
     @pytest.mark.parametrize(("eight_bits", "reads"), [(None, 1), (FLOAT8, 2), (INT8, 2)])
-    def test_dy_x_and_dx(self, eight_bits: torch.dtype | None, reads: int) -> None:
+    def test_dy_x_and_dx(self, eight_bits: torch.dtype | None, reads: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """Without 8 bits `exact_prepare` reads dY once and the product once in each column of tiles."""
         M, N, K, P = 70, 160, 300, 5
         p = problem(M, N, K, P, torch.float16, eight_bits)
         columns_of_tiles = 3  # of 128
+        monkeypatch.setattr(tk, "takes_dA", lambda *_: True)
         with recording() as recorder:
             gradients = exact_backward(p, "fused")
         product = columns_of_tiles if eight_bits is None else 0
@@ -295,6 +309,13 @@ class TestTraffic:
             prepared = tk.prepare(p.dy, p.xa, p.lora_B, 1.0)
         assert recorder.of(prepared.dB) == Traffic(stored=chunks * N * P * 4)
         assert recorder.of(prepared.t) == Traffic(stored=2 * M * P * 4)  # two blocks of 128 columns
+
+
+def test_who_computes_dA() -> None:
+    ampere = KNOWN["NVIDIA A100-SXM4-80GB"]
+    taken = [product_takes_dA(bits, drop, DEFAULT) for bits in (None, FLOAT8, INT8) for drop in (False, True)]
+    assert taken == [True, True, True, True, False, True]
+    assert product_takes_dA(INT8, False, ampere)
 
 
 def test_chunks_fill_the_card() -> None:
