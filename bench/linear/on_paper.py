@@ -56,7 +56,7 @@ def add_predictions(rows: Sequence[Row], device: torch.device) -> None:
         if words[0] == "loge":
             forms = _FORMS.get(words[1], ())
         elif words[0] == "exact":
-            forms = ("prepared", "fused") if "triton" in words else ("torch",)
+            forms = ("fused",) if "triton" in words else ("torch",)  # which a named backend takes
             precisions = next((_PRECISIONS[word] for word in words if word in _PRECISIONS), ("16-bit",))
         found = explained(row.case, row.rank, name).candidates
         fitting = [c.predicted_us for c in found if c.form in forms and c.precision in precisions]

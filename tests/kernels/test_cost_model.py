@@ -24,14 +24,13 @@ P = 16
 
 MEASURED = json.loads((Path(__file__).parents[2] / "bench/results/h200/linear.json").read_text())["rows"]
 # What `bench linear` calls it, what the model calls it, and what the prediction may be of the measured time. Triton's
-# kernels for factors were measured with every wgmma waited for, as Triton 3.6 compiled them then.
+# kernels were measured with every wgmma waited for, as Triton 3.6 compiled them then.
 CANDIDATES = {
     "loge cuda": ("cuda sm90", 0.74, 0.96),
     "loge reference": ("torch", 1.02, 1.26),
     "exact": ("torch 16-bit", 1.12, 1.16),
     "exact float8": ("torch float8 fast", 1.03, 1.05),
     "exact int8": ("torch int8", 0.9, 0.97),
-    "exact float8 triton": ("prepared float8 fast", 0.85, 0.9),
 }
 
 
