@@ -53,6 +53,7 @@ def run(**changes: Any) -> tuple[dict[str, Any], str]:
     return report, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_the_rivals_are_always_there(tmp_path: Path) -> None:
     report, printed = run(json=tmp_path / "step.json", checkpointing="both", slow_limit=1e9)
     assert report["passed"] is True, printed

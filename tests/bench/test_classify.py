@@ -137,6 +137,7 @@ def test_a_seed_decides_head_and_adapters(encoder: Path, decoder: Path) -> None:
         assert {"lora_A" in name for name in differs} == {True, False}
 
 
+@pytest.mark.slow
 def test_every_policy_has_the_same_start_and_the_same_batches(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = options(encoder)
     model, _ = training.load(given, 0)
@@ -166,6 +167,7 @@ def test_every_policy_has_the_same_start_and_the_same_batches(encoder: Path, mon
     assert result["rows"][3]["losses"] != pytest.approx(result["rows"][0]["losses"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_each_subspace_has_its_own_calibration(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibrate = Mock(side_effect=loge.calibrate)
     monkeypatch.setattr(training.loge, "calibrate", calibrate)
@@ -211,6 +213,7 @@ def test_a_decoder_classifies_by_its_last_token_with_a_head_of_its_own(decoder: 
     assert "in rank" in rows["rank=1/4"]["summary"]
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_run_again(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "new" / "classify.json"
     first = go(options(encoder, policies=("apply",), json=file))

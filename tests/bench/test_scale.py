@@ -184,6 +184,7 @@ def learnt(folder: Path, **steps: float | None) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_which_network_low_rank_needs(tmp_path: Path) -> None:
     """Inside the ranges that are printed a low-rank policy is sooner, outside it is not."""
     policy = "rank=1/8"

@@ -62,6 +62,7 @@ def test_frozen_layers(base, freeze, monkeypatch):
     assert ("predicted" in printed) == (freeze == "auto")
 
 
+@pytest.mark.slow
 def test_a_table_of_many_interrupted_and_resumed(base, tmp_path):
     """SwitchLoRA begins again, the others go on."""
     changes = {"method": ("low-rank", "loretta-rep", "switchlora:2e-2"), "freeze": 1, "out": tmp_path / "parts"}
