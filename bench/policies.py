@@ -11,6 +11,7 @@ exact:steps=1.1            any of them for 1.1 times the steps of the others, it
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -139,14 +140,14 @@ def argument(text: str) -> Any:
     """The value of an argument as it is typed: none, an int, a number or a fraction of two, or a word."""
     if text.lower() == "none":
         return None
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        return text
+    for number in (int, _fraction):
+        with contextlib.suppress(ValueError, ZeroDivisionError):
+            return number(text)
+    return text
+
+
+def _fraction(text: str) -> float:
+    return float(Fraction(text))
 
 
 def _split(text: str) -> tuple[str, list[str]]:

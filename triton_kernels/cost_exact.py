@@ -54,7 +54,7 @@ def rate_of(device: DeviceSpec, precision: str) -> float:
 
 
 def own_rate_of(device: DeviceSpec, precision: str) -> float:
-    """The same of our own products, which take int8 at the speed of float8: on an H200 cuBLAS has 0.62 of that."""
+    """The same of our own products, which take int8 at the speed of float8, as cuBLAS does not."""
     return max(device.int8, device.float8_fast) if precision == "int8" else rate_of(device, precision)
 
 
@@ -116,9 +116,9 @@ def estimate_exact(
         casts = (flags.need_dA + flags.need_dB) * (itemsize == 2)
         phases.append(passes("small", device, 4 * M * (P + 1) + gradients, 1 + casts))  # one fill clears them all
     if form == "fused":
-        dA_apart = flags.need_dA and eight == "int8" and not product_takes_dA(torch.int8, flags.dropout, device)
-        phases.append(_fused(*sizes, eight, replace(flags, need_dA=flags.need_dA and not dA_apart), device, itemsize))
-        if dA_apart:
+        taken = product_takes_dA(torch.int8 if eight == "int8" else None, flags.dropout, device)
+        phases.append(_fused(*sizes, eight, replace(flags, need_dA=flags.need_dA and taken), device, itemsize))
+        if flags.need_dA and not taken:
             phases.append(passes("dA", device, M * P * (4 + itemsize)))
             phases.append(narrow_product("dA", device, P, M, K, itemsize))
     else:

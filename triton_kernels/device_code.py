@@ -49,7 +49,8 @@ def walked(begin, end, WGMMA: tl.constexpr):
     whose masks may leave nothing.
 
     Around a loop that may take no step LLVM copies accumulators, and ptxas then waits for every single wgmma
-    (`compile_check.serialised`): a product in float8 took 1.35 times as long on an H200.
+    (`compile_check.serialised`): on an H200 a backward's product in float8 had some
+    920 TFLOP/s, where a forward's, with the same loop and not serialised, had 1250 (what is around them taken off).
     """
     if WGMMA:
         base = begin

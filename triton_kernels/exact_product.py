@@ -112,10 +112,10 @@ def exact_product(
     """Grid (cdiv(M, BM) · cdiv(K, BK),), a `grouped_tile` each.
 
     weight [N, K], contiguous, or with SCALES stored column by column; dx [M, K] contiguous; t [M, P] in fp32, scaled;
-    dA [P, K] in fp32, with a leading dimension of row blocks unless ATOMIC. SCALES: dy_scale
-    [M], and with WEIGHT_SCALES weight_scale [K]. ROTATE: W was rotated in blocks of so many columns, which divide BK,
-    and dX is rotated back; 1: it was not. IMPRECISE: terms of float8 that the tensor cores may sum in their own,
-    shorter accumulator before fp32 takes them; None: all.
+    dA [P, K] in fp32, with a leading dimension of row blocks unless ATOMIC. SCALES: dy_scale [M], and with
+    WEIGHT_SCALES weight_scale [K]. ROTATE: W was rotated in blocks of so many columns, which divide BK, and dX is
+    rotated back; 1: it was not. IMPRECISE: terms of float8 that the tensor cores may sum in their own, shorter
+    accumulator before fp32 takes them; None: all.
     """
     dtype = dx_ptr.dtype.element_ty
     pid_m, pid_k = grouped_tile(tl.cdiv(M, BM), tl.cdiv(K, BK), GROUP)
@@ -132,8 +132,8 @@ def exact_product(
     mask_k = offs_k < K
     mask_p = offs_p < P
     row_m = offs_m.to(tl.int64)[:, None]  # [BM, 1]
-    if P > 16 or not DROPOUT:  # which is not serialised, and would spill
-        tl.assume(N > 0)  # as `walked` does it, which takes a register more
+    if P > 16 or not DROPOUT:  # a narrow adapter with dropout is not serialised, and would spill
+        tl.assume(N > 0)  # to the end of `walked`, which takes a register more
     b_dx = exact_sum(
         dy_ptr,
         weight_ptr,

@@ -139,7 +139,8 @@ CAST = 0.50  # PyTorch kernels that broadcast and change the dtype
 CAST_FLOAT8 = 0.16  # the same to float8 [H200]
 
 # ---- between L2 and a multiprocessor [review] ----
-TILED_L2 = 1.9  # times the rate of a walk at which our products in tiles load: 9.8 TB/s in int8 [H200]
+# Times the rate of a walk at which our products in tiles load: 9.8 TB/s in int8, of a forward less its x Aᵀ [H200].
+TILED_L2 = 1.9
 L2_WRITE = 0.5  # weight of a stored byte over a loaded one; an atomic costs twice a store
 L2_KEPT = 0.5  # share of L2 in which a kernel's results wait for the next one's reads, beside operands read once
 SM_DRAW = 1.45  # times its share of L2's rate that a multiprocessor draws where others idle: 40 of 27.6 B a cycle
@@ -166,8 +167,8 @@ TRITON_TILE = 3000
 # Cycles that a step of an int8 product waits where one block fills a multiprocessor, as with the registers of dA and of
 # dropout: Triton has no two of its products in flight. 300 to 500 [H200].
 INT8_WAIT = 350
-# What a Triton product without such waits reaches of cuBLAS's rate: 0.95 in 8 bits [H200]; less where an epilogue is
-# not hidden, an assumption.
+# What a Triton product without such waits reaches of cuBLAS's rate: 0.95 in 8 bits, of a forward less its x Aᵀ [H200];
+# less where an epilogue is not hidden, an assumption.
 TRITON_MATRIX_SHARE = 0.85
 
 # ---- microseconds [review] ----
