@@ -103,7 +103,8 @@ def _rows(reports: list[dict[str, Any]], options: FrontierOptions) -> list[dict[
         raise ValueError(f"{reports[0]['model']}: every run of {PEFT} diverged, so that there is no loss to wait for")
     gains = {row["seed"]: rival["before"] - row["curve"][-1]["heldout"] for row in rival["rows"]}
     policies = dict.fromkeys(row["policy"] for report in reports for row in report["rows"])
-    rows = [_row(text, _best(text, reports), gains, options) for text in policies]
+    layers = (reports[0]["sizes"] or {}).get("layers")
+    rows = [_row(text, _best(text, reports), gains, layers, options) for text in policies]
     peft = next(row for row in rows if row["policy"] == PEFT)
     for row in rows:
         row["speedup"] = {
@@ -126,10 +127,13 @@ def _best(policy: str, reports: list[dict[str, Any]]) -> dict[str, Any] | None:
     return min(found, key=lambda each: each[0])[1] if found else None
 
 
-def _row(text: str, runs: dict[str, Any] | None, gains: dict[int, float], options: FrontierOptions) -> dict[str, Any]:
+def _row(
+    text: str, runs: dict[str, Any] | None, gains: dict[int, float], layers: int | None, options: FrontierOptions
+) -> dict[str, Any]:
     """One policy. "steps" is None where a seed did not come to the loss, as is what follows from it."""
     row: dict[str, Any] = {"policy": text, "lr": None, "seeds": 0, "recovered": None, "recovered_range": None}
-    row |= {"steps": None, "predicted_seconds": dict.fromkeys(options.gpus), "gathered_bytes": _gathered(text, options)}
+    row |= {"steps": None, "predicted_seconds": dict.fromkeys(options.gpus)}
+    row["gathered_bytes"] = _gathered(text, layers, options)
     if runs is None:
         return row
     both = [each for each in runs["rows"] if gains.get(each["seed"], 0.0) > 0.0]
@@ -144,29 +148,30 @@ def _row(text: str, runs: dict[str, Any] | None, gains: dict[int, float], option
         return row
     row["steps"] = statistics.fmean(steps)
     for gpu in options.gpus:
-        step = _step(text, gpu, options)
+        step = _step(text, gpu, layers, options)
         row["predicted_seconds"][gpu] = None if step is None else row["steps"] * step
     return row
 
 
-def _step(text: str, gpu: str, options: FrontierOptions) -> float | None:
-    """None for a policy that paper does not know, or that the GPU has no products for."""
+def _step(text: str, gpu: str, layers: int | None, options: FrontierOptions) -> float | None:
+    """None for a policy that paper does not know, for a model of so many `layers`, or that the GPU cannot run."""
     try:
-        policy = parse(text).on_paper()
+        policy = parse(text).on_paper(layers)
         policy = policy if policy.peft else replace(policy, kernels=True)
         return step_seconds(policy, known("--gpu", gpu, GPUS), options.model, _TOKENS)
     except ValueError:
         return None
 
 
-def _gathered(text: str, options: FrontierOptions) -> float | None:
+def _gathered(text: str, layers: int | None, options: FrontierOptions) -> float | None:
     """Bytes that FSDP2 gathers for a step, forward and backward, of all blocks; None for what paper does not know."""
     llama, gpu = LLAMAS[known("--model", options.model, LLAMAS)], known("--gpu", options.gpus[0], GPUS)
     try:
-        block = traffic(held(llama, parse(text).on_paper(), gpu, _TOKENS, lora_rank=16), "fsdp2")
+        policy = parse(text).on_paper(layers)
+        block = traffic(held(llama, policy, gpu, _TOKENS, lora_rank=16), "fsdp2")
     except ValueError:
         return None
-    return llama.layers * (block.forward + block.backward)
+    return llama.layers * (block.forward + (1.0 - policy.frozen) * block.backward)
 
 
 def _over(a: float | None, b: float | None) -> float | None:

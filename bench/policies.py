@@ -87,15 +87,19 @@ class Policy:
         rest = {name: value for name, value in self.arguments.items() if name not in ("subspace", "salience")}
         return Policy(self.text, rest, "random", self.stretch)
 
-    def on_paper(self) -> PaperPolicy:
-        """The same for `on_paper.predict`. Raises ValueError for an argument that changes the time and that a step on
-        paper does not know."""
+    def on_paper(self, layers: int | None = None) -> PaperPolicy:
+        """The same for `on_paper.predict`; `layers`: how many the model has that freeze_below= counts in. Raises
+        ValueError for an argument that changes the time and that a step on paper does not know."""
         if self.peft:
             return PaperPolicy(self.text, peft=True)
-        for name in self.arguments:
+        arguments = dict(self.arguments)
+        below = arguments.pop("freeze_below", 0) if layers else 0
+        for name in arguments:
             if name not in (*_ON_PAPER, "subspace", "salience"):
                 raise ValueError(f"--policy {self.text!r}: a step on paper has no {name}=; it knows {_list(_ON_PAPER)}")
-        known = {name: self.arguments[name] for name in _ON_PAPER if name in self.arguments}
+        known = {name: arguments[name] for name in _ON_PAPER if name in arguments}
+        if below:
+            known["frozen"] = below / (layers or below)
         return PaperPolicy(self.text, **{"exact_dtype": "auto", **known})
 
 

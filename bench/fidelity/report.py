@@ -42,8 +42,9 @@ def conclude(result: dict[str, Any], gpu: str, paper_model: str | None) -> None:
     if paper_model is None and result["sizes"] is not None:
         model = llama(**result["sizes"])
     tokens, sequences = (8192, 2) if paper_model else (settings["batch"] * settings["seq"], settings["batch"])
+    size = tokens, sequences, (result["sizes"] or {}).get("layers")
     steps = {
-        policy: None if model is None else predicted_step(gpu, model, policy, settings["lora_rank"], tokens, sequences)
+        policy: None if model is None else predicted_step(gpu, model, policy, settings["lora_rank"], *size)
         for policy in dict.fromkeys(row["policy"] for row in result["rows"])
     }
     name = paper_model or result["model"]
@@ -52,15 +53,21 @@ def conclude(result: dict[str, Any], gpu: str, paper_model: str | None) -> None:
 
 
 def predicted_step(
-    gpu: str, model: Any, policy: str, lora_rank: int = 16, tokens: int = 8192, sequences: int = 2
+    gpu: str,
+    model: Any,
+    policy: str,
+    lora_rank: int = 16,
+    tokens: int = 8192,
+    sequences: int = 2,
+    layers: int | None = None,
 ) -> float | None:
     """Seconds of a step on paper; None for a policy with arguments that it does not know, or that `gpu` cannot run.
-    Raises ValueError for an unknown GPU or model."""
+    `layers`: of the model that `policy` is for. Raises ValueError for an unknown GPU or model."""
     peft = step_seconds(parse(PEFT).on_paper(), gpu, model, tokens, sequences, lora_rank)
+    if policy == PEFT:
+        return peft
     try:
-        return (
-            peft if policy == PEFT else step_seconds(parse(policy).on_paper(), gpu, model, tokens, sequences, lora_rank)
-        )
+        return step_seconds(parse(policy).on_paper(layers), gpu, model, tokens, sequences, lora_rank)
     except ValueError:
         return None
 

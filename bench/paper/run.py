@@ -48,6 +48,7 @@ class PaperPolicy:
         product has no more flops stays exact.
     exact_layers: share in [0, 1] of the frozen weights, from the output downwards, that is exact.
     exact_every: of so many steps one is exact in every layer; any number from 1, None for no such step.
+    frozen: share in [0, 1) of the blocks, from the embedding upwards, that have no backward and train nothing.
     kernels: exact backwards by this package's kernels, which read dY once beside the product (twice for scales of its
         rows), where PyTorch's composition reads it up to four times.
     """
@@ -60,6 +61,7 @@ class PaperPolicy:
     rank: int | float | None = None
     exact_layers: float = 0.0
     exact_every: float | None = None
+    frozen: float = 0.0
     kernels: bool = False
 
     def __post_init__(self) -> None:
@@ -86,9 +88,13 @@ class PaperPolicy:
             raise ValueError(
                 f"full_accumulation=True, exact_dtype={self.exact_dtype!r}: only float8 has it; give 'float8' or 'auto'"
             )
-        if self.peft and (
-            self.exact_dtype or self.base_dtype or self.full_accumulation or self.kernels or self.rank is not None
-        ):
+        if not 0.0 <= self.frozen < 1.0:
+            raise ValueError(f"frozen={self.frozen!r}; give a share of the blocks in [0, 1)")
+        if self.frozen and (self.rank is not None or self.base_dtype):
+            other = f"base_dtype={self.base_dtype!r}" if self.base_dtype else f"rank={self.rank!r}"
+            raise ValueError(f"frozen={self.frozen!r} with {other}: paper knows one of them at a time")
+        others = self.exact_dtype, self.base_dtype, self.full_accumulation, self.kernels, self.frozen
+        if self.peft and (any(others) or self.rank is not None):
             raise ValueError(f"policy {self.name!r}: peft=True is exact in 16 bits; give it no other field")
 
     @property
@@ -167,10 +173,11 @@ def predict(
     backward |= {"attention, backward": attention[1], "elementwise, backward": others[1]}
     parts = {f"{name}, forward": cost * sizes.layers for name, cost in blocks.items()}
     parts |= {"output head": head, "cross-entropy": loss}
+    trained = sizes.layers * (1.0 - policy.frozen)
     if checkpointing:
-        parts[_RECOMPUTATION] = sum(blocks.values(), Cost()) * sizes.layers
-    parts |= {name: cost * sizes.layers for name, cost in backward.items() if cost.kernels}
-    parts["optimizer"] = paper_model.optimizer(device, sizes, lora_rank)
+        parts[_RECOMPUTATION] = sum(blocks.values(), Cost()) * trained
+    parts |= {name: cost * trained for name, cost in backward.items() if cost.kernels}
+    parts["optimizer"] = paper_model.optimizer(device, sizes, lora_rank) * (1.0 - policy.frozen)
     return PaperStep(policy, parts)
 
 

@@ -70,6 +70,10 @@ def test_on_paper_it_is_the_same_policy() -> None:
     assert parse("peft").on_paper() == on_paper.PaperPolicy("peft", peft=True)
     with pytest.raises(ValueError, match="a step on paper has no low_rank_dtype="):
         parse("rank=16,low_rank_dtype=int8").on_paper()
+    half = parse("freeze_below=15").on_paper(layers=30)
+    assert half == on_paper.PaperPolicy("freeze_below=15", exact_dtype="auto", frozen=0.5)
+    with pytest.raises(ValueError, match="a step on paper has no freeze_below="):
+        parse("freeze_below=15").on_paper()
 
 
 def layers(model: Any) -> list[loge.LoGELinear]:

@@ -19,6 +19,7 @@ from loge_kernels.bench.policies import parse
 
 BASE = "base_dtype=float8"
 LOW = "rank=1/8"
+FROZEN = "exact_dtype=none,freeze_below=1"
 
 
 def run_of(policy: str, seed: int, *losses: float, status: str = "ok") -> dict[str, Any]:
@@ -33,6 +34,7 @@ def run_of(policy: str, seed: int, *losses: float, status: str = "ok") -> dict[s
 def save(path: Path, rows: list[dict[str, Any]], lr: float = 1e-3, **changes: Any) -> Path:
     settings = {"lr": lr, "steps": 100, "batch": 2, "seq": 64} | changes.pop("settings", {})
     report = {"benchmark": "fidelity", "version": 2, "model": "tiny", "settings": settings, "heldout_before": 3.0}
+    report["sizes"] = {"layers": 4}
     path.write_text(json.dumps(report | {"rows": rows} | changes))
     return path
 
@@ -75,13 +77,16 @@ def test_4_bits(tmp_path: Path) -> None:
 
 
 def test_bytes_are_those_of_fsdp2(tmp_path: Path) -> None:
-    rows = [run_of(policy, 0, 2.0) for policy in ("peft", BASE, "exact_dtype=int8", "freeze_below=1")]
+    rows = [run_of(policy, 0, 2.0) for policy in ("peft", BASE, "exact_dtype=int8", FROZEN)]
     found, _ = table(save(tmp_path / "a.json", rows))
     linear = sum(N * K for N, K in LLAMAS["LLaMA-3-8B"].linears()) * LLAMAS["LLaMA-3-8B"].layers
     assert found["peft"]["gathered_bytes"] == pytest.approx(2 * 2 * linear, rel=0.05)
     assert found[BASE]["bytes_of_peft"] == pytest.approx(0.5, abs=0.02)
     assert found["exact_dtype=int8"]["bytes_of_peft"] == pytest.approx(0.75, abs=0.02)
-    assert found["freeze_below=1"]["gathered_bytes"] is None
+    forward = found["peft"]["gathered_bytes"] / 2
+    assert found[FROZEN]["gathered_bytes"] == pytest.approx((1 + 3 / 4) * forward), "1 layer of 4"
+    unknown, _ = table(save(tmp_path / "b.json", rows, sizes=None))
+    assert unknown[FROZEN]["gathered_bytes"] is None, "1 of how many layers?"
 
 
 def test_each_policy_counts_at_its_best_learning_rate(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ PEFT = PaperPolicy("peft", peft=True)
 EXACT = PaperPolicy("exact")
 FLOAT8 = PaperPolicy("float8", exact_dtype="float8")
 RANK = PaperPolicy("rank 256", rank=256)
+HALF = PaperPolicy("half of the blocks", frozen=0.5)
 SMALL = llama(hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, vocab=49152)
 
 
@@ -148,6 +149,14 @@ def test_exact_layers_and_steps_are_averages() -> None:
     assert of(both).seconds == pytest.approx(low_rank + both.exact_share * (exact - low_rank))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_blocks_have_a_forward_alone(checkpointing: bool) -> None:
+    whole, half = (predict("LLaMA-3-8B", "H100", each, checkpointing=checkpointing) for each in (EXACT, HALF))
+    for part, cost in whole.parts.items():
+        stays = part.endswith("forward") or part in ("output head", "cross-entropy")
+        assert half.parts[part].seconds == pytest.approx(cost.seconds * (1.0 if stays else 0.5)), part
+
+
 def test_where_the_dense_product_has_fewer_flops_it_stays() -> None:
     assert of(PaperPolicy("full", rank=1.0)).parts == of(EXACT).parts
     assert of(PaperPolicy("more than any has", rank=10**6)).parts == of(EXACT).parts
@@ -262,6 +271,10 @@ def test_bad_arguments(arguments: dict[str, Any], words: str) -> None:
         ({"full_accumulation": True}, "full_accumulation=True, exact_dtype=None: only float8 has it"),
         ({"peft": True, "rank": 16}, "peft=True is exact in 16 bits"),
         ({"peft": True, "kernels": True}, "peft=True is exact in 16 bits"),
+        ({"peft": True, "frozen": 0.5}, "peft=True is exact in 16 bits"),
+        ({"frozen": 1.0}, "frozen=1.0; give a share of the blocks in [0, 1)"),
+        ({"frozen": 0.5, "rank": 16}, "frozen=0.5 with rank=16: paper knows one of them"),
+        ({"frozen": 0.5, "base_dtype": "int8", "exact_dtype": "auto"}, "frozen=0.5 with base_dtype='int8'"),
     ],
 )
 def test_bad_policies(fields: dict[str, Any], words: str) -> None:
