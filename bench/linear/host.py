@@ -4,6 +4,9 @@ The empty function takes the same tensors, allocates the same results and saves 
 kernels that do nothing: what is left is this package's Python. On a GPU it is measured with the kernels too, which adds
 what Triton and the driver take to launch them; without one, that part is not counted. Every figure is the least of many
 short batches, because other programs only add to a time.
+
+Beside it, one small layer with PEFT's LoRA, whole: PEFT's own, and as `apply` has it, through the op and by PyTorch's
+operations, which small layers on a GPU take (`op.linear.waits_for_host`).
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from loge_kernels.backend.problem import BackwardProblem, Gradients
 from loge_kernels.backend.problem import Operands as Given
 from loge_kernels.command_line import Device, Json
 from loge_kernels.machine import choose_device
+from loge_kernels.op import linear as op
 
 from ..measure import output
 from ..measure.environment import describe
@@ -132,6 +136,48 @@ def measure(o: Operands, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def layers(device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """Microseconds of a forward and of a backward of one small exact layer with its adapter."""
+    from peft import LoraConfig, get_peft_model
+
+    found = {}
+    for name, by_torch in (("PEFT", None), ("exact, the op", False), ("exact, small on a GPU", True)):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False, device=device))
+        model = get_peft_model(net, LoraConfig(r=8, target_modules=["0"]))
+        if by_torch is not None:
+            loge.apply(model, exact_dtype=None)
+        found[name] = net[0], by_torch
+    x = torch.randn(2, 16, 64, device=device, requires_grad=True)
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, (layer, by_torch) in found.items():
+        graph = _decided(by_torch, partial(layer, x))()
+        leaves = x, *(p for p in layer.parameters() if p.requires_grad)
+        calls[f"{name}, forward"] = _decided(by_torch, partial(layer, x))
+        calls[f"{name}, backward"] = partial(
+            torch.autograd.grad, graph, leaves, torch.ones_like(graph), retain_graph=True
+        )
+    times = _least(calls, rounds, device)
+    parts = ("forward", "backward")
+    return [{"layer": name} | {f"{part}_us": times[f"{name}, {part}"] for part in parts} for name in found]
+
+
+def _decided(by_torch: bool | None, call: Callable[[], Any]) -> Callable[[], Any]:
+    """`call` with the choice that depends on the device and the size made; None: there is none."""
+    if by_torch is None:
+        return call
+
+    def decided() -> Any:
+        kept = op.waits_for_host
+        op.waits_for_host = lambda *given: by_torch
+        try:
+            return call()
+        finally:
+            op.waits_for_host = kept
+
+    return decided
+
+
 def _row(
     o: Operands, name: str, null: bool, call: Callable[[], Tensor], empty: Callable[[], Tensor], rounds: int
 ) -> dict[str, Any]:
@@ -181,6 +227,14 @@ def run(options: HostOptions, console: Console | None = None) -> dict[str, Any]:
         forward, backward = row["forward_us"], row["backward_us"]
         table.add_row(row["backend"], row["kernels"], f"{forward:.1f}", f"{backward:.1f}", f"{TARGET_US:.0f}")
     output.print_wide(console, table)
-    report = {"benchmark": "host", "environment": describe(device), "rows": rows, "passed": True}
+    whole = layers(device, options.rounds)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="microseconds of one small layer with its adapter")
+    for heading in ("layer", "forward", "backward"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for row in whole:
+        table.add_row(row["layer"], f"{row['forward_us']:.1f}", f"{row['backward_us']:.1f}")
+    output.print_wide(console, table)
+    environment = describe(device)
+    report = {"benchmark": "host", "environment": environment, "rows": rows, "layers": whole, "passed": True}
     output.write(report, options.json)
     return report

@@ -91,14 +91,15 @@ class FusedAdapter:
         A, B, dropout = self.lora(name)
         if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
             return f"adapter dropout is {dropout}"
-        if not isinstance(self.base_layer, LoGELinear) or _hooked(self.base_layer) or _hooked(dropout):
+        base = self.base_layer  # once: torch looks a module up in Python
+        if not isinstance(base, LoGELinear) or _hooked(base) or _hooked(dropout):
             return "hooks or a wrapper on the base layer or the adapter"
         if A.dtype != B.dtype:
             return f"adapter is {A.dtype} and {B.dtype}"
-        reason = self.base_layer.why_not_adapter(A.dtype, x)
+        reason = base.why_not_adapter(A.dtype, x)
         if reason is not None:
             return reason
-        probability = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+        probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         return A, B, self.scaling[name], probability
 
     # PEFT writes the weight through `.data`, which torch does not count as a change: in merges, also in one that fails

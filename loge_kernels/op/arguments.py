@@ -11,32 +11,31 @@ from ..numerics.eight_bit import refuse_float64
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check(x: Tensor, operands: Operands, dropout: float, exact_fraction: float) -> None:
+def check(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    dropout: float,
+    exact_fraction: float,
+) -> None:
     """Raise ValueError or TypeError for an argument of `linear` of the wrong shape, dtype, device or range; the message
-    names it, its value and what would work. `x` is the one that the caller gave, of any number of dimensions."""
-    weight, left, right = operands.weight, operands.left, operands.right
-    bias, lora_A, lora_B = operands.bias, operands.lora_A, operands.lora_B
+    names it, its value and what would work. `x` has any number of dimensions."""
     if x.dtype not in _DTYPES:
         raise TypeError(f"x has dtype {x.dtype}; supported are float32, float16, bfloat16 and float64")
-    stored = operands.dense if weight is None else weight
-    assert stored is not None
-    if stored.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(stored.shape)}; expected two dimensions [N, K]")
-    N, K = stored.shape
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected two dimensions [N, K]")
+    N, K = weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be K = {K}, as in weight [{N}, {K}]")
-    if weight is None:
-        _check_eight_bits(x, stored, operands.weight_scale)
-    else:
+    if weight_scale is None:
         _same("weight", weight, x, (N, K))
+    else:
+        _check_eight_bits(x, weight, weight_scale)
     if bias is not None:
         _same("bias", bias, x, (N,))
-    if left is not None and right is not None:
-        R = right.shape[0] if right.dim() == 2 else 0
-        _same("factors.left", left, x, (N, R))
-        _same("factors.right", right, x, (R, K))
-    if operands.rows is not None and operands.residual is not None:
-        _same("factors.residual", operands.residual, x, (operands.rows.shape[0], K))
     if (lora_A is None) != (lora_B is None):
         raise ValueError("lora_A and lora_B go together: give both or neither")
     if lora_A is not None and lora_B is not None:
@@ -48,10 +47,20 @@ def check(x: Tensor, operands: Operands, dropout: float, exact_fraction: float) 
     share("exact_fraction", exact_fraction)
 
 
-def _check_eight_bits(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
+def check_factors(x: Tensor, weight: Tensor, operands: Operands) -> None:
+    """The same for what stands for the weight [N, K]."""
+    (N, K), left, right = weight.shape, operands.left, operands.right
+    if left is not None and right is not None:
+        R = right.shape[0] if right.dim() == 2 else 0
+        _same("factors.left", left, x, (N, R))
+        _same("factors.right", right, x, (R, K))
+    if operands.rows is not None and operands.residual is not None:
+        _same("factors.residual", operands.residual, x, (operands.rows.shape[0], K))
+
+
+def _check_eight_bits(x: Tensor, weight: Tensor, scale: Tensor) -> None:
     """Of a weight in 8 bits alone."""
-    assert scale is not None
-    if weight.dtype not in (torch.int8, torch.uint8):
+    if weight.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise TypeError(f"weight has dtype {weight.dtype}; with weight_scale expected float8_e4m3fn or int8")
     refuse_float64("weight_scale", "given", x.dtype)
     shape = (weight.shape[0], 1)

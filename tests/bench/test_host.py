@@ -12,6 +12,7 @@ import loge_kernels as loge
 from loge_kernels.backend import reference
 from loge_kernels.bench.linear import host
 from loge_kernels.bench.linear.operands import make_operands
+from loge_kernels.op import linear as op
 
 
 def test_rows_and_file(tmp_path: Path) -> None:
@@ -24,6 +25,9 @@ def test_rows_and_file(tmp_path: Path) -> None:
     for part in ("forward", "backward"):
         assert first[f"{part}_us"] == times[part] - times[f"empty {part}"]
     assert all(row["kernels"] == "null" for row in report["rows"])  # launched ones need a GPU
+    whole = {row["layer"]: row["forward_us"] + row["backward_us"] for row in report["layers"]}
+    assert list(whole) == ["PEFT", "exact, the op", "exact, small on a GPU"]
+    assert min(whole.values()) > 0.0
     assert "the op alone" not in [row.name for row in loge.backends()]
 
 
@@ -33,6 +37,17 @@ def test_no_product_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(reference, name, lambda *given: pytest.fail("a product was taken"))
     operands = make_operands(8, 16, 24, (4,), 2, torch.float32, torch.device("cpu"))
     assert host.measure(operands, 1)
+
+
+def test_each_layer_runs_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    plain, function = op._plain, op.Linear.apply
+    monkeypatch.setattr(op, "_plain", lambda *given: taken.append("plain") or plain(*given))
+    monkeypatch.setattr(op.Linear, "apply", lambda *given: taken.append("function") or function(*given))
+    host.layers(torch.device("cpu"), 1)
+    assert set(taken) == {"plain", "function"}
+    assert taken.count("plain") == taken.count("function")
+    assert op.waits_for_host(torch.zeros(1, 1), torch.zeros(1, 1), "auto") is False, "it is back"
 
 
 def test_what_cannot_be_measured() -> None:

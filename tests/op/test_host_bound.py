@@ -1,0 +1,145 @@
+"""Exact layers that are done on a GPU before the host has launched them are PyTorch's own operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import loge_kernels as loge
+from loge_kernels.op import linear as op
+
+M, N, K, P = 12, 24, 16, 4
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every exact layer of this CPU counts as one."""
+    monkeypatch.setattr(op, "waits_for_host", lambda x, weight, backend: backend == "auto")
+
+
+def by_function(y: Tensor) -> bool:
+    """Whether the package's autograd function has made `y`."""
+    seen, pending = set(), [y.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "LinearBackward":
+            return True
+        pending += [following for following, _ in node.next_functions]
+    return False
+
+
+@pytest.mark.parametrize(
+    ("tokens", "backend", "device", "expected"),
+    [
+        (1024, "auto", "cuda", True),
+        (1025, "auto", "cuda", False),  # M · N · K past 2 ** 34
+        (1, "reference", "cuda", False),
+        (1, "auto", "cpu", False),
+    ],
+)
+def test_which_sizes(tokens: int, backend: str, device: str, expected: bool) -> None:
+    with FakeTensorMode():
+        x = torch.empty(1, tokens, 4096, device=device)
+        assert op.waits_for_host(x, torch.empty(4096, 4096, device=device), backend) is expected
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("arguments", "function"),
+    [
+        ({}, False),
+        ({"exact_dtype": "float8"}, True),
+        ({"rank": 4}, True),
+        ({"rank": 4, "exact_fraction": 1.0}, False),
+        ({"backend": "reference"}, True),
+    ],
+)
+def test_which_layers(arguments: dict[str, Any], function: bool) -> None:
+    x, weight, given = torch.randn(M, K, requires_grad=True), torch.randn(N, K), dict(arguments)
+    rank = given.pop("rank", None)
+    factors = None if rank is None else loge.factorize(weight, rank)
+    assert by_function(loge.linear(x, weight, factors, **given)) is function
+
+
+def test_on_a_cpu_never() -> None:
+    x = torch.randn(1, K, requires_grad=True)
+    assert by_function(loge.linear(x, torch.randn(N, K), None))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("adapter", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(K,), (M, K), (3, 4, K), (0, K)])
+def test_the_same_gradients(shape: tuple[int, ...], adapter: torch.dtype | None) -> None:
+    """As by the function, which a backend's name asks for; of 16-bit operands to a rounding of them."""
+    dtype = adapter or torch.float32
+    base = torch.bfloat16 if adapter else torch.float64
+    leaves = {
+        "x": torch.randn(shape, dtype=base),
+        "weight": torch.randn(N, K, dtype=base),
+        "bias": torch.randn(N, dtype=base),
+        "lora_A": torch.randn(P, K, dtype=dtype if adapter else base),
+        "lora_B": torch.randn(N, P, dtype=dtype if adapter else base),
+    }
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    dy = torch.randn(*shape[:-1], N, dtype=base)
+    found = []
+    for backend in ("auto", "reference"):
+        given = dict(leaves)
+        y = loge.linear(given.pop("x"), given.pop("weight"), None, scaling=0.5, backend=backend, **given)
+        assert by_function(y) is (backend == "reference")
+        found.append((y, *torch.autograd.grad(y, list(leaves.values()), dy)))
+    tolerance = {"rtol": 2e-2, "atol": 5e-2} if adapter else {"rtol": 1e-9, "atol": 1e-9}
+    for ours, expected in zip(*found, strict=True):
+        assert ours.dtype == expected.dtype
+        torch.testing.assert_close(ours, expected, **tolerance)
+
+
+def peft_model(dropout: float, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(K, N), nn.ReLU(), nn.Linear(N, K))
+    model = get_peft_model(net, LoraConfig(r=P, target_modules=["0", "2"], lora_dropout=dropout))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("dropout", "autocast"), [(0.0, False), (0.3, False), (0.0, True)])
+def test_a_model_is_as_pefts(dropout: float, autocast: bool) -> None:
+    """Dropout too: the mask is PyTorch's own."""
+    x, found = torch.randn(M, K), []
+    for ours in (False, True):
+        model = peft_model(dropout).train()
+        if ours:
+            loge.apply(model, exact_dtype=None)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(x)
+        assert not by_function(y)
+        y.float().square().sum().backward()
+        found.append([y, *(p.grad for p in model.parameters() if p.grad is not None)])
+    tolerance = {"rtol": 2e-2, "atol": 0.2} if autocast else {"rtol": 1e-4, "atol": 1e-4}
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, **tolerance)
+
+
+@pytest.mark.usefixtures("small")
+def test_bad_arguments_are_named() -> None:
+    x, weight = torch.randn(M, K), torch.randn(N, K)
+    A, B = torch.randn(P, K), torch.randn(1, P)  # which would broadcast
+    with pytest.raises(ValueError, match=r"lora_B has shape \(1, 4\); expected \(24, 4\)"):
+        loge.linear(x, weight, None, lora_A=A, lora_B=B)
+    with pytest.raises(ValueError, match=r"bias has shape \(1,\); expected \(24,\)"):
+        loge.linear(x, weight, None, bias=torch.randn(1))
+    with pytest.raises(ValueError, match=r"dropout=1.5"):
+        loge.linear(x, weight, None, lora_A=A, lora_B=torch.randn(N, P), dropout=1.5)
