@@ -292,7 +292,9 @@ def _parts(gradient: dict[str, Tensor], exact: dict[str, Tensor], names: list[st
 
 
 def _against(gradient: dict[str, Tensor], exact: dict[str, Tensor], names: list[str]) -> dict[str, float]:
-    ours, theirs = (torch.cat([each[name].flatten().double() for name in names]) for each in (gradient, exact))
+    # What a policy has frozen has no gradient.
+    pairs = [(gradient.get(name, torch.zeros_like(exact[name])), exact[name]) for name in names]
+    ours, theirs = (torch.cat([each.flatten().double() for each in side]) for side in zip(*pairs, strict=True))
     norms = ours.norm().item(), theirs.norm().item()
     product = norms[0] * norms[1]
     cosine = (ours @ theirs).item() / product if product > 0.0 else 0.0

@@ -316,6 +316,16 @@ def test_calibrated_policies_and_controls(base: FidelityOptions, monkeypatch: py
     assert dropped < noise < quarter < half < exact == 1.0
 
 
+def test_a_frozen_layer_has_no_gradient_and_thaws(base: FidelityOptions) -> None:
+    result, _ = go(base, policies=("freeze_below=1", "exact"), seeds=(0,), together=False)
+    frozen, exact, peft = (rows(result, policy)[0] for policy in ("freeze_below=1", "exact", "peft"))
+    layers = frozen["gradient"]["layers"]
+    assert layers["0"]["all"] == {"cosine": 0.0, "norm_ratio": 0.0}
+    assert layers["1"]["B"]["norm_ratio"] == pytest.approx(1.0, abs=0.1)  # its inputs come from adapters that stay zero
+    assert frozen["curve"][-1]["heldout"] > peft["curve"][-1]["heldout"]
+    assert exact["curve"][-1]["heldout"] == pytest.approx(peft["curve"][-1]["heldout"], rel=1e-5)
+
+
 def test_comparison_by_hand() -> None:
     exact = {"m.layers.3.q.lora_A.w": torch.tensor([3.0, 4.0]), "m.layers.3.q.lora_B.w": torch.tensor([0.0, 1.0])}
     cheap = {"m.layers.3.q.lora_A.w": torch.tensor([3.0, 0.0]), "m.layers.3.q.lora_B.w": torch.tensor([0.0, 2.0])}
