@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, str] = {
     "conversion": "numerics factors backend op layers freezing collectives batches terminal triton_kernels",
     "integrations": "factors layers freezing numerics conversion",
     "finetune": "numerics factors layers freezing conversion methods files command_line machine",
-    "bench": "numerics factors backend check conversion finetune command_line machine triton_kernels __init__",
+    "bench": "numerics factors backend op check conversion finetune command_line machine triton_kernels __init__",
     "__main__": "__init__ backend bench check command_line finetune machine files triton_kernels",
     "__init__": "numerics factors backend op layers freezing conversion integrations methods triton_kernels",
 }
