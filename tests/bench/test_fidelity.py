@@ -413,8 +413,7 @@ def test_a_base_in_8_bits_gives_the_weights_back(base: FidelityOptions, monkeypa
     assert exact["curve"][-1]["heldout"] == pytest.approx(theirs, rel=1e-4)
     assert "heldout_unrounded" not in exact
     assert abs(row["heldout_unrounded"] - theirs) < 0.5 * abs(row["curve"][-1]["heldout"] - theirs)
-    found = entry(result, "base_dtype=int8")
     share = (result["heldout_before"] - row["heldout_unrounded"]) / (result["heldout_before"] - theirs)
-    assert found["recovered_unrounded"] == pytest.approx(share)
+    assert entry(result, "base_dtype=int8")["recovered_unrounded"] == pytest.approx(share)
     assert entry(result, "exact")["recovered_unrounded"] is None
     assert "unrounded" in printed
