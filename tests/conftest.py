@@ -15,6 +15,7 @@ import torch
 from finetuning import base, finished, tiny, whole  # noqa: F401 (fixtures)
 
 from loge_kernels.numerics import four_bit, matmul
+from loge_kernels.op import linear
 
 # The package exports a function of the same name, so `from loge_kernels import backends` is not the module.
 backends = import_module("loge_kernels.backend.choice")
@@ -81,6 +82,7 @@ def clean_slate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     monkeypatch.setenv("LOGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LOGE_BACKEND", raising=False)
     monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr(linear, "_SMALL_ON_CPU", -1)  # layers of tests stand for large ones
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -16,13 +16,16 @@ from ..numerics.autocast import autocast_dtype
 from ..numerics.dropout import draw_seed
 from ..numerics.eight_bit import EightBitWeight, announce, as_bits, dequantize, from_bits, refuse_float64
 from ..numerics.exact_dtypes import weight_copy, why_not
+from ..numerics.matmul import slow_on_cpu
 from .arguments import check, check_factors
 from .autograd import Linear
 from .shared_input import with_quantized_input
 
-# M · N · K up to which a step on a GPU waits for the host. An H200 took 26.5 ms for a step of 28 layers with M = 1024
-# and N · K = 4 to 12 million by PEFT's operations, of which its products were 3, and 32.1 through this package's.
-_SMALL = 1 << 34
+# M · N · K up to which a layer's time is the host's. An H200 took 26.5 ms for a step of 28 layers with M = 1024 and
+# N · K = 4 to 12 million by PEFT's operations, of which its products were 3, and 32.1 through this package's. On a CPU
+# it is a text that is generated token by token.
+_SMALL_ON_GPU = 1 << 34
+_SMALL_ON_CPU = 1 << 24
 
 
 def linear(
@@ -104,7 +107,10 @@ def linear(
             lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     check(x, weight, weight_scale, bias, lora_A, lora_B, dropout, exact_fraction)
     name = requested(backend)
-    if factors is None and exact_dtype is None and weight_scale is None and waits_for_host(x, weight, name):
+    exact = factors is None and exact_dtype is None
+    # Without a backward nothing reads what stands for the weight. A checkpoint may have one, with the op's own mask.
+    forward_only = dropout == 0.0 and not torch.is_grad_enabled()
+    if weight_scale is None and (exact or forward_only) and waits_for_host(x, weight, name):
         return _plain(x, weight, None, bias, lora_A, lora_B, scaling, dropout)
     operands = Operands(
         x=x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x,
@@ -139,11 +145,15 @@ def linear(
 
 
 def waits_for_host(x: Tensor, weight: Tensor, backend: str) -> bool:
-    """Whether an exact layer [N, K] of x [..., K], computed by `backend`, is so small that a GPU is done with it before
-    the host has launched it. PyTorch's own operations take the host less time than an autograd function in Python does,
-    and what that saves on the GPU does not count then."""
-    small = x.is_cuda and backend == "auto" and x.numel() * weight.shape[0] <= _SMALL
-    return small and not torch.compiler.is_compiling()
+    """Whether an exact layer [N, K] of x [..., K], computed by `backend`, is so small that its products take less time
+    than the Python around them. PyTorch's own operations cost the host less than an autograd function does, and what
+    that saves in the products does not count then."""
+    if backend != "auto" or torch.compiler.is_compiling():
+        return False
+    if x.is_cuda:
+        return x.numel() * weight.shape[0] <= _SMALL_ON_GPU
+    one_row = x.numel() == weight.shape[1]  # fast in every dtype
+    return (one_row or not slow_on_cpu(x.dtype)) and x.numel() * weight.shape[0] <= _SMALL_ON_CPU
 
 
 def stand_ins(factors: Factors | None, dtype: torch.dtype | None = None) -> dict[str, Any]:

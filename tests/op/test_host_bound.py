@@ -1,4 +1,4 @@
-"""Exact layers that are done on a GPU before the host has launched them are PyTorch's own operations."""
+"""Exact layers whose products take less time than the Python around them are PyTorch's own operations."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import loge_kernels as loge
 from loge_kernels.op import linear as op
 
 M, N, K, P = 12, 24, 16, 4
+SMALL_ON_CPU = op._SMALL_ON_CPU  # which conftest.py takes from the tests
 
 
 @pytest.fixture
@@ -42,13 +43,46 @@ def by_function(y: Tensor) -> bool:
         (1024, "auto", "cuda", True),
         (1025, "auto", "cuda", False),  # M · N · K past 2 ** 34
         (1, "reference", "cuda", False),
-        (1, "auto", "cpu", False),
+        (1, "auto", "cpu", True),
+        (2, "auto", "cpu", False),  # past 2 ** 24
+        (1, "reference", "cpu", False),
     ],
 )
-def test_which_sizes(tokens: int, backend: str, device: str, expected: bool) -> None:
+def test_which_sizes(tokens: int, backend: str, device: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_SMALL_ON_CPU", SMALL_ON_CPU)
     with FakeTensorMode():
         x = torch.empty(1, tokens, 4096, device=device)
         assert op.waits_for_host(x, torch.empty(4096, 4096, device=device), backend) is expected
+
+
+def test_a_cpu_without_16_bit_instructions(either_processor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It multiplies one row fast, and several by float32 blocks of ours."""
+    monkeypatch.setattr(op, "slow_on_cpu", lambda dtype: either_processor and dtype.itemsize == 2)
+    monkeypatch.setattr(op, "_SMALL_ON_CPU", SMALL_ON_CPU)
+    weight = torch.empty(N, K, dtype=torch.bfloat16)
+    assert op.waits_for_host(weight[:1], weight, "auto")
+    assert op.waits_for_host(weight[:2], weight, "auto") is not either_processor
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("given", [{"rank": 4}, {"exact_dtype": "int8"}])
+def test_a_forward_alone_reads_no_stand_in(given: dict[str, Any], grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = loge.LoGELinear.from_linear(nn.Linear(K, N), lora_rank=P, **{"rank": None} | given)
+    assert layer.lora_B is not None
+    nn.init.normal_(layer.lora_B)
+    taken: list[None] = []
+    plain = op._plain
+    monkeypatch.setattr(op, "_plain", lambda *a: taken.append(None) or plain(*a))
+    x = torch.randn(M, K, requires_grad=True)
+    expected = x @ (layer.weight + layer.scaling * layer.lora_B @ layer.lora_A).T + layer.bias
+    for dropout in (0.0, 0.5):
+        layer.lora_dropout = dropout
+        with torch.set_grad_enabled(grad):
+            y = layer(x)
+        assert bool(taken) is not grad, "without dropout; with it a checkpoint's first forward and second must agree"
+        assert dropout or torch.allclose(y, expected, rtol=1e-4, atol=1e-4)
+    assert len(taken) == (0 if grad else 1)
 
 
 @pytest.mark.usefixtures("small")
@@ -67,11 +101,6 @@ def test_which_layers(arguments: dict[str, Any], function: bool) -> None:
     rank = given.pop("rank", None)
     factors = None if rank is None else loge.factorize(weight, rank)
     assert by_function(loge.linear(x, weight, factors, **given)) is function
-
-
-def test_on_a_cpu_never() -> None:
-    x = torch.randn(1, K, requires_grad=True)
-    assert by_function(loge.linear(x, torch.randn(N, K), None))
 
 
 @pytest.mark.usefixtures("small")

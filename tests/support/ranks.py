@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, distributed
 
 from loge_kernels.bench.measure.collectives import Collectives
+from loge_kernels.op import linear
 
 WORLD = 2
 TIMEOUT = timedelta(seconds=120)  # a process that waits for a dead one fails, and the suite goes on
@@ -40,6 +41,7 @@ def on_ranks(work: Callable[[int], Any], folder: Path, world: int) -> list[Any]:
 def _rank(rank: int, work: Callable[[int], Any], folder: Path, environment: dict[str, str], world: int) -> None:
     os.environ.update(environment)  # the process that forked has that of its own start
     torch.set_num_threads(1)
+    linear._SMALL_ON_CPU = -1  # as in conftest.py
     meeting = f"file://{folder}/meeting"
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=TIMEOUT)
     # `work` has returned, and what it wrapped is gone, before the group ends: DDP's reducer, destroyed afterwards, may
