@@ -6,7 +6,7 @@ what Triton and the driver take to launch them; without one, that part is not co
 short batches, because other programs only add to a time.
 
 Beside it, one small layer with PEFT's LoRA, whole: PEFT's own, and as `apply` has it, through the op and by PyTorch's
-operations, which small layers on a GPU take (`op.linear.waits_for_host`).
+operations, which small layers take (`op.linear.waits_for_host`).
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def layers(device: torch.device, rounds: int) -> list[dict[str, Any]]:
     from peft import LoraConfig, get_peft_model
 
     found = {}
-    for name, by_torch in (("PEFT", None), ("exact, the op", False), ("exact, small on a GPU", True)):
+    for name, by_torch in (("PEFT", None), ("exact, the op", False), ("exact, small", True)):
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False, device=device))
         model = get_peft_model(net, LoraConfig(r=8, target_modules=["0"]))
@@ -228,7 +228,7 @@ def run(options: HostOptions, console: Console | None = None) -> dict[str, Any]:
         table.add_row(row["backend"], row["kernels"], f"{forward:.1f}", f"{backward:.1f}", f"{TARGET_US:.0f}")
     output.print_wide(console, table)
     whole = layers(device, options.rounds)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="microseconds of one small layer with its adapter")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="microseconds of a small layer")
     for heading in ("layer", "forward", "backward"):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for row in whole:
