@@ -112,7 +112,9 @@ def _rows(reports: list[dict[str, Any]], options: FrontierOptions) -> list[dict[
         }
         row["bytes_of_peft"] = _over(row["gathered_bytes"], peft["gathered_bytes"])
     for row in rows:
-        row["best"] = not any(_beats(other, row, options.gpus[0]) for other in rows)
+        row["best"] = _both(row, options.gpus[0]) is not None and not any(
+            _beats(other, row, options.gpus[0]) for other in rows
+        )
     return sorted(rows, key=lambda row: -(row["speedup"][options.gpus[0]] or 0.0))
 
 
@@ -180,16 +182,17 @@ def _over(a: float | None, b: float | None) -> float | None:
 
 def _beats(a: dict[str, Any], b: dict[str, Any], gpu: str) -> bool:
     """Whether `a` is as soon as `b` and gathers as little, and is better in one of the two."""
-    if b["steps"] is None:
-        return a["steps"] is not None
-    ours, theirs = (
-        (row["predicted_seconds"][gpu], row["gathered_bytes"]) if row["steps"] is not None else (None, None)
-        for row in (a, b)
-    )
-    if None in ours or None in theirs:
+    ours, theirs = _both(a, gpu), _both(b, gpu)
+    if ours is None or theirs is None:
         return False
     pairs = list(zip(ours, theirs, strict=True))
     return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
+
+
+def _both(row: dict[str, Any], gpu: str) -> tuple[float, float] | None:
+    """The time and the bytes; None where one is not known, as of a policy that did not come to the loss."""
+    seconds, gathered = row["predicted_seconds"][gpu], row["gathered_bytes"]
+    return None if seconds is None or gathered is None else (seconds, gathered)
 
 
 def _print(
