@@ -101,15 +101,12 @@ def _rows(reports: list[dict[str, Any]], options: FrontierOptions) -> list[dict[
     rival = _best(PEFT, reports)
     if rival is None:
         raise ValueError(f"{reports[0]['model']}: every run of {PEFT} diverged, so that there is no loss to wait for")
-    gains = {row["seed"]: rival["before"] - row["curve"][-1]["heldout"] for row in rival["rows"]}
+    exact = {row["seed"]: row for row in rival["rows"] if row["curve"][-1]["heldout"] < rival["before"]}
     policies = dict.fromkeys(row["policy"] for report in reports for row in report["rows"])
     layers = (reports[0]["sizes"] or {}).get("layers")
-    rows = [_row(text, _best(text, reports), gains, layers, options) for text in policies]
+    rows = [_row(text, _best(text, reports), exact, layers, options) for text in policies]
     peft = next(row for row in rows if row["policy"] == PEFT)
     for row in rows:
-        row["speedup"] = {
-            gpu: _over(peft["predicted_seconds"][gpu], row["predicted_seconds"][gpu]) for gpu in options.gpus
-        }
         row["bytes_of_peft"] = _over(row["gathered_bytes"], peft["gathered_bytes"])
     for row in rows:
         row["best"] = _both(row, options.gpus[0]) is not None and not any(
@@ -119,39 +116,57 @@ def _rows(reports: list[dict[str, Any]], options: FrontierOptions) -> list[dict[
 
 
 def _best(policy: str, reports: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The runs of `policy` at the learning rate with the lowest mean held-out loss; None where every one diverged."""
+    """The runs of `policy` at the learning rate with the lowest mean held-out loss, over the seeds that all of them have;
+    None where every one diverged."""
     found = []
     for report in reports:
-        rows = [row for row in report["rows"] if row["policy"] == policy]
-        if rows and all(row["status"] == "ok" and row["curve"] for row in rows):
-            loss = statistics.fmean(row["curve"][-1]["heldout"] for row in rows)
-            found.append((loss, {"lr": report["settings"]["lr"], "before": report["heldout_before"], "rows": rows}))
-    return min(found, key=lambda each: each[0])[1] if found else None
+        rows = {row["seed"]: row for row in report["rows"] if row["policy"] == policy}
+        if rows and all(row["status"] == "ok" and row["curve"] for row in rows.values()):
+            found.append((report, rows))
+    if not found:
+        return None
+    seeds = set.intersection(*(set(rows) for _, rows in found))
+    if not seeds:
+        raise ValueError(f"{policy}: no seed was run at all of its learning rates, so that none of them is the best")
+    report, rows = min(
+        found, key=lambda each: statistics.fmean(each[1][seed]["curve"][-1]["heldout"] for seed in seeds)
+    )
+    return {"lr": report["settings"]["lr"], "before": report["heldout_before"], "rows": list(rows.values())}
 
 
 def _row(
-    text: str, runs: dict[str, Any] | None, gains: dict[int, float], layers: int | None, options: FrontierOptions
+    text: str, runs: dict[str, Any] | None, exact: dict[int, Any], layers: int | None, options: FrontierOptions
 ) -> dict[str, Any]:
-    """One policy. "steps" is None where a seed did not come to the loss, as is what follows from it."""
+    """One policy beside exact LoRA's runs by seed. "steps" is None where a seed did not come to the loss, as is what
+    follows from it; "speedup" is that of PEFT's time with the same seeds over its own."""
     row: dict[str, Any] = {"policy": text, "lr": None, "seeds": 0, "recovered": None, "recovered_range": None}
-    row |= {"steps": None, "predicted_seconds": dict.fromkeys(options.gpus)}
+    row |= {"steps": None, "predicted_seconds": dict.fromkeys(options.gpus), "speedup": dict.fromkeys(options.gpus)}
     row["gathered_bytes"] = _gathered(text, layers, options)
     if runs is None:
         return row
-    both = [each for each in runs["rows"] if gains.get(each["seed"], 0.0) > 0.0]
+    both = [(each, exact[each["seed"]]) for each in runs["rows"] if each["seed"] in exact]
     if not both:
         return row
-    shares = [(runs["before"] - each["curve"][-1]["heldout"]) / gains[each["seed"]] for each in both]
+    before = runs["before"]
+    losses = [(each["curve"][-1]["heldout"], theirs["curve"][-1]["heldout"]) for each, theirs in both]
+    shares = [(before - ours) / (before - theirs) for ours, theirs in losses]
     row |= {"lr": runs["lr"], "seeds": len(both)}
     row |= {"recovered": statistics.fmean(shares), "recovered_range": (min(shares), max(shares))}
-    there = [reached(each, runs["before"], runs["before"] - options.share * gains[each["seed"]]) for each in both]
-    steps = [each["step"] for each in there if each is not None]
+    awaited = [before - options.share * (before - theirs) for _, theirs in losses]
+    ours, theirs = (
+        [reached(row, before, loss) for row, loss in zip(side, awaited, strict=True)]
+        for side in zip(*both, strict=True)
+    )
+    steps = [each["step"] for each in ours if each is not None]
     if len(steps) < len(both):
         return row
     row["steps"] = statistics.fmean(steps)
+    rival = statistics.fmean(each["step"] for each in theirs if each is not None)
     for gpu in options.gpus:
-        step = _step(text, gpu, layers, options)
-        row["predicted_seconds"][gpu] = None if step is None else row["steps"] * step
+        step, peft = _step(text, gpu, layers, options), _step(PEFT, gpu, layers, options)
+        if step is not None and peft is not None:
+            row["predicted_seconds"][gpu] = row["steps"] * step
+            row["speedup"][gpu] = rival * peft / (row["steps"] * step)
     return row
 
 
@@ -190,9 +205,10 @@ def _beats(a: dict[str, Any], b: dict[str, Any], gpu: str) -> bool:
 
 
 def _both(row: dict[str, Any], gpu: str) -> tuple[float, float] | None:
-    """The time and the bytes; None where one is not known, as of a policy that did not come to the loss."""
-    seconds, gathered = row["predicted_seconds"][gpu], row["gathered_bytes"]
-    return None if seconds is None or gathered is None else (seconds, gathered)
+    """The time, over PEFT's, and the bytes; None where one is not known, as of a policy that did not come to the
+    loss."""
+    speedup, gathered = row["speedup"][gpu], row["gathered_bytes"]
+    return None if speedup is None or gathered is None else (1.0 / speedup, gathered)
 
 
 def _print(

@@ -19,6 +19,7 @@ from loge_kernels.bench.policies import parse
 
 BASE = "base_dtype=float8"
 LOW = "rank=1/8"
+KERNELS = PaperPolicy("", kernels=True)
 FROZEN = "exact_dtype=none,freeze_below=1"
 
 
@@ -106,6 +107,20 @@ def test_seeds_are_paired(tmp_path: Path) -> None:
     assert found[BASE]["seeds"] == 2
     found, _ = table(save(tmp_path / "a.json", rows), share=0.85)
     assert found[BASE]["steps"] is None, "one of its seeds did not get there"
+    # Its one seed is one in which PEFT too needs 81 steps; the mean of PEFT's is 62.
+    rows = [run_of("peft", 0, 2.9, 2.0), run_of("peft", 1, 2.2, 2.0), run_of("exact", 0, 2.9, 2.0)]
+    found, _ = table(save(tmp_path / "a.json", rows), share=2 / 3)
+    step = [step_seconds(policy, "H100", "LLaMA-3-8B", 8192) for policy in (PaperPolicy("", peft=True), KERNELS)]
+    assert found["exact"]["speedup"]["H100"] == pytest.approx(step[0] / step[1])
+    assert found["peft"]["speedup"]["H100"] == pytest.approx(1.0)
+
+
+def test_learning_rates_are_compared_on_the_same_seeds(tmp_path: Path) -> None:
+    slow = save(tmp_path / "slow.json", [run_of("peft", 0, 2.5), run_of("peft", 1, 1.0)], lr=1e-4)
+    found, _ = table(slow, save(tmp_path / "fast.json", [run_of("peft", 0, 2.4)], lr=1e-3))
+    assert found["peft"]["lr"] == 1e-3, "the other's mean is lower for its second seed"
+    with pytest.raises(ValueError, match="peft: no seed was run at all of its learning rates"):
+        table(slow, save(tmp_path / "fast.json", [run_of("peft", 2, 2.4)], lr=1e-3))
 
 
 def test_the_best_in_their_way(tmp_path: Path) -> None:
