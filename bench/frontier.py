@@ -116,7 +116,7 @@ def _rows(reports: list[dict[str, Any]], options: FrontierOptions) -> list[dict[
 
 
 def _best(policy: str, reports: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The runs of `policy` at the learning rate with the lowest mean held-out loss, over the seeds that all of them have;
+    """The runs of `policy` at the learning rate with the lowest mean held-out loss, over the seeds that all have;
     None where every one diverged."""
     found = []
     for report in reports:
