@@ -20,6 +20,7 @@ from ..freezing.plan import FreezePlan
 from ..layers import exact_every as forwards
 from ..layers.eight_bit_base import EightBitLinear
 from ..layers.linear import LoGELinear
+from .exact_dtype import AUTO
 from .options import ApplyOptions
 from .plan import LayerPlan, make_plan
 from .report import LayerPath, LayerReport, Report
@@ -134,6 +135,7 @@ def _convert(wrapped: nn.Module, targets: Targets, options: ApplyOptions) -> Rep
         exact = None if options.base_dtype else plan.exact_dtype  # or products have the weight itself
         target.convert_(plan.factors, options.exact_fraction, options.backend, exact, base_dtype=options.base_dtype)
         target.linear.path = target.name  # type: ignore[assignment]
+        target.linear.chosen_by_auto = options.exact_dtype == AUTO  # type: ignore[assignment]
         if plan.factors is None:
             target.linear.prepare()  # type: ignore[operator]
     with_factors = [target for target in chosen if plans[target.name].factors is not None]

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backend.choice import check_name
+from ..backend.choice import check_name, requested
 from ..factors.cache import cached_factors
 from ..factors.factors import Factors
 from ..numerics.exact_dtypes import weight_copy, why_not
 from ..op.arguments import probability, share
-from ..op.linear import linear
+from ..op.linear import linear, waits_for_host
 from .exact_every import ExactEvery
 from .sharded import ShardedLinear
 
@@ -35,6 +35,7 @@ class LoGELinear(ShardedLinear):
     pre-trained layer.
     """
 
+    chosen_by_auto: bool  # whether exact_dtype is "auto"'s choice
     exact_every: ExactEvery | None
     _added: tuple[str, ...]  # the attributes that `convert_` gave it
     _was_frozen: bool  # the weight, when `apply` came
@@ -104,6 +105,7 @@ class LoGELinear(ShardedLinear):
         self.factors = factors
         self.eight_bit = None
         self.exact_dtype = exact_dtype
+        self.chosen_by_auto = False
         self.register_parameter("lora_A", None)
         self.register_parameter("lora_B", None)
         self.scaling = 1.0
@@ -279,6 +281,10 @@ class LoGELinear(ShardedLinear):
     ) -> Tensor:
         """The forward with this adapter in the place of the layer's own; arguments as in `loge_kernels.linear`."""
         factors = self.current_factors()  # before the weight is read, which it may gather
+        copy = self.eight_bit
+        if copy is not None and self.chosen_by_auto and not copy.gathered_apart:
+            # 8 bits are chosen by the weight's shape, for many tokens.
+            copy = None if waits_for_host(input, self.weight, requested(self.backend)) else copy
         return linear(
             input,
             self.weight,
@@ -290,7 +296,7 @@ class LoGELinear(ShardedLinear):
             dropout=dropout,
             exact_fraction=self.exact_fraction,
             backend=self.backend,
-            exact_dtype=self.eight_bit,
+            exact_dtype=copy,
             weight_scale=self.row_scale,
         )
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import loge_kernels as loge
+from loge_kernels.conversion import exact_dtype as choosing
+from loge_kernels.layers import linear as layer_linear
 from loge_kernels.op import linear as op
 
 M, N, K, P = 12, 24, 16, 4
@@ -20,7 +22,8 @@ SMALL_ON_CPU = op._SMALL_ON_CPU  # which conftest.py takes from the tests
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every exact layer of this CPU counts as one."""
-    monkeypatch.setattr(op, "waits_for_host", lambda x, weight, backend: backend == "auto")
+    for module in (op, layer_linear):
+        monkeypatch.setattr(module, "waits_for_host", lambda x, weight, backend: backend == "auto")
 
 
 def by_function(y: Tensor) -> bool:
@@ -160,6 +163,20 @@ def test_a_model_is_as_pefts(dropout: float, autocast: bool) -> None:
     tolerance = {"rtol": 2e-2, "atol": 0.2} if autocast else {"rtol": 1e-4, "atol": 1e-4}
     for plain, other in zip(*found, strict=True):
         torch.testing.assert_close(other, plain, **tolerance)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("exact_dtype", ["auto", "int8"])
+def test_8_bits_by_name_or_by_auto(exact_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What "auto" chose for many tokens is not for a few; what the user named is."""
+    monkeypatch.setattr(choosing, "cpu_multiplies_int8", lambda: True)
+    monkeypatch.setitem(choosing._CPU_FROM, torch.float32, 1)
+    model = peft_model(0.0)
+    report = loge.apply(model, exact_dtype=exact_dtype)
+    assert {row.dx for row in report.layers} == {"int8"}
+    assert by_function(model(torch.randn(M, K))) is (exact_dtype == "int8")
+    loge.remove(model)
+    assert not hasattr(model.base_model.model[0].base_layer, "chosen_by_auto")
 
 
 @pytest.mark.usefixtures("small")
