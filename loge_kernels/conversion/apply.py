@@ -74,8 +74,8 @@ def apply(
             (`loge_kernels.exact_every`).
         exact_dtype: what exact products run in. "auto": 8 bits where they are faster on this device for the layer's
             shape and many tokens (`conversion.exact_dtype`), the weight's dtype elsewhere and for few. "float8",
-            "int8", or None for the weight's. "nvfp4" and "mxfp4", 4 bits (`numerics.four_bit`), are experimental and not
-            recommended.
+            "int8", or None for the weight's. "nvfp4" and "mxfp4", 4 bits (`numerics.four_bit`), are experimental
+            and not recommended.
         base_dtype: "int8" or "float8": the frozen weights themselves are replaced by an 8-bit copy, from which forward
             and dX both take their products (`layers.eight_bit_base`), at half the memory of 16 bits and without
             dequantisation. The forward is then no longer exact. None: they stay as they are.
