@@ -170,7 +170,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     The name holds for the backward passes of the forwards made inside the block, whenever they run. Raises ValueError
     for a name that is unknown or cannot run here. An explicit `backend=` argument wins over the block, the block over
-    the `LOGE_BACKEND` environment variable. The block holds for the whole process, other threads included.
+    the `LOGE_BACKEND` environment variable. The block holds for the whole process, other threads included. A backward
+    that computes checkpointed forwards again belongs into the block as well.
     """
     global _override
     before, _override = _override, check_name(name, "use_backend(name)")

@@ -107,11 +107,10 @@ def linear(
             lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     check(x, weight, weight_scale, bias, lora_A, lora_B, dropout, exact_fraction)
     name = requested(backend)
-    exact = factors is None and exact_dtype is None
-    # Without a backward nothing reads what stands for the weight. A checkpoint may have one, with the op's own mask.
-    forward_only = dropout == 0.0 and not torch.is_grad_enabled()
-    if weight_scale is None and (exact or forward_only) and waits_for_host(x, weight, name):
-        return _plain(x, weight, None, bias, lora_A, lora_B, scaling, dropout)
+    # A checkpoint may compute the layer again where this is decided otherwise, and must have the same dropout there.
+    small = weight_scale is None and (dropout == 0.0 or lora_A is None) and waits_for_host(x, weight, name)
+    if small and factors is None and exact_dtype is None:
+        return _small(x, weight, bias, lora_A, lora_B, float(scaling))
     operands = Operands(
         x=x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x,
         weight=weight if weight_scale is None else None,
@@ -138,6 +137,8 @@ def linear(
         operands = operands._replace(dropout=float(dropout), seed=draw_seed(x.device))
     if torch.compiler.is_compiling():
         y, _ = torch.ops.loge_kernels.linear(*operands)
+    elif small and not torch.is_grad_enabled():  # no backward reads what stands for the weight
+        return _small(x, weight, bias, lora_A, lora_B, float(scaling))
     else:
         o = operands
         y = Linear.apply(o.x, o.weight, o.bias, o.lora_A, o.lora_B, o)
@@ -152,8 +153,21 @@ def waits_for_host(x: Tensor, weight: Tensor, backend: str) -> bool:
         return False
     if x.is_cuda:
         return x.numel() * weight.shape[0] <= _SMALL_ON_GPU
-    one_row = x.numel() == weight.shape[1]  # fast in every dtype
-    return (one_row or not slow_on_cpu(x.dtype)) and x.numel() * weight.shape[0] <= _SMALL_ON_CPU
+    if slow_on_cpu(x.dtype) and (x.numel() != weight.shape[1] or torch.is_grad_enabled()):
+        return False  # y of one row is fast in every dtype, and nothing else
+    return x.numel() * weight.shape[0] <= _SMALL_ON_CPU
+
+
+def _small(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float
+) -> Tensor:
+    """The layer in as few of PyTorch's own operations as there can be, all in x's dtype, so that x alone is saved."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = F.linear(rows, weight, bias)
+    if lora_A is not None and lora_B is not None:
+        xa = F.linear(rows, lora_A.to(x.dtype))
+        y = torch.addmm(y, xa, lora_B.to(x.dtype).t(), alpha=scaling)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def stand_ins(factors: Factors | None, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -195,16 +209,11 @@ def _plain(
     dropout: float,
 ) -> Tensor:
     """The layer in PyTorch's own operations."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y = F.linear(rows, weight if weight_scale is None else dequantize(weight, weight_scale, x.dtype), bias)
-    if lora_A is not None and lora_B is not None:
-        dropped = rows if dropout == 0.0 else F.dropout(rows, dropout)
-        xa = F.linear(dropped.to(lora_A.dtype), lora_A)
-        if xa.dtype == y.dtype == lora_B.dtype:
-            y = torch.addmm(y, xa, lora_B.t(), alpha=scaling)
-        else:
-            y = y + (F.linear(xa, lora_B) * scaling).to(y.dtype)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    y = F.linear(x, weight if weight_scale is None else dequantize(weight, weight_scale, x.dtype), bias)
+    if lora_A is None or lora_B is None:
+        return y
+    xa = F.linear(F.dropout(x, dropout).to(lora_A.dtype), lora_A)
+    return y + (F.linear(xa, lora_B) * scaling).to(y.dtype)
 
 
 def _warn_when_stale(factors: Factors, weight: Tensor) -> None:

@@ -41,12 +41,12 @@ def test_no_product_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_layer_runs_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    plain, function = op._plain, op.Linear.apply
-    monkeypatch.setattr(op, "_plain", lambda *given: taken.append("plain") or plain(*given))
+    small, function = op._small, op.Linear.apply
+    monkeypatch.setattr(op, "_small", lambda *given: taken.append("small") or small(*given))
     monkeypatch.setattr(op.Linear, "apply", lambda *given: taken.append("function") or function(*given))
     host.layers(torch.device("cpu"), 1)
-    assert set(taken) == {"plain", "function"}
-    assert taken.count("plain") == taken.count("function")
+    assert set(taken) == {"small", "function"}
+    assert taken.count("small") == taken.count("function")
     assert op.waits_for_host(torch.zeros(1, 1), torch.zeros(1, 1), "auto") is False, "it is back"
 
 
