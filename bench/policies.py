@@ -4,6 +4,7 @@ peft                       PEFT's exact LoRA, untouched: the measure of all othe
 apply                      `loge.apply(model)`
 exact                      `loge.apply(model, exact_dtype=None)`: exact in the weight's own dtype
 rank=1/8,exact_layers=0.5  arguments of `loge.apply`, calibrated unless subspace=svd
+rank=1/8..3/8              a pair: ranks that grow towards the output
 random:rank=1/8            a control: factors of random directions
 dropped                    a control: no low-rank part at all
 exact:steps=1.1            any of them for 1.1 times the steps of the others, its schedule stretched with them
@@ -98,6 +99,8 @@ class Policy:
             if name not in (*_ON_PAPER, "subspace", "salience"):
                 raise ValueError(f"--policy {self.text!r}: a step on paper has no {name}=; it knows {_list(_ON_PAPER)}")
         known = {name: arguments[name] for name in _ON_PAPER if name in arguments}
+        if isinstance(known.get("rank"), tuple):
+            known["rank"] = sum(known["rank"]) / 2  # what a rank costs is proportional to it
         if below:
             known["frozen"] = below / (layers or below)
         return PaperPolicy(self.text, **{"exact_dtype": "auto", **known})
@@ -141,9 +144,12 @@ def parse_all(texts: Sequence[str]) -> list[Policy]:
 
 
 def argument(text: str) -> Any:
-    """The value of an argument as it is typed: none, an int, a number or a fraction of two, or a word."""
+    """The value of an argument as it is typed: none, an int, a number or a fraction of two, two of these with two dots
+    between them, or a word."""
     if text.lower() == "none":
         return None
+    if ".." in text:
+        return tuple(argument(part) for part in text.split(".."))
     for number in (int, _fraction):
         with contextlib.suppress(ValueError, ZeroDivisionError):
             return number(text)

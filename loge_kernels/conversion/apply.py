@@ -29,7 +29,7 @@ from .targets import TargetLayer, Targets, find_targets, why_nothing_to_convert
 
 def apply(
     model: nn.Module,
-    rank: int | float | None = None,
+    rank: int | float | tuple[float, float] | None = None,
     *,
     subspace: str | None = None,
     calibration: Statistics | Iterable[Batch] | None = None,
@@ -57,7 +57,8 @@ def apply(
             `DistributedDataParallel` wrapper is looked through; calibration is averaged over its process group (without
             a wrapper the default one).
         rank: None: every dX is exact. An int (at most min(N, K) of each layer is taken), or a float in (0, 1], a share
-            of min(N, K) rounded to a multiple of 16: dX goes through factors of the weight and never reads it. Where
+            of min(N, K) rounded to a multiple of 16: dX goes through factors of the weight and never reads it. A pair
+            of shares: from the first in the low-rank layer nearest the input to the second in the last one. Where
             rank · (N + K) > N · K the layer stays exact: dense is cheaper. What follows up to `residual`, without
             `exact_dtype`, is for a low-rank backward.
         subspace: which directions the factors keep (`loge_kernels.subspaces`). "svd": closest to the weight, the

@@ -39,7 +39,7 @@ class ApplyOptions:
     """As documented at `apply`. A bad value raises ValueError or TypeError with the argument, the value and what would
     work."""
 
-    rank: int | float | None
+    rank: int | float | tuple[float, float] | None
     subspace: str | None
     calibration: Statistics | Iterable[Batch] | None
     exact_layers: float
@@ -62,6 +62,12 @@ class ApplyOptions:
                 raise ValueError(
                     f"{given[0]}={value} is for a low-rank backward, and rank is None: every layer would be exact; "
                     "give rank= too, an int or a share in (0, 1]"
+                )
+        elif isinstance(self.rank, tuple):
+            if len(self.rank) != 2 or not all(isinstance(share, float) and 0.0 < share <= 1.0 for share in self.rank):
+                raise ValueError(
+                    f"rank={self.rank!r}; a pair is of two shares in (0, 1], that of the layer nearest the input and "
+                    "that of the one nearest the output"
                 )
         elif isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank < 1:
             raise ValueError(f"rank={self.rank!r}; give an int from 1 up, or a float in (0, 1]")

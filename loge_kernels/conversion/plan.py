@@ -42,14 +42,15 @@ def make_plan(
         _check_weight(target, options)
     if options.base_dtype is not None:
         check_base(model, layers_found, options.base_dtype)
-    low_rank = _low_rank_layers(layers_found, options)
-    directions = _directions(model, [target for target in layers_found if target.name in low_rank], targets, options)
+    ranks = _ranks(layers_found, options)
+    low_rank = [target for target in layers_found if target.name in ranks]
+    directions = _directions(model, low_rank, ranks, targets, options)
     plans = {}
     for target in with_progress(layers_found, "factorising"):
         exact, why = _exact_dtype(target, options)
         factors, reason = None, why
-        if target.name in low_rank:
-            factors, reason = _factors(target, directions.get(target.name), options)
+        if target.name in ranks:
+            factors, reason = _factors(target, ranks[target.name], directions.get(target.name), options)
             if factors is None:
                 reason = "; ".join(part for part in (reason, why) if part)
             elif options.base_dtype is not None:
@@ -84,13 +85,14 @@ def _exact_dtype(target: TargetLayer, options: ApplyOptions) -> tuple[str | None
     return exact_dtype.choose(target.shape_only, options.exact_dtype)
 
 
-def _low_rank_layers(layers_found: list[TargetLayer], options: ApplyOptions) -> set[str]:
-    """The layers whose dX goes through factors: below those that `exact_layers` keeps, counted from the output."""
+def _ranks(layers_found: list[TargetLayer], options: ApplyOptions) -> dict[str, int]:
+    """The ranks of the layers whose dX goes through factors, by name: of those below what `exact_layers` keeps, counted
+    from the output."""
     if options.rank is None or options.exact_every == 1:
-        return set()
+        return {}
     total = sum(target.shape_only.numel() for target in layers_found)
     above = 0
-    chosen = set()
+    chosen: list[TargetLayer] = []  # from the output downwards
     for target in reversed(layers_found):
         if getattr(target.adapter, "edits_weight", False):
             raise ValueError(
@@ -99,12 +101,13 @@ def _low_rank_layers(layers_found: list[TargetLayer], options: ApplyOptions) -> 
             )
         above += target.shape_only.numel()
         if above > options.exact_layers * total * (1 + 1e-9):
-            chosen.add(target.name)
-    return chosen
+            chosen.append(target)
+    last = max(1, len(chosen) - 1)
+    return {target.name: _rank(target, options, place / last) for place, target in enumerate(reversed(chosen))}
 
 
 def _directions(
-    model: nn.Module, layers_found: list[TargetLayer], targets: Targets, options: ApplyOptions
+    model: nn.Module, layers_found: list[TargetLayer], ranks: dict[str, int], targets: Targets, options: ApplyOptions
 ) -> dict[str, Subspace]:
     """What calibration chose for each layer; empty where the subspace needs none."""
     if options.directions not in PROJECTIONS or not layers_found:
@@ -121,7 +124,7 @@ def _directions(
         layer = statistics.layers[target.name]
         try:
             chosen[target.name] = subspace(
-                target.weight(), layer, options.directions, _rank(target, options), options.salience
+                target.weight(), layer, options.directions, ranks[target.name], options.salience
             )
         except ValueError as error:
             raise ValueError(f"layer {target.name!r}: {error}") from None
@@ -150,16 +153,21 @@ def _tell_unseen(layers_found: list[TargetLayer], statistics: Statistics) -> Non
         )
 
 
-def _rank(target: TargetLayer, options: ApplyOptions) -> int:
+def _rank(target: TargetLayer, options: ApplyOptions, place: float) -> int:
+    """`place`: 0 for the low-rank layer nearest the input, 1 for the one nearest the output."""
     N, K = target.shape
     rank = options.rank
     assert rank is not None
+    if isinstance(rank, tuple):
+        rank = rank[0] + place * (rank[1] - rank[0])
     return resolve_rank(min(rank, N, K) if isinstance(rank, int) else rank, N, K)
 
 
-def _factors(target: TargetLayer, found: Subspace | None, options: ApplyOptions) -> tuple[Factors | None, str]:
+def _factors(
+    target: TargetLayer, rank: int, found: Subspace | None, options: ApplyOptions
+) -> tuple[Factors | None, str]:
     """The target's factors; None and the reason where the dense product costs less."""
-    (N, K), rank = target.shape, _rank(target, options)
+    N, K = target.shape
     rows = math.ceil(options.residual * N)
     if rank * (N + K) + rows * K > N * K:
         return None, f"dense is cheaper at this rank (break-even at {N * K // (N + K)})"

@@ -21,6 +21,9 @@ _PATHS = {
 }
 
 
+_MOST_RANKS = 4  # that a summary names one by one
+
+
 @dataclass(frozen=True, slots=True)
 class LayerReport:
     """One linear layer. `shape` is (N, K), or (experts, N, K).
@@ -74,13 +77,20 @@ class Report:
     def summary(self) -> str:
         """One line: how many layers on which path, and what their dX is computed in."""
         paths = ", ".join(f"{count} {path}" for path, count in Counter(layer.path for layer in self.layers).items())
-        kinds = ", ".join(f"{count} in {dx}" for dx, count in Counter(layer.dx for layer in self.converted).items())
+        kinds = ", ".join(f"{count} in {dx}" for dx, count in Counter(map(self._kind, self.converted)).items())
         line = f"{len(self.layers)} linear layers: {paths} ({self.share_converted:.0%} of their weights converted)"
         if kinds:
             line += f"; dX: {kinds}"
         if self.exact_every is not None:
             line += f", exact in one forward of {self.exact_every}"
         return line + (f"; {self.flops_saved:.0%} of the dense dX flops saved" if self.flops_saved > 0 else "")
+
+    def _kind(self, layer: LayerReport) -> str:
+        """What its dX is in; of many ranks, as a pair gives, their range."""
+        ranks = {each.rank for each in self.converted if each.rank is not None}
+        if layer.rank is None or len(ranks) <= _MOST_RANKS:
+            return layer.dx
+        return layer.dx.replace(f"rank {layer.rank}", f"ranks {min(ranks)} to {max(ranks)}")
 
     def to_dict(self) -> dict[str, Any]:
         return {

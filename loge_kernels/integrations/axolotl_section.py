@@ -24,7 +24,7 @@ class LogeSection(BaseModel):
     wrote. `exact_dtype: none` is None: axolotl drops an option that is null.
     """
 
-    rank: StrictInt | StrictFloat | None = None
+    rank: StrictInt | StrictFloat | tuple[StrictFloat, StrictFloat] | None = None
     subspace: str | None = None
     calibration: str | None = Field(None, description="path of a file of calibration statistics")
     targets: str | list[str] | None = None

@@ -37,6 +37,8 @@ def test_what_is_typed() -> None:
     assert parse("exact").arguments == parse("exact_dtype=None").arguments == {"exact_dtype": None}
     assert (parse("apply").arguments, parse("apply").calibration) == ({}, None)
     assert parse("peft").peft
+    assert parse("rank=1/8..3/8").arguments == {"rank": (0.125, 0.375)}
+    assert parse("rank=1/8..3/8").on_paper().rank == 0.25
     assert parse("peft:steps=0.7").steps(50) == 35
     assert parse("random:rank=1/8,exact_layers=0.5").arguments == {"rank": 0.125, "exact_layers": 0.5}
     assert [each.text for each in parse_all(("peft", "apply", " peft"))] == ["peft", "apply"]
