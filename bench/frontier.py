@@ -31,7 +31,7 @@ from .measure.output import check_writable, duration, print_wide, without_files,
 from .measure.shapes import LLAMAS
 from .paper.collectives import held, traffic
 from .paper.model import GPUS, known
-from .paper.run import step_seconds
+from .paper.run import PaperPolicy, step_seconds
 from .policies import PEFT, parse
 
 _TOKENS = 8192
@@ -173,18 +173,22 @@ def _row(
 def _step(text: str, gpu: str, layers: int | None, options: FrontierOptions) -> float | None:
     """None for a policy that paper does not know, for a model of so many `layers`, or that the GPU cannot run."""
     try:
-        policy = parse(text).on_paper(layers)
-        policy = policy if policy.peft else replace(policy, kernels=True)
-        return step_seconds(policy, known("--gpu", gpu, GPUS), options.model, _TOKENS)
+        return step_seconds(_on_paper(text, layers), known("--gpu", gpu, GPUS), options.model, _TOKENS)
     except ValueError:
         return None
+
+
+def _on_paper(text: str, layers: int | None) -> PaperPolicy:
+    """With this package's kernels. Raises ValueError for what paper does not know."""
+    policy = parse(text).on_paper(layers)
+    return policy if policy.peft else replace(policy, kernels=True)
 
 
 def _gathered(text: str, layers: int | None, options: FrontierOptions) -> float | None:
     """Bytes that FSDP2 gathers for a step, forward and backward, of all blocks; None for what paper does not know."""
     llama, gpu = LLAMAS[known("--model", options.model, LLAMAS)], known("--gpu", options.gpus[0], GPUS)
     try:
-        policy = parse(text).on_paper(layers)
+        policy = _on_paper(text, layers)
         block = traffic(held(llama, policy, gpu, _TOKENS, lora_rank=16), "fsdp2")
     except ValueError:
         return None

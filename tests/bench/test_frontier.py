@@ -79,12 +79,13 @@ def test_4_bits(tmp_path: Path) -> None:
 
 
 def test_bytes_are_those_of_fsdp2(tmp_path: Path) -> None:
-    rows = [run_of(policy, 0, 2.0) for policy in ("peft", BASE, "exact_dtype=int8", FROZEN)]
+    rows = [run_of(policy, 0, 2.0) for policy in ("peft", BASE, "exact_dtype=int8", "apply", FROZEN)]
     found, _ = table(save(tmp_path / "a.json", rows))
     linear = sum(N * K for N, K in LLAMAS["LLaMA-3-8B"].linears()) * LLAMAS["LLaMA-3-8B"].layers
     assert found["peft"]["gathered_bytes"] == pytest.approx(2 * 2 * linear, rel=0.05)
     assert found[BASE]["bytes_of_peft"] == pytest.approx(0.5, abs=0.02)
     assert found["exact_dtype=int8"]["bytes_of_peft"] == pytest.approx(0.75, abs=0.02)
+    assert found["apply"]["bytes_of_peft"] == pytest.approx(0.75, abs=0.02), "with the kernels, as its time is"
     forward = found["peft"]["gathered_bytes"] / 2
     assert found[FROZEN]["gathered_bytes"] == pytest.approx((1 + 3 / 4) * forward), "1 layer of 4"
     unknown, _ = table(save(tmp_path / "b.json", rows, sizes=None))
