@@ -148,8 +148,9 @@ def argument(text: str) -> Any:
     between them, or a word."""
     if text.lower() == "none":
         return None
-    if ".." in text:
-        return tuple(argument(part) for part in text.split(".."))
+    pair = text.split("..")
+    if len(pair) == 2 and not any(isinstance(argument(part), str) for part in pair):
+        return tuple(map(argument, pair))
     for number in (int, _fraction):
         with contextlib.suppress(ValueError, ZeroDivisionError):
             return number(text)

@@ -45,6 +45,7 @@ def _policy(call: ast.Call) -> Policy:
     if len(call.args) > 1:
         given["rank"] = call.args[1]
     plain = {name: ast.unparse(value).replace(" ", "").strip("'\"") for name, value in given.items() if name in _READ}
-    values = {name: argument(text) for name, text in plain.items()}
+    # A pair is typed with two dots between its shares.
+    values = {name: argument(text.strip("()").replace(",", "..")) for name, text in plain.items()}
     known = {name: value for name, value in values.items() if not isinstance(value, str) or name.endswith("_dtype")}
     return Policy("loge.apply", {name: value for name, value in known.items() if name is not None})

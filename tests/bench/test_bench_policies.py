@@ -42,6 +42,7 @@ def test_what_is_typed() -> None:
     assert parse("peft:steps=0.7").steps(50) == 35
     assert parse("random:rank=1/8,exact_layers=0.5").arguments == {"rank": 0.125, "exact_layers": 0.5}
     assert [each.text for each in parse_all(("peft", "apply", " peft"))] == ["peft", "apply"]
+    assert [argument(text) for text in ("...", "1/8..x", "..")] == ["...", "1/8..x", ".."]
     assert [argument(text) for text in ("None", "3", "1/4", "2e-1", "svd", "1/0")] == [None, 3, 0.25, 0.2, "svd", "1/0"]
 
 

@@ -23,6 +23,7 @@ report = loge.apply(
     exact_layers=0.5, calibration=calibrate(model, batches),
 )
 loge.apply(model, rank=0.9)
+loge.apply(model, rank=(1 / 8, 3 / 8))
 loge.apply(model, rank=rank, budget=0.3)
 loge.apply(model, rank=256, exact_every=1)
 ```
@@ -36,6 +37,7 @@ def test_what_is_found() -> None:
         {},
         {"rank": 0.125, "exact_layers": 0.5},
         {"rank": 0.9},
+        {"rank": (0.125, 0.375)},
         {},
         {"rank": 256, "exact_every": 1},
     ]
