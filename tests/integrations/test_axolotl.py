@@ -54,6 +54,10 @@ def test_the_section_takes_the_arguments_of_apply() -> None:
     assert {name: field.default for name, field in fields.items()} == {n: arguments[n].default for n in fields}
 
 
+def test_a_pair_of_ranks_is_a_list_of_yaml() -> None:
+    assert section.LogeSection(rank=[0.125, 0.375]).rank == (0.125, 0.375)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -61,6 +65,7 @@ def test_the_section_takes_the_arguments_of_apply() -> None:
         ({"rank": 0}, "rank=0; give an int from 1 up, or a float in (0, 1]"),
         ({"rank": "two"}, "loge.rank"),
         ({"rank": True}, "loge.rank"),
+        ({"rank": [0.1, 2.0]}, "rank=(0.1, 2.0); a pair is of two shares in (0, 1]"),
         ({"exact_layers": 0.5}, "exact_layers=0.5 is for a low-rank backward, and rank is None"),
         ({"rank": 8, "exact_dtype": "fp4"}, "exact_dtype='fp4' is unknown"),
         ({"rank": 8, "calibration": "file", "subspace": "svd"}, "calibration goes with subspace='gradient'"),
