@@ -109,7 +109,7 @@ def _rows(reports: list[dict[str, Any]], options: FrontierOptions) -> list[dict[
     for row in rows:
         row["bytes_of_peft"] = _over(row["gathered_bytes"], peft["gathered_bytes"])
     for row in rows:
-        row["best"] = _both(row, options.gpus[0]) is not None and not any(
+        row["best"] = _time_and_bytes(row, options.gpus[0]) is not None and not any(
             _beats(other, row, options.gpus[0]) for other in rows
         )
     return sorted(rows, key=lambda row: -(row["speedup"][options.gpus[0]] or 0.0))
@@ -201,14 +201,14 @@ def _over(a: float | None, b: float | None) -> float | None:
 
 def _beats(a: dict[str, Any], b: dict[str, Any], gpu: str) -> bool:
     """Whether `a` is as soon as `b` and gathers as little, and is better in one of the two."""
-    ours, theirs = _both(a, gpu), _both(b, gpu)
+    ours, theirs = _time_and_bytes(a, gpu), _time_and_bytes(b, gpu)
     if ours is None or theirs is None:
         return False
     pairs = list(zip(ours, theirs, strict=True))
     return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
 
 
-def _both(row: dict[str, Any], gpu: str) -> tuple[float, float] | None:
+def _time_and_bytes(row: dict[str, Any], gpu: str) -> tuple[float, float] | None:
     """The time, over PEFT's, and the bytes; None where one is not known, as of a policy that did not come to the
     loss."""
     speedup, gathered = row["speedup"][gpu], row["gathered_bytes"]

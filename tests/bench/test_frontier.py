@@ -17,6 +17,7 @@ from loge_kernels.bench.measure.shapes import LLAMAS
 from loge_kernels.bench.paper.run import PaperPolicy, step_seconds
 from loge_kernels.bench.policies import parse
 
+RESULTS = Path(__file__).parents[2] / "bench/results"
 BASE = "base_dtype=float8"
 LOW = "rank=1/8"
 KERNELS = PaperPolicy("", kernels=True)
@@ -151,6 +152,14 @@ def test_the_file_holds_the_table(tmp_path: Path) -> None:
     kept = json.loads(out.read_text())
     assert kept["models"]["tiny"][0]["steps"] == found["peft"]["steps"]
     assert kept["options"]["files"] == ["a.json"]
+
+
+@pytest.mark.parametrize("name", ["frontier", "frontier-lr-1e-3"])
+def test_committed_pages_are_those_of_the_model(name: str) -> None:
+    kept = json.loads((RESULTS / "predicted" / f"{name}.json").read_text())
+    files = [RESULTS / "cpu-amd-milan-2core" / file for file in kept["options"]["files"]]
+    found = json.loads(json.dumps(frontier.run(FrontierOptions(files=files), Console(file=io.StringIO()))))
+    assert found["models"] == kept["models"], "run `bench frontier` on the same files again"
 
 
 @pytest.mark.parametrize(
