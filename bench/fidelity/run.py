@@ -40,10 +40,10 @@ DEFAULTS = (
     PEFT,
     "apply",
     "exact",
-    "rank=1/4",
+    "base_dtype=int8",
+    "rank=1/16,exact_layers=0.75",
     "rank=1/4,exact_layers=0.5",
-    "rank=1/8,exact_layers=0.5",
-    "rank=1/8,exact_every=2",
+    "rank=1/4",
 )
 SCHEDULES = ("constant", "cosine")
 VERSION = 2  # of the file; 1 had policies that are no more

@@ -291,7 +291,9 @@ def standard_policies(gpu: str) -> tuple[PaperPolicy, ...]:
         *((PaperPolicy("int8 base", exact_dtype="auto", base_dtype="int8"),) if eight == "float8" else ()),
         PaperPolicy("rank 256", rank=256),
         PaperPolicy("rank 1/4, exact_layers 0.5 auto", rank=1 / 4, exact_layers=0.5, exact_dtype="auto"),
-        PaperPolicy(f"rank 1/8, exact_layers 0.7 {eight}", rank=1 / 8, exact_layers=0.7, exact_dtype=eight),
+        PaperPolicy(
+            f"{ours}, rank 1/16, exact_layers 0.75", rank=1 / 16, exact_layers=0.75, exact_dtype="auto", kernels=True
+        ),
     )
 
 

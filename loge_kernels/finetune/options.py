@@ -73,7 +73,7 @@ class FinetuneOptions:
     ] = None
     rank: Annotated[
         int | float, Option(help="low-rank: rank of the factors, an int or a share of min(N, K) in (0, 1].")
-    ] = 0.25
+    ] = 1 / 16
     subspace: Annotated[
         str,
         Option(
@@ -83,7 +83,7 @@ class FinetuneOptions:
     ] = "gradient"
     exact_layers: Annotated[
         float, Option(help="low-rank: share of the weights that stays exact, from the output downwards.")
-    ] = 0.5
+    ] = 0.75
     exact_every: Annotated[
         int | None, Option(help="low-rank: one training forward in so many has an exact backward.")
     ] = None

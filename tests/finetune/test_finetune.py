@@ -42,7 +42,7 @@ def test_run_end_to_end(base, whole):
     assert low_rank["kept_bytes"] == sum(4 * layer["rank"] * sum(layer["shape"]) for layer in factors) > 0
     assert lora["kept_bytes"] == loge["kept_bytes"] == 0
     assert loge["policy"] == "apply(model)"
-    assert low_rank["policy"] == "apply(model, rank=0.25, exact_layers=0.5, calibration=batches)"
+    assert low_rank["policy"] == "apply(model, rank=0.0625, exact_layers=0.75, calibration=batches)"
     assert metrics["arguments"]["dtype"] == "float32"
     assert {"loge_kernels", "torch", "transformers", "peft", "python"} <= set(metrics["versions"])
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -111,7 +111,7 @@ def test_methods_take_turns_over_the_same_weights(base, monkeypatch):
             {"rank 16", "float32"},
         ),
         (
-            {"method": ("low-rank",), "subspace": "salience", "rank": 0.5},
+            {"method": ("low-rank",), "subspace": "salience", "rank": 0.5, "exact_layers": 0.5},
             0.9,
             [False, False],
             {"rank 16", "rank 32", "float32"},
