@@ -52,6 +52,8 @@ class LoGELinear4bit(QuantizedLinear, bnb.nn.Linear4bit):
     def library_forward(self, input: Tensor) -> Tensor:
         if input.numel() == 0:  # the CPU's inference kernel (bitsandbytes 0.50) ends the process: it divides by M
             return input.new_empty(*input.shape[:-1], self.out_features)
+        if self.out_features % 32 or self.in_features % _state(self).blocksize:
+            self.support_avx512bf16_for_cpu = False  # whose kernel (0.50) takes whole blocks alone, and else raises
         return super().library_forward(input)
 
 

@@ -80,6 +80,12 @@ class LoGELinear(ShardedLinear):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear is a {type(linear).__name__}; expected a torch.nn.Linear")
+        shape, own = tuple(linear.weight.shape), (linear.out_features, linear.in_features)
+        if shape != own or not linear.weight.is_floating_point():
+            raise TypeError(
+                f"linear is a {type(linear).__name__} whose weight is {shape} in {linear.weight.dtype}, not {own} in a "
+                "floating-point dtype; layers that a library quantised are converted by loge_kernels.apply(model)"
+            )
         if isinstance(lora_rank, bool) or not isinstance(lora_rank, int) or lora_rank < 0:
             raise ValueError(f"lora_rank={lora_rank!r}; give an int, 0 for no adapter")
         factors = None if rank is None else cached_factors(linear.weight, rank)
