@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from typer import Option
 
 import loge_kernels as loge
@@ -29,7 +27,7 @@ from loge_kernels.command_line import WHOLE, Json
 
 from .measure.collectives import Collectives
 from .measure.memory import with_peak_memory
-from .measure.output import check_writable, print_wide, size, spinner, without_files, write
+from .measure.output import check_writable, print_wide, size, spinner, table, without_files, write
 from .measure.shapes import Llama
 from .policies import PEFT, Policy, parse, parse_all
 
@@ -213,14 +211,11 @@ def _print(console: Console, report: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("ranks", "policy"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("checkpointing", "fwd gathers", "bwd gathers", "x PEFT", "reduces", "held", "peak"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("checkpointing", "fwd gathers", "bwd gathers", "x PEFT", "reduces", "held", "peak")
+    printed = table(("ranks", "policy"), headings)
     for row in report["rows"]:
         sent = [size(row[f"{kind}_bytes"]) for kind in ("forward", "backward", "reduced", "held", "peak")]
         again = "yes" if row["checkpointing"] else "no"
         share = f"{row['backward_over_peft']:.3f}"
-        table.add_row(str(row["ranks"]), row["policy"], again, *sent[:2], share, *sent[2:])
-    print_wide(console, table)
+        printed.add_row(str(row["ranks"]), row["policy"], again, *sent[:2], share, *sent[2:])
+    print_wide(console, printed)

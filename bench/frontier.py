@@ -18,16 +18,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from typer import Argument, Option
 
 from loge_kernels.command_line import Json
 
 from .fidelity import run as fidelity
 from .fidelity.report import reached
-from .measure.output import check_writable, duration, print_wide, without_files, write
+from .measure.output import check_writable, duration, print_wide, table, without_files, write
 from .measure.shapes import LLAMAS
 from .paper.collectives import held, traffic
 from .paper.model import GPUS, known
@@ -227,13 +225,11 @@ def _print(
             highlight=False,
             soft_wrap=True,
         )
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        table.add_column("policy", no_wrap=True)
         times = [f"{gpu} to {options.share:.0%}, x {PEFT}" for gpu in options.gpus]
-        for heading in ("lr", "recovered", "seeds", f"steps to {options.share:.0%}", *times, "gathered"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        headings = ("lr", "recovered", "seeds", f"steps to {options.share:.0%}", *times, "gathered")
+        printed = table(("policy",), headings)
         for row in rows:
-            table.add_row(
+            printed.add_row(
                 ("* " if row["best"] else "  ") + row["policy"],
                 _text(row["lr"], "g"),
                 _text(row["recovered"], ".1%"),
@@ -242,7 +238,7 @@ def _print(
                 *(_time(row, gpu) for gpu in options.gpus),
                 _text(row["bytes_of_peft"], ".2f"),
             )
-        print_wide(console, table)
+        print_wide(console, printed)
     console.print(
         "*: no other policy is there as soon on the first GPU and gathers as little. recovered: of exact LoRA's gain "
         "at the end, mean and range of the seeds. gathered: bytes of a step under FSDP2, of PEFT's. Predicted with "

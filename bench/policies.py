@@ -89,7 +89,7 @@ class Policy:
         return Policy(self.text, rest, "random", self.stretch)
 
     def on_paper(self, layers: int | None = None) -> PaperPolicy:
-        """The same for `on_paper.predict`; `layers`: how many the model has that freeze_below= counts in. Raises
+        """The same for `paper.run.predict`; `layers`: how many the model has that freeze_below= counts in. Raises
         ValueError for an argument that changes the time and that a step on paper does not know."""
         if self.peft:
             return PaperPolicy(self.text, peft=True)

@@ -21,14 +21,12 @@ from itertools import pairwise, product, zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from typer import Argument, Option
 
 from loge_kernels.command_line import WHOLE, Json, check_counts
 
-from .measure.output import check_writable, duration, print_wide, size, without_files, write
+from .measure.output import check_writable, duration, print_wide, size, table, without_files, write
 from .measure.shapes import LLAMAS, Llama
 from .paper.collectives import ENGINES, Held, held, traffic
 from .paper.run import PaperPolicy, predict
@@ -289,23 +287,23 @@ def _print(report: dict[str, Any], options: ScaleOptions) -> None:
         soft_wrap=True,
     )
     for name in dict.fromkeys(row["model"] for row in report["rows"]):
-        sent = ("fwd gathers", "bwd gathers", "reduces")
-        table = _table(name, "GPUs", "engine", "policy", *sent, "arithmetic", "step", "x PEFT", "at worst", "held")
+        numbers = ("fwd gathers", "bwd gathers", "reduces", "arithmetic", "step", "x PEFT", "at worst", "held")
+        printed = table(("GPUs", "engine", "policy"), numbers, name)
         for row in report["rows"]:
             if row["model"] == name:
                 moved = [size(row[f"{kind}_bytes"]) for kind in ("forward", "backward", "reduced")]
                 times = duration(row["compute_seconds"]), duration(row["seconds"]), f"{row['speedup']:.2f}"
                 resident = size(row["resident_bytes"]) + ("" if row["fits"] else " [red]too much[/red]")
                 worst = duration(row["seconds_without_overlap"])
-                table.add_row(str(row["gpus"]), row["engine"], row["policy"], *moved, *times, worst, resident)
-        print_wide(console, table)
+                printed.add_row(str(row["gpus"]), row["engine"], row["policy"], *moved, *times, worst, resident)
+        print_wide(console, printed)
     if "sooner" in report:
         title = f"Sooner than {RIVAL} at {options.share:.0%} of exact LoRA's gain, under FSDP2"
-        table = _table(title, "model", "GPUs", "policy", "steps, over its", "network between nodes")
+        printed = table(("model", "GPUs", "policy"), ("steps, over its", "network between nodes"), title)
         for row in report["sooner"]:
             steps = "never there" if row["steps"] is None else f"{row['steps']:.3f}"
-            table.add_row(row["model"], str(row["gpus"]), row["policy"], steps, _ranges(row["networks"]))
-        print_wide(console, table)
+            printed.add_row(row["model"], str(row["gpus"]), row["policy"], steps, _ranges(row["networks"]))
+        print_wide(console, printed)
 
 
 def _ranges(networks: list[tuple[float, float | None]]) -> str:
@@ -320,11 +318,3 @@ def _ranges(networks: list[tuple[float, float | None]]) -> str:
         if low > 0.0 and high is not None:
             words[-1] = f"{low:.3g} to {high:.3g}"
     return f"{', '.join(words)} GB/s a GPU"
-
-
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in headings:
-        left = heading in ("model", "GPUs", "engine", "policy")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
-    return table

@@ -27,7 +27,7 @@ app.add_typer(bench_app, name="bench")
 
 @app.callback()
 def main() -> None:
-    """Linear layers whose backward pass is cheap: full weight forward, low-rank activation gradient, exact LoRA."""
+    """Linear layers whose backward pass is cheap: exact LoRA, in 8 bits where that is faster, or a low-rank dX."""
 
 
 @app.command()

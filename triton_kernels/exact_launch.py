@@ -55,7 +55,6 @@ def prepare(
     column_scale: Tensor | None = None,
     zeros: int = 0,
     deterministic: bool = False,
-    config: PrepareConfig | None = None,
 ) -> Prepared:
     """T = s · dY B, dB = s · dYᵀ xa, db = Σ dY, and dY in `eight_bits` (float8_e4m3fn or int8) with a scale for each
     row, times `column_scale` [N] in fp32 where that is given.
@@ -72,11 +71,11 @@ def prepare(
     (M, N), device, dtype = dy.shape, dy.device, dy.dtype
     P = 0 if lora_B is None or not (need_t or need_dB) else lora_B.shape[1]
     aligned = N % 8 == 0 and dy.stride(1) == 1 and dy.stride(0) % 8 == 0 and dy.data_ptr() % 16 == 0
-    key = (P, dtype, need_t, need_dB, need_dbias, eight_bits, column_scales, aligned, deterministic, config, device)
+    key = (P, dtype, need_t, need_dB, need_dbias, eight_bits, column_scales, aligned, deterministic, device)
     known = _prepare_constants.get(key)
     if known is None:
         spec = device_spec(device)
-        chosen = config or config_for("exact_prepare", dtype, 16, P, aligned, spec)
+        chosen = config_for("exact_prepare", dtype, 16, P, aligned, spec)
         if not isinstance(chosen, PrepareConfig):
             raise ValueError(f"no shipped configuration holds P={P} in {dtype}")
         flags = Flags(True, False, need_dB, need_dbias, False, deterministic)
@@ -166,7 +165,6 @@ def product(
     rotation: int = 1,
     fast_accumulation: bool = True,
     deterministic: bool = False,
-    config: ProductConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """dX = dY W + drop(T A) [M, K] in `dtype` (None: dY's), written once, and dA = Tᵀ drop(x) [P, K] in lora_A's dtype
     where x is given.
@@ -200,11 +198,11 @@ def product(
     )
     scaled = weight_scale is not None
     forms = scaled, rotation, x is not None, drops, fast_accumulation, aligned, deterministic
-    key = (P, dy.dtype, dtype, forms, config, device)
+    key = (P, dy.dtype, dtype, forms, device)
     constants = _product_constants.get(key)
     if constants is None:
         spec = device_spec(device)
-        chosen = config or config_for("exact_product", dy.dtype, 16, P, aligned, spec)
+        chosen = config_for("exact_product", dy.dtype, 16, P, aligned, spec)
         if not isinstance(chosen, ProductConfig):
             raise ValueError(f"no shipped configuration holds P={P} in {dy.dtype}")
         flags = Flags(True, x is not None, False, False, drops, deterministic)

@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -202,7 +201,7 @@ def print_tables(console: Console, result: dict[str, Any]) -> None:
 def _times(summary: list[dict[str, Any]], unit: str) -> Table:
     """The first to 90 % of the gain first, where all seeds came to it."""
     exact = next(entry for entry in summary if entry["policy"] == PEFT)["to_loss"]["0.9"][unit]
-    table = _table("policy", "a step", *(f"to {share:.0%}" for share in SHARES), f"x {PEFT} to 90%")
+    table = output.table(("policy",), ("a step", *(f"to {share:.0%}" for share in SHARES), f"x {PEFT} to 90%"))
 
     def ninety(entry: dict[str, Any]) -> float:
         times = entry["to_loss"]["0.9"]
@@ -228,7 +227,7 @@ def _time(entry: dict[str, Any], times: dict[str, Any], unit: str) -> str:
 def _learnt(summary: list[dict[str, Any]]) -> Table:
     unrounded = any(entry["recovered_unrounded"] is not None for entry in summary)
     headings = ("steps", "set-up", "backward", "cosine", "norm", "held-out", "recovered", "seeds")
-    table = _table("policy", *headings, *(["unrounded"] * unrounded))
+    table = output.table(("policy",), (*headings, *(["unrounded"] * unrounded)))
     for entry in summary:
         several = entry["recovered"] is not None and len(entry["seeds"]) > 1
         share = _percent(entry["recovered"])
@@ -251,14 +250,6 @@ def _learnt(summary: list[dict[str, Any]]) -> Table:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(first, no_wrap=True)
-    for heading in others:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -1,6 +1,6 @@
 """The correctness gate: no figure is printed for a candidate whose results are wrong.
 
-Every result is compared with its formula in float64 on the same operands, by the rule of `loge_kernels.accuracy`. The
+Every result is compared with its formula in float64 on the same operands, by the rule of `check.accuracy`. The
 yardstick is the same formula in plain PyTorch at the candidate's precision, product by product with each intermediate
 rounded to the dtype (16-bit products accumulate in float32). dA and dB are compared in full; y and dX on as many rows,
 spread evenly with the first and last among them, as `_FLOPS` allows, and every element of them must be finite.

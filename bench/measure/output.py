@@ -6,7 +6,7 @@ import contextlib
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,19 @@ def print_heading(console: Console, report: dict[str, Any]) -> None:
         )
 
 
+def table(left: Iterable[str], right: Iterable[str], title: str | None = None) -> Table:
+    """A table as every benchmark prints it: no cell is wrapped. left, right: headings, by how their columns are
+    aligned."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in left:
+        made.add_column(heading, no_wrap=True)
+    for heading in right:
+        made.add_column(heading, justify="right", no_wrap=True)
+    return made
+
+
 def print_case(console: Console, title: str, direction: str, rows: Sequence[Row]) -> None:
     """One table: every candidate of a case. It keeps its width where lines are shorter: nothing is cut."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("candidate", no_wrap=True)
     baselines = [name for name in _BASELINES if any(name in row.speedup for row in rows)]
     predicted = any(row.predicted_seconds for row in rows)
     headings = (
@@ -110,25 +119,24 @@ def print_case(console: Console, title: str, direction: str, rows: Sequence[Row]
         *(f"x {name}" for name in baselines),
         "peak",
     )
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+    printed = table(("candidate",), headings)
     for row in rows:
         if row.status == "not run":
-            table.add_row(f"[dim]{row.candidate}[/dim]", "[yellow]not run[/yellow]")
+            printed.add_row(f"[dim]{row.candidate}[/dim]", "[yellow]not run[/yellow]")
             continue
         spread = f"{duration(row.p10)}-{duration(row.p90)}" if row.runs > 1 else "cold"
         foretold = [duration(row.predicted_seconds) if row.predicted_seconds else ""] * predicted
         times = [duration(row.seconds), *foretold, duration(row.eager_seconds)]
         start = [row.candidate, row.mode, *times, spread, str(row.runs)]
         if row.status == "wrong result":
-            table.add_row(*start, "[red]wrong[/red]", "[red]result[/red]")
+            printed.add_row(*start, "[red]wrong[/red]", "[red]result[/red]")
             continue
         speedups = [f"{row.speedup[name]:.2f}" if name in row.speedup else "" for name in baselines]
         share = f"{100 * (row.roofline or 0):.0f}"
         memory = size(row.peak_bytes)
-        table.add_row(*start, rate(row.tflops), rate(row.gbytes_per_second), share, *speedups, memory)
+        printed.add_row(*start, rate(row.tflops), rate(row.gbytes_per_second), share, *speedups, memory)
     console.print(f"\n[bold]{title}, {direction}[/bold]", highlight=False, soft_wrap=True)
-    print_wide(console, table)
+    print_wide(console, printed)
     for row in rows:
         if row.graph_note:
             console.print(

@@ -20,7 +20,6 @@ from loge_kernels.triton_kernels.rates import B200, KERNEL_US, KNOWN, PASS, Devi
 
 from ..measure.shapes import LLAMAS, Llama
 
-Elementwise = Literal["lean", "eager"]
 EightBits = Literal["int8", "float8"]
 FewBits = Literal["int8", "float8", "nvfp4", "mxfp4"]
 
@@ -303,20 +302,15 @@ def attention(gpu: Gpu, model: Llama, M: int, length: int) -> tuple[Cost, Cost]:
     return forward, backward + small(gpu, 2)  # row sums before, dq to 16 bits after
 
 
-def elementwise(gpu: Gpu, model: Llama, M: int, kind: Elementwise) -> tuple[Cost, Cost]:
+def elementwise(gpu: Gpu, model: Llama, M: int) -> tuple[Cost, Cost]:
     """Forward and backward of one block's two norms, two residual sums, rotations of q and k, and SwiGLU; backward has
-    three more sums, of the gradients of the inputs that q, k, v and gate, up share.
-
-    "lean" reads and writes each operand once in one kernel an operation; "eager" is transformers' Python, one kernel
-    a line of it, with the norms in float32.
+    three more sums, of the gradients of the inputs that q, k, v and gate, up share. Each is one kernel that reads and
+    writes its operands once.
     """
     h, rotated, wide = (2 * M * width for width in (model.hidden, model.hidden + model.key_value, model.intermediate))
     sums = 2 * 3 * h, 5 * 3 * h
-    if kind == "lean":
-        forward = passes(gpu, sums[0] + 2 * 2 * h + 2 * rotated + 3 * wide, kernels=7)
-        return forward, passes(gpu, sums[1] + 2 * 3 * h + 2 * rotated + 5 * wide, kernels=10)
-    forward = passes(gpu, sums[0] + 2 * 18 * h + 10 * rotated + 5 * wide, kernels=30)
-    return forward, passes(gpu, sums[1] + 2 * 42 * h + 15 * rotated + 9 * wide, kernels=54)
+    forward = passes(gpu, sums[0] + 2 * 2 * h + 2 * rotated + 3 * wide, kernels=7)
+    return forward, passes(gpu, sums[1] + 2 * 3 * h + 2 * rotated + 5 * wide, kernels=10)
 
 
 def head(gpu: Gpu, model: Llama, M: int) -> tuple[Cost, Cost]:

@@ -16,20 +16,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from loge_kernels.factors.factors import resolve_rank
 from loge_kernels.numerics.exact_dtypes import EXACT_DTYPES
 from loge_kernels.numerics.four_bit import FORMATS
 
-from ..measure.output import check_writable, print_wide, write
+from ..measure.output import check_writable, print_wide, table, write
 from ..measure.shapes import Llama
 from . import model as paper_model
-from .model import GPUS, MODELS, Cost, EightBits, Elementwise, FewBits, Gpu, check_count, known
+from .model import GPUS, MODELS, Cost, EightBits, FewBits, Gpu, check_count, known
 
 _RECOMPUTATION = "recomputation"
 _EXACT = ", ".join(map(repr, EXACT_DTYPES))
@@ -144,28 +142,25 @@ def predict(
     sequences: int = 2,
     lora_rank: int = 16,
     checkpointing: bool = False,
-    elementwise: Elementwise = "lean",
 ) -> PaperStep:
     """One predicted step over `tokens` tokens in `sequences` sequences of one length.
 
     model: a key of `MODELS`, or sizes (`paper_model.llama`).   gpu: a key of `GPUS`.   lora_rank: P, on every linear
-    layer.   checkpointing: blocks are computed again in backward.   elementwise: "lean", fused norms, rotations and
-    SwiGLU, or "eager", as transformers writes them. Raises ValueError, naming the argument, for what it does not know.
+    layer.   checkpointing: blocks are computed again in backward. Raises ValueError, naming the argument, for what it
+    does not know.
     """
     sizes, device = _model(model), _gpu(gpu)
     for name, value in (("tokens", tokens), ("sequences", sequences), ("lora_rank", lora_rank)):
         check_count(name, value)
     if tokens % sequences:
         raise ValueError(f"tokens={tokens}, sequences={sequences}: give a multiple of the sequences")
-    if elementwise not in get_args(Elementwise):
-        raise ValueError(f"elementwise={elementwise!r} is unknown; choose from {', '.join(get_args(Elementwise))}")
     for argument in ("exact_dtype", "base_dtype"):
         if getattr(policy, argument) == "float8" and not device.float8:
             raise ValueError(f"{argument}='float8' does not run on gpu={gpu!r}; give 'int8' or None")
     if policy.exact_dtype in FORMATS and not device.spec.four_bit:
         raise ValueError(f"exact_dtype={policy.exact_dtype!r} does not run on gpu={gpu!r}; give 'B200', or 8 bits")
     attention = paper_model.attention(device, sizes, tokens, tokens // sequences)
-    others = paper_model.elementwise(device, sizes, tokens, elementwise)
+    others = paper_model.elementwise(device, sizes, tokens)
     head, loss = paper_model.head(device, sizes, tokens)
     blocks = _linear_forward(device, sizes, policy, tokens, lora_rank)
     blocks |= {"attention": attention[0], "elementwise": others[0]}
@@ -256,19 +251,9 @@ def step_seconds(
     tokens: int = 8192,
     sequences: int = 2,
     lora_rank: int = 16,
-    checkpointing: bool = False,
-    elementwise: Elementwise = "lean",
 ) -> float:
     """Predicted seconds of one step, averaged over the policy's exact and low-rank steps; arguments as in `predict`."""
-    return predict(model, gpu, policy, tokens, sequences, lora_rank, checkpointing, elementwise).seconds
-
-
-def default_exact_dtype(gpu: str, N: int, K: int, M: int, fast_accumulation: bool = True) -> EightBits | None:
-    """The dtype predicted to be fastest for dX [M, K] of one linear layer [N, K], the quantisation of dY counted; None
-    for 16 bits."""
-    for name, value in (("N", N), ("K", K), ("M", M)):
-        check_count(name, value)
-    return paper_model.fastest_dtype(_gpu(gpu), M, N, K, fast_accumulation)
+    return predict(model, gpu, policy, tokens, sequences, lora_rank).seconds
 
 
 def standard_policies(gpu: str) -> tuple[PaperPolicy, ...]:
@@ -304,28 +289,24 @@ def run(
     tokens: int = 8192,
     sequences: int = 2,
     lora_rank: int = 16,
-    elementwise: Elementwise = "lean",
     console: Console | None = None,
     json: Path | None = None,
-    parts_of: str | None = None,
 ) -> dict[str, Any]:
     """Print the policies against PEFT, with and without checkpointing, and the parts of each; return, and write to
     `json`, the report.
 
-    policies: `standard_policies` where none is given.   parts_of: name of the policy whose parts alone are printed.
-    The others as in `predict`. Raises ValueError, naming the argument, before anything is printed or written.
+    policies: `standard_policies` where none is given. The others as in `predict`. Raises ValueError, naming the
+    argument, before anything is printed or written.
     """
     policies = tuple(policies) or standard_policies(gpu)
     names = [policy.name for policy in policies]
     if len(set(names)) < len(names):
         raise ValueError(f"policies: the names {', '.join(map(repr, names))} are not all different")
-    if parts_of is not None and parts_of not in names:
-        raise ValueError(f"parts_of={parts_of!r} is none of the policies; choose from {', '.join(map(repr, names))}")
     check_writable(json)
 
     def both(policy: PaperPolicy) -> tuple[PaperStep, PaperStep]:
         sizes = (model, gpu, policy, tokens, sequences, lora_rank)
-        return predict(*sizes, False, elementwise), predict(*sizes, True, elementwise)
+        return predict(*sizes, False), predict(*sizes, True)
 
     peft = both(PaperPolicy("peft", peft=True))
     steps = {policy.name: both(policy) for policy in policies}
@@ -347,13 +328,12 @@ def run(
         "tokens": tokens,
         "sequences": sequences,
         "lora_rank": lora_rank,
-        "elementwise": elementwise,
         "rows": rows,
     }
     console = console or Console()
     _print_policies(console, report)
-    for policy, step in ((name, plain) for name, (plain, _) in steps.items() if parts_of in (None, name)):
-        _print_parts(console, policy, step)
+    for name, (plain, _) in steps.items():
+        _print_parts(console, name, plain)
     write(report, json)
     return report
 
@@ -366,34 +346,26 @@ def _print_policies(console: Console, report: dict[str, Any]) -> None:
     console.print(
         f"[bold]Predicted, not measured[/bold]: {model['name']} (hidden {model['hidden']}, {model['layers']} layers) "
         f"on one {gpu['name']}, {report['tokens']} tokens in {report['sequences']} sequences, adapters of rank "
-        f"{report['lora_rank']}, {report['elementwise']} elementwise kernels; products {gpu['bf16']:.0f} TFLOP/s in 16 "
+        f"{report['lora_rank']}, fused elementwise kernels; products {gpu['bf16']:.0f} TFLOP/s in 16 "
         f"bits, {gpu['int8']:.0f} in int8{float8}; copies {gpu['copy']} TB/s; a queue that is never empty",
         highlight=False,
         soft_wrap=True,
     )
-    table = _table("policy", "ms", "x PEFT", "ms, checkpointing", "x PEFT")
+    printed = table(("policy",), ("ms", "x PEFT", "ms, checkpointing", "x PEFT"))
     for row in report["rows"]:
         times = f"{row['milliseconds']:.1f}", f"{row['speedup']:.2f}"
         again = f"{row['checkpointed_milliseconds']:.1f}", f"{row['checkpointed_speedup']:.2f}"
-        table.add_row(row["policy"]["name"], *times, *again)
-    print_wide(console, table)
+        printed.add_row(row["policy"]["name"], *times, *again)
+    print_wide(console, printed)
 
 
 def _print_parts(console: Console, policy: str, step: PaperStep) -> None:
     console.print(f"[bold]{policy}[/bold], predicted without checkpointing", highlight=False, soft_wrap=True)
-    table = _table("part", "GB", "TFLOP", "kernels", "ms", "bound by")
+    printed = table(("part",), ("GB", "TFLOP", "kernels", "ms", "bound by"))
     for name, cost in (*step.parts.items(), ("all", sum(step.parts.values(), Cost()))):
         counts = f"{cost.bytes / 1e9:.2f}", f"{cost.flops / 1e12:.2f}", f"{cost.kernels:.0f}"
-        table.add_row(name, *counts, f"{1e3 * cost.seconds:.1f}", cost.bound)
-    print_wide(console, table)
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(first, no_wrap=True)
-    for heading in others:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
+        printed.add_row(name, *counts, f"{1e3 * cost.seconds:.1f}", cost.bound)
+    print_wide(console, printed)
 
 
 def _model(model: str | Llama) -> Llama:

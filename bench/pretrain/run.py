@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from typer import Option
 
 from loge_kernels.command_line import Device, Resumed, Text, check_counts, numbers
@@ -202,10 +200,7 @@ def print_table(console: Console, result: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
-    for heading in ("lr", "seed", "trained", "switched", "held-out", "step", "CPU"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = output.table(("method",), ("lr", "seed", "trained", "switched", "held-out", "step", "CPU"))
     for row in result["rows"]:
         steps = max(1, row["curve"][-1]["step"])
         chosen = result["best"].get(row["method"], {}).get("lr") == row["lr"]

@@ -20,9 +20,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from typer import Option
 
 from loge_kernels.command_line import WHOLE, Device, Json
@@ -320,13 +318,11 @@ def _print(console: Console, options: StepOptions, rows: list[StepRow]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("policy", no_wrap=True)
     others = [policy for policy in _COMPARED if any(policy in row.speedup for row in rows)]
     compared = [f"x {name}" for name in others]
     processor = ["CPU", *compared] if any(row.cpu_seconds is not None for row in rows) else []
-    for heading in ("step", "p10-p90", "runs", *PHASES, *compared, *processor, "peak", "held"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("step", "p10-p90", "runs", *PHASES, *compared, *processor, "peak", "held")
+    table = output.table(("policy",), headings)
     for row in rows:
         if row.status != "ok":
             table.add_row(row.policy, f"[red]{row.status}[/red]")

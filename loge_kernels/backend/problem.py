@@ -178,7 +178,7 @@ class BackwardProblem:
     need_dB: bool
     deterministic: bool  # no atomics: the same bits from run to run
     rows: Tensor | None = None  # int64 [Q], unique: rows of the weight that the factors' residual corrects
-    residual: Tensor | None = None  # [Q, K]; `backends.run_backward` adds its part to every backend's dX
+    residual: Tensor | None = None  # [Q, K]; `choice.run_backward` adds its part to every backend's dX
     dense: Tensor | None = None  # [N, K] in 8 bits, or uint8 [N / 2, K]: the weight's copy for the exact products
     dense_scale: Tensor | None = None  # float32 [K], with dense; uint8, with dense in 4 bits
     dense_whole: Tensor | None = None  # float32 [], with dense in nvfp4

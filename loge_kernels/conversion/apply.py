@@ -61,7 +61,7 @@ def apply(
             of shares: from the first in the low-rank layer nearest the input to the second in the last one. Where
             rank · (N + K) > N · K the layer stays exact: dense is cheaper. What follows up to `residual`, without
             `exact_dtype`, is for a low-rank backward.
-        subspace: which directions the factors keep (`loge_kernels.subspaces`). "svd": closest to the weight, the
+        subspace: which directions the factors keep (`factors.subspaces`). "svd": closest to the weight, the
             default without calibration. "gradient": those that carry most of dX on batches of the task, the default
             with it. "salience": the paper's index, read as `salience` says.
         calibration: for "gradient" and "salience": what `calibrate(model, batches)` returned, or the batches
@@ -72,7 +72,7 @@ def apply(
         exact_layers: share of the converted weights in [0, 1] that keeps an exact dX, from the output downwards: an
             error near the output reaches every layer below it.
         exact_every: one training forward of the model in so many has an exact backward, the first among them
-            (`loge_kernels.exact_every`).
+            (`layers.exact_every`).
         exact_dtype: what exact products run in. "auto": 8 bits where they are faster on this device for the layer's
             shape and many tokens (`conversion.exact_dtype`), the weight's dtype elsewhere and for few. "float8",
             "int8", or None for the weight's. "nvfp4" and "mxfp4", 4 bits (`numerics.four_bit`), are experimental

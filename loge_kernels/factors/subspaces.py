@@ -40,11 +40,10 @@ READINGS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True, slots=True)
 class Subspace:
-    """`right` [q, K], orthonormal rows; `worth` float64 [q], descending, each row's share of what all of K is worth."""
+    """`right` [q, K], orthonormal rows, the most worthy first."""
 
     method: str
     right: Tensor
-    worth: Tensor
     importance: Tensor  # float32 [N], E dY_n² up to a factor
     energies: Tensor  # float64 [q]: share of E‖dY W‖² ("gradient") or of ‖W‖² ("salience") along each row
 
@@ -67,7 +66,7 @@ def subspace(weight: Tensor, statistics: LayerStatistics, method: str, limit: in
     if statistics.unseen:
         _, S, Vt = leading_triplets(weight, limit)
         energies = S.double().square() / S.double().square().sum() * share(S, weight.detach().float())
-        return Subspace(method, Vt, torch.zeros_like(energies), torch.ones_like(statistics.importance), energies)
+        return Subspace(method, Vt, torch.ones_like(statistics.importance), energies)
     if not statistics.importance.any():
         raise ValueError(
             "calibration saw no gradient at this layer: that of all its tokens was zero; calibrate with other batches, "
@@ -76,8 +75,8 @@ def subspace(weight: Tensor, statistics: LayerStatistics, method: str, limit: in
     if method == "gradient":
         root = statistics.moment.root().to(weight.device)
         W = weight.detach().float()
-        right, worth = gradient_directions(root if statistics.of_dx else root @ W, limit)
-        return Subspace(method, right, worth, statistics.importance, worth)
+        right, energies = gradient_directions(root if statistics.of_dx else root @ W, limit)
+        return Subspace(method, right, statistics.importance, energies)
     if statistics.scores is None:
         raise ValueError("calibration has no gradient scores: calibrate(..., scores=True), for subspace='salience'")
     signed, absolute, square = statistics.scores.to(weight.device).double()
@@ -85,7 +84,6 @@ def subspace(weight: Tensor, statistics: LayerStatistics, method: str, limit: in
     sigma = S.double()
     index = READINGS[reading](sigma, signed, absolute, square)
     order = index.argsort(descending=True)[:limit]
-    total = index.sum()
     whole = share(S, weight.detach().float())
     energies = sigma.square() / sigma.square().sum() * whole
-    return Subspace(method, Vt[order], index[order] / total, statistics.importance, energies[order])
+    return Subspace(method, Vt[order], statistics.importance, energies[order])

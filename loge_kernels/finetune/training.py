@@ -9,7 +9,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,12 @@ PARTS = ("forward", "backward", "optimizer")
 
 class Diverged(FinetuneError):
     """The training loss is no longer a number."""
+
+
+def typical(values: Sequence[float], exact: Sequence[bool]) -> float:
+    """Of one number a step the median of the exact steps and that of the others, weighted by their numbers."""
+    kinds = [[value for value, own in zip(values, exact, strict=True) if own is kind] for kind in (True, False)]
+    return sum(len(kind) * statistics.median(kind) for kind in kinds if kind) / len(values)
 
 
 @dataclass
@@ -50,11 +56,8 @@ class Record:
         return [sum(parts) for parts in zip(self.forward, self.backward, self.optimizer, strict=True)]
 
     def typical(self, part: str) -> float:
-        """Seconds that `part`, one of PARTS or "step", takes: the median of the exact steps and that of the others,
-        weighted by their numbers."""
-        seconds = self.step_seconds if part == "step" else getattr(self, part)
-        kinds = [[s for s, exact in zip(seconds, self.exact, strict=True) if exact is kind] for kind in (True, False)]
-        return sum(len(kind) * statistics.median(kind) for kind in kinds if kind) / len(seconds)
+        """Seconds that `part`, one of PARTS or "step", takes."""
+        return typical(self.step_seconds if part == "step" else getattr(self, part), self.exact)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

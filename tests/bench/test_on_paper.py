@@ -117,9 +117,8 @@ def test_bytes_by_hand() -> None:
 
 
 @pytest.mark.parametrize("policy", [PEFT, EXACT, RANK, replace(FLOAT8, rank=0.25, exact_every=4)])
-@pytest.mark.parametrize("elementwise", ["lean", "eager"])
-def test_checkpointing_is_one_more_forward_of_the_blocks(policy: PaperPolicy, elementwise: str) -> None:
-    plain, again = (of(policy, checkpointing=on, elementwise=elementwise) for on in (False, True))
+def test_checkpointing_is_one_more_forward_of_the_blocks(policy: PaperPolicy) -> None:
+    plain, again = (of(policy, checkpointing=on) for on in (False, True))
     blocks = [cost for name, cost in plain.parts.items() if name.endswith(", forward")]
     assert len(blocks) == 4
     assert again.seconds - plain.seconds == pytest.approx(sum(cost.seconds for cost in blocks), rel=1e-9)
@@ -166,13 +165,14 @@ def test_where_the_dense_product_has_fewer_flops_it_stays() -> None:
 
 
 def test_the_dtype_depends_on_the_shape() -> None:
-    assert on_paper.default_exact_dtype("H100", N=4096, K=14336, M=8192) == "float8"
-    slow = {"fast_accumulation": False}
-    assert on_paper.default_exact_dtype("H100", N=1024, K=4096, M=8192, **slow) is None  # quantising dY takes as long
-    assert on_paper.default_exact_dtype("H100", N=4096, K=4096, M=8192) is None  # by PyTorch
-    assert on_paper.default_exact_dtype("H100", N=4096, K=14330, M=8192) is None  # not a multiple of 16
-    assert on_paper.default_exact_dtype("A100", N=4096, K=4096, M=8192) is None
-    assert on_paper.default_exact_dtype("A100", N=8192, K=28672, M=8192) == "int8"
+    h100, a100 = (paper_model.GPUS[name] for name in ("H100", "A100"))
+    assert paper_model.fastest_dtype(h100, 8192, N=4096, K=14336) == "float8"
+    # Quantising dY takes as long.
+    assert paper_model.fastest_dtype(h100, 8192, N=1024, K=4096, fast_accumulation=False) is None
+    assert paper_model.fastest_dtype(h100, 8192, N=4096, K=4096) is None  # by PyTorch
+    assert paper_model.fastest_dtype(h100, 8192, N=4096, K=14330) is None  # not a multiple of 16
+    assert paper_model.fastest_dtype(a100, 8192, N=4096, K=4096) is None
+    assert paper_model.fastest_dtype(a100, 8192, N=8192, K=28672) == "int8"
 
 
 @pytest.mark.parametrize("gpu", list(paper_model.GPUS))
@@ -201,8 +201,8 @@ def test_a_small_model_waits_for_launches() -> None:
     step = of(EXACT, SMALL, tokens=1024, sequences=4)
     assert sum(step.parts.values(), paper_model.Cost()).bound == "launches"
     assert step.seconds > 2.5e-6 * sum(cost.kernels for cost in step.parts.values())
-    found = on_paper.step_seconds(EXACT, "H100", SMALL, tokens=1024, sequences=4, checkpointing=True)
-    assert found == of(EXACT, SMALL, tokens=1024, sequences=4, checkpointing=True).seconds
+    found = on_paper.step_seconds(EXACT, "H100", SMALL, tokens=1024, sequences=4)
+    assert found == step.seconds
 
 
 def test_the_free_model_is_the_named_one() -> None:
@@ -241,10 +241,8 @@ def test_the_report(tmp_path: Path) -> None:
         ({"sequences": 1.5}, "sequences=1.5; give an integer of at least 1"),
         ({"sequences": 3}, "tokens=8192, sequences=3: give a multiple of the sequences"),
         ({"lora_rank": True}, "lora_rank=True; give an integer"),
-        ({"elementwise": "fused"}, "elementwise='fused' is unknown; choose from lean, eager"),
         ({"gpu": "A100", "policies": [FLOAT8]}, "exact_dtype='float8' does not run on gpu='A100'; give 'int8'"),
         ({"policies": [EXACT, EXACT]}, "policies: the names 'exact', 'exact' are not all different"),
-        ({"parts_of": "loge"}, "parts_of='loge' is none of the policies; choose from 'peft'"),
         ({"json": Path("/")}, "cannot write /"),
     ],
 )

@@ -62,6 +62,13 @@ def test_frozen_layers(base, freeze, monkeypatch):
     assert ("predicted" in printed) == (freeze == "auto")
 
 
+@pytest.mark.parametrize(("exact_steps", "speed"), [([False] * 3, 1.0), ([True, False, False], 4 / 3)])
+def test_a_speed_is_that_of_steps_taken_in_turn(exact_steps, speed):
+    """Of [4, 2, 1] and [1, 2, 1] s a step, not of their medians, 2 and 1 s; exact steps and others by their numbers."""
+    own = {"step_seconds": [1.0, 2.0, 1.0], "exact_steps": exact_steps}
+    assert results.speed(own, {"step_seconds": [4.0, 2.0, 1.0]}, "step") == pytest.approx(speed)
+
+
 @pytest.mark.slow
 def test_a_table_of_many_interrupted_and_resumed(base, tmp_path):
     """SwitchLoRA begins again, the others go on."""

@@ -1,4 +1,4 @@
-"""Cases of the op, and what it is tested against: `loge_kernels.naive`, which test_naive holds against autograd."""
+"""Cases of the op, and what it is tested against: `backend.naive`, which test_naive holds against autograd."""
 
 from __future__ import annotations
 
