@@ -30,10 +30,9 @@ from .measure.output import check_writable, duration, print_wide, size, table, w
 from .measure.shapes import LLAMAS, Llama
 from .paper.collectives import ENGINES, Held, held, traffic
 from .paper.run import PaperPolicy, predict
-from .policies import PEFT, parse_all
+from .policies import PEFT, parse, parse_all
 
-DEFAULTS = ("exact", "apply", "base_dtype=float8", "rank=1/8", "rank=1/4,exact_layers=0.5")
-RIVAL = "apply"  # of low rank, in time to the same loss
+DEFAULTS = ("exact", "apply", "base_dtype=int8", "base_dtype=float8", "rank=1/8", "rank=1/16,exact_layers=0.75")
 
 _BASE = 2  # bytes of an element: bfloat16
 _ADAPTER = 4  # float32, as PEFT makes adapters over a 16-bit base
@@ -85,7 +84,7 @@ class ScaleOptions:
     learning: Annotated[
         Path | None, Option(help="A report of `bench fidelity`: at which links is low rank there sooner?")
     ] = None
-    share: Annotated[float, Option(help="Of exact LoRA's gain, for --learning: 0.5, 0.75, 0.9 or 1.")] = 0.75
+    share: Annotated[float, Option(help="Of exact LoRA's gain, for --learning: 0.5, 0.75, 0.9 or 1.")] = 0.9
     json: Json = None
 
     @property
@@ -217,7 +216,7 @@ def _resident(llama: Llama, block: Held, engine: str, gpus: int) -> float:
 
 def _steps(file: Path, share: float) -> dict[str, float | None]:
     """Steps to `share` of exact LoRA's gain by policy, None for one that did not get there. Raises ValueError for a
-    file that is no report of `bench fidelity` with `RIVAL` in it."""
+    file that is no report of `bench fidelity` with an exact policy in it."""
     try:
         summary = json.loads(file.read_text())["summary"]
         found = {entry["policy"]: entry["to_loss"][f"{share:g}"]["step"] for entry in summary}
@@ -225,35 +224,57 @@ def _steps(file: Path, share: float) -> dict[str, float | None]:
         raise ValueError(
             f"--learning {file}: no report of bench fidelity with times to {share:g} of the gain ({error!r})"
         ) from error
-    if found.get(RIVAL) is None:
-        raise ValueError(f"--learning {file}: policy {RIVAL!r} is not in it, or did not get to {share:g} of the gain")
+    if not any(_is_rival(policy, taken) for policy, taken in found.items()):
+        raise ValueError(f"--learning {file}: no exact policy beside {PEFT} is in it, or got to {share:g} of the gain")
     return found
+
+
+def _is_rival(policy: str, taken: float | None) -> bool:
+    """Whether it is one that low rank must be sooner than: all that is exact and got to the loss, but PEFT's own."""
+    return policy != PEFT and taken is not None and not parse(policy).low_rank
 
 
 def _sooner(names: list[str], steps: dict[str, float | None], options: ScaleOptions) -> list[dict[str, Any]]:
-    """For each low-rank policy of `steps` and each number of GPUs over several nodes: its steps over `RIVAL`'s, and the
-    networks between nodes, in ranges of GB/s a GPU, with which it is there sooner under FSDP2."""
-    policies = {policy.text: policy.on_paper() for policy in parse_all((RIVAL, *steps))}
+    """For each low-rank policy of `steps` and each number of GPUs over several nodes: its steps, and the networks
+    between nodes, in ranges of GB/s a GPU, with which it is there sooner than every exact policy under FSDP2, all by
+    this package's kernels. What paper does not know, or this GPU cannot run, is left out."""
+    paper = {text: policy for text in steps if (policy := _by_kernels(text, options)) is not None}
+    rivals = [(paper[text], taken) for text, taken in steps.items() if text in paper and _is_rival(text, taken)]
     counts = [count for count in options.gpus if count > options.machine.node]
     found = []
-    for name, gpus, policy in product(names, counts, policies.values()):
+    for name, gpus, (text, policy) in product(names, counts, paper.items()):
         if policy.rank is not None:
-            taken = steps[policy.name]
-            ratio = None if taken is None else taken / (steps[RIVAL] or math.inf)
-            networks = [] if ratio is None else _networks(name, gpus, policy, policies[RIVAL], ratio, options)
-            found.append({"model": name, "gpus": gpus, "policy": policy.name, "steps": ratio, "networks": networks})
+            taken = steps[text]
+            networks = [] if taken is None else _networks(name, gpus, (policy, taken), rivals, options)
+            found.append({"model": name, "gpus": gpus, "policy": text, "steps": taken, "networks": networks})
     return found
 
 
+def _by_kernels(text: str, options: ScaleOptions) -> PaperPolicy | None:
+    """A policy on paper, with this package's kernels; None for PEFT's and what has no prediction."""
+    try:
+        policy = replace(parse(text).on_paper(), kernels=True)
+        predict("LLaMA-3-8B", options.machine.gpu, policy)
+    except ValueError:
+        return None
+    return policy
+
+
 def _networks(
-    name: str, gpus: int, policy: PaperPolicy, rival: PaperPolicy, ratio: float, options: ScaleOptions
+    name: str,
+    gpus: int,
+    own: tuple[PaperPolicy, float],
+    rivals: list[tuple[PaperPolicy, float]],
+    options: ScaleOptions,
 ) -> list[tuple[float, float | None]]:
     """The ranges, from 0 (no network is slower than `_SLOWEST`) to None (none is faster than `_FASTEST`)."""
 
     def sooner(network: float) -> bool:
         machine = replace(options.machine, network=network * 1e9)
-        ours, theirs = (_row(name, gpus, each, "fsdp2", machine, options)["seconds"] for each in (policy, rival))
-        return ratio * ours < theirs
+        ours, *theirs = (
+            taken * _row(name, gpus, policy, "fsdp2", machine, options)["seconds"] for policy, taken in (own, *rivals)
+        )
+        return ours < min(theirs)
 
     count = 10 * round(math.log10(_FASTEST / _SLOWEST))
     speeds = [_SLOWEST * 10 ** (i / 10) for i in range(count + 1)]
@@ -298,10 +319,10 @@ def _print(report: dict[str, Any], options: ScaleOptions) -> None:
                 printed.add_row(str(row["gpus"]), row["engine"], row["policy"], *moved, *times, worst, resident)
         print_wide(console, printed)
     if "sooner" in report:
-        title = f"Sooner than {RIVAL} at {options.share:.0%} of exact LoRA's gain, under FSDP2"
-        printed = table(("model", "GPUs", "policy"), ("steps, over its", "network between nodes"), title)
+        title = f"Sooner than every exact policy at {options.share:.0%} of exact LoRA's gain, under FSDP2"
+        printed = table(("model", "GPUs", "policy"), ("steps", "network between nodes"), title)
         for row in report["sooner"]:
-            steps = "never there" if row["steps"] is None else f"{row['steps']:.3f}"
+            steps = "never there" if row["steps"] is None else f"{row['steps']:.1f}"
             printed.add_row(row["model"], str(row["gpus"]), row["policy"], steps, _ranges(row["networks"]))
         print_wide(console, printed)
 

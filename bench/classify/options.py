@@ -22,7 +22,7 @@ DEFAULTS = (
     "rank=1/4,subspace=salience",
     "rank=1/8",
     "rank=1/8,subspace=salience",
-    "rank=1/4,exact_layers=0.5",
+    "rank=1/16,exact_layers=0.75",
 )
 WARMUP = 2  # steps that are not timed
 
