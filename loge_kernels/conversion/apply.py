@@ -20,6 +20,7 @@ from ..freezing.plan import FreezePlan
 from ..layers import exact_every as forwards
 from ..layers.eight_bit_base import EightBitLinear
 from ..layers.linear import LoGELinear
+from .base_dtype import why_not_restored, without_read_weight
 from .exact_dtype import AUTO
 from .options import ApplyOptions
 from .plan import LayerPlan, make_plan
@@ -128,6 +129,8 @@ def apply(
 def _convert(wrapped: nn.Module, targets: Targets, options: ApplyOptions) -> Report:
     model = unwrapped(wrapped)
     layers_found = list(find_targets(model, targets, options.base_dtype is not None and options.rank is None))
+    if options.base_dtype is not None:
+        layers_found = [without_read_weight(model, target, options.base_dtype) for target in layers_found]
     chosen = [target for target in layers_found if target.why_not is None]
     if not chosen:
         raise ValueError(why_nothing_to_convert(model, layers_found, targets))
@@ -154,8 +157,13 @@ def remove(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> Non
     trains again. A model without converted or frozen layers is left alone.
 
     weights: the state dict of the model as it was before `apply(base_dtype=)`, or before PEFT wrapped it, for layers
-    whose weight that has replaced. Raises ValueError, and changes nothing, where they need it and it is not given.
+    whose weight that has replaced. Raises ValueError, and changes nothing, where they need it and it is not given, or
+    where an adapter is merged into what it has been replaced by.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    if weights is not None and not isinstance(weights, Mapping):
+        raise TypeError(f"weights is a {type(weights).__name__}; give a state dict, or None")
     whole = _whole_weights(model, weights)
     forwards.detach(model)
     unfreeze(model)
@@ -180,16 +188,22 @@ def _whole_weights(model: nn.Module, weights: Mapping[str, Tensor] | None) -> di
         if not isinstance(layer, EightBitLinear):
             continue
         path = layer.path.removeprefix("base_model.model.")
-        names = [f"{name}{end}" for name in (layer.path, path) for end in (".base_layer.weight", ".weight")]
+        ends = ("base_layer.weight", "weight")
+        names = [f"{name}.{end}" if name else end for name in (layer.path, path) for end in ends]
         weight = next((weights[name] for name in names if name in weights), None) if weights is not None else None
         if weight is None and weights is None:
             raise ValueError(
                 f"the weight of layer {layer.path!r} was replaced by one in {layer.base_dtype}: load the model anew, "
                 "or give remove(model, weights=) its state dict"
             )
-        if weight is None or weight.shape != layer.weight.shape or not weight.dtype.is_floating_point:
-            what = "nothing" if weight is None else f"a {weight.dtype} {tuple(weight.shape)}"
-            raise ValueError(f"weights has {what} for {names[-1]!r}; expected {tuple(layer.weight.shape)}")
+        if layer.holds_adapter:
+            raise ValueError(
+                f"an adapter is merged into layer {layer.path!r}, and weights is without it: unmerge first, or load "
+                "the adapter over the 16-bit model and merge there"
+            )
+        reason = why_not_restored(weight, layer)
+        if reason is not None:
+            raise ValueError(f"weights has {reason} for {names[-1]!r}; expected {tuple(layer.weight.shape)}, floating")
         found[layer.path] = weight
     return found
 

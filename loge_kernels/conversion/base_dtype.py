@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+import functools
+import inspect
+import re
+from dataclasses import replace
+from typing import Any
 
+from torch import Tensor, nn
+
+from ..layers.eight_bit_base import EightBitLinear
 from ..numerics.eight_bit import refuse_float64, why_not
 from .targets import TargetLayer
 
@@ -23,6 +30,8 @@ def check_base(model: nn.Module, chosen: list[TargetLayer], name: str) -> None:
             raise ValueError(
                 f"{what} is quantised already ({target.describe()}): leave base_dtype out, or load the model in 16 bits"
             )
+        if id(weight) not in holders:
+            raise ValueError(f"{what} is no parameter, but computed from others (pruning, weight_norm): leave it out")
         if weight.requires_grad:
             raise ValueError(f"{what} trains, and rounding would lose its updates: freeze it, or leave it out")
         if len(holders[id(weight)]) > 1:
@@ -33,9 +42,37 @@ def check_base(model: nn.Module, chosen: list[TargetLayer], name: str) -> None:
         if any(getattr(adapter, "use_dora", {}).values()):
             raise ValueError(f"{what} is read by DoRA, in 16 bits: use LoRA, or leave base_dtype out")
         refuse_float64("base_dtype", name, weight.dtype, f"the weight of layer {target.name!r}")
-        reason = why_not(name, weight.device, _TILE, _TILE)
+        reason = why_not(name, weight.device, *(_TILE if size else 0 for size in target.shape))  # others are padded
         if reason is not None:
             raise ValueError(f"{what} cannot be multiplied so: {reason}")
+
+
+def without_read_weight(model: nn.Module, target: TargetLayer, base_dtype: str) -> TargetLayer:
+    """`target`, left alone where the module around it reads its weight itself: it would meet bits there."""
+    path, _, name = target.name.rpartition(".")
+    source = _source(type(model.get_submodule(path)))
+    expected = base_dtype == "int8" and "torch.int8" in source  # as T5's feed-forward, which compares dtypes
+    if target.why_not is None and name and not expected and re.search(rf"\bself\.{re.escape(name)}\.weight\b", source):
+        return replace(target, why_not="base_dtype: the module around it reads its weight itself")
+    return target
+
+
+@functools.lru_cache(maxsize=512)
+def _source(kind: type) -> str:
+    """The Python that a class is made of; nothing where it was not kept."""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
+
+
+def why_not_restored(weight: Any, layer: EightBitLinear) -> str | None:
+    """What is in the place of a weight that `layer` could have again, or None where it is one."""
+    if not isinstance(weight, Tensor):
+        return "nothing" if weight is None else f"a {type(weight).__name__}"
+    usable = weight.is_floating_point() and weight.dtype.itemsize > 1 and not weight.is_meta
+    found = f"a {weight.dtype} {tuple(weight.shape)} on {weight.device}"
+    return None if usable and weight.shape == layer.weight.shape else found
 
 
 def describe_base(target: TargetLayer, name: str) -> str:

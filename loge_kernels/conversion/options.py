@@ -28,6 +28,7 @@ _OF_LOW_RANK = {
     "low_rank_dtype": None,
     "exact_fraction": 0.0,
     "residual": 0.0,
+    "salience": "taylor",
 }
 
 # Where libraries keep functions that compute adapter and frozen weight without calling the layers.
@@ -105,6 +106,12 @@ class ApplyOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
+        for name in ("subspace", "exact_dtype", "base_dtype", "low_rank_dtype", "salience", "backend"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a string")
+        if isinstance(self.rank, list):
+            raise TypeError(f"rank={self.rank!r} is a list; give a pair of shares as a tuple, {tuple(self.rank)!r}")
         every = self.exact_every
         if every is not None and (isinstance(every, bool) or not isinstance(every, int)):
             raise TypeError(f"exact_every={every!r} is a {type(every).__name__}; give an int: one forward in so many")

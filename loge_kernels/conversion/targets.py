@@ -194,7 +194,7 @@ def _why_not(
         reason = quantized.why_not(module)
         if reason is not None:
             return reason
-    elif not module.weight.dtype.is_floating_point:
+    elif not module.weight.dtype.is_floating_point or module.weight.dtype.itemsize == 1:
         return f"its weight is {module.weight.dtype}"
     if explicit:
         return None

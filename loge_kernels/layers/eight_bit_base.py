@@ -57,9 +57,10 @@ class EightBitLinear(LoGELinear):
 
     def restore_(self, weight: Tensor) -> None:
         """Undo `convert_` with the weight [N, K] that it had."""
-        frozen, bits = self._was_frozen, self.weight
+        restored = weight.detach().to(self.weight.device, self.stands_for, copy=True)
+        frozen = self._was_frozen
         del self._buffers[_SCALE], self.stands_for
-        self.weight = nn.Parameter(weight.to(bits.device), requires_grad=not frozen)
+        self.weight = nn.Parameter(restored, requires_grad=not frozen)
         super().revert_()
 
     @property
@@ -90,8 +91,8 @@ class EightBitLinear(LoGELinear):
             after, self.weight = self.weight.detach(), bits
             if not torch.equal(before, after):
                 warnings.warn(
-                    f"merged into a weight in {self.base_dtype}, and rounded: for the exact result load the adapter "
-                    "over the 16-bit model and merge there",
+                    f"merged into a weight in {self.base_dtype}, and rounded: for the exact result, and for a model "
+                    "that from_pretrained reads, load the adapter over the 16-bit model and merge there",
                     stacklevel=4,
                 )
                 made, scale = self._quantize(after, q.dtype)
@@ -102,6 +103,7 @@ class EightBitLinear(LoGELinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EightBitLinear:
         scale = self.weight_scale
+        self.stands_for = fn(torch.empty(0, dtype=self.stands_for)).dtype  # what a cast of the module makes of a weight
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != scale.dtype:  # a cast of the module is not for scales
             self._buffers[_SCALE] = scale.to(self.weight_scale.device)

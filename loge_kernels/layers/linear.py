@@ -124,6 +124,7 @@ class LoGELinear(ShardedLinear):
         self.recomputed = False
         self.shard_sums = None
         self.handed_out = False
+        self.holds_adapter = False
 
     def _add_adapter(self, lora_rank: int, lora_alpha: float) -> None:
         # As PEFT does: float32 adapters over a 16-bit base, A uniform (Kaiming), B zero.
@@ -205,6 +206,8 @@ class LoGELinear(ShardedLinear):
         """Whether it reads the factors. It does not where a checkpoint has the sharded weight gathered anyway."""
         if self.factors is None or self.recomputed or self.exact_fraction == 1.0 or self._thawed():
             return False
+        if torch.compiler.is_compiling() and self.factors.made_of.invalid:
+            return False  # a graph cannot make them anew
         return self.exact_every is None or not self.exact_every.is_exact()
 
     def _thawed(self) -> bool:
@@ -227,6 +230,15 @@ class LoGELinear(ShardedLinear):
         # Of a copy or a pickle, whose factors came with its weight: a change before its first forward is to be seen.
         if self.factors is not None and not (self.factors.made_of.bound or self.factors.made_of.invalid):
             self.factors.bind(self.weight)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        # A compiled graph would not see that its copy or factors are of another weight.
+        if self.sharded or self.weight.is_meta:
+            return
+        self.prepare()
+        if self.factors is not None and self.factors.made_of.changed(self.weight):
+            self.factors.made_of.invalidate()
 
     def prepare(self) -> None:
         """Make the copy of the weight, if there is to be one: a compiled graph cannot keep what it makes."""

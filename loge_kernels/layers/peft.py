@@ -7,22 +7,23 @@ adapters) PEFT's forward runs, and only the base layer's backward is low-rank.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .eight_bit_base import EightBitLinear
 from .linear import LoGELinear
 
 
 def _hooked(module: nn.Module) -> bool:
-    return "forward" in vars(module) or bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return "forward" in vars(module) or bool(own or _has_any_global_hook())
 
 
 class FusedAdapter:
@@ -107,13 +108,21 @@ class FusedAdapter:
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         parent: Any = super()
-        with self.base_layer.edited():
+        with self._editing():
             parent.merge(*args, **kwargs)
 
     def unmerge(self) -> None:
         parent: Any = super()
-        with self.base_layer.edited():
+        with self._editing():
             parent.unmerge()
+
+    @contextmanager
+    def _editing(self) -> Iterator[None]:
+        try:
+            with self.base_layer.edited():
+                yield
+        finally:
+            self.base_layer.holds_adapter = bool(self.merged)
 
 
 class FusedLora(FusedAdapter):

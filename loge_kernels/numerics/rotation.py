@@ -15,6 +15,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 _LARGEST = 64  # which a tile of columns of our kernels holds whole
 
@@ -30,11 +31,18 @@ def rotate(matrix: Tensor, block: int) -> Tensor:
         return matrix
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     blocks = wide.reshape(*wide.shape[:-1], wide.shape[-1] // block, block)
-    return (blocks @ _signs(block, wide.dtype, wide.device)).mul_(block**-0.5).flatten(-2)
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(wide) is not Tensor
+    signs = _sylvester if traced else _kept  # a graph, and fake tensors, have no values to keep
+    return (blocks @ signs(block, wide.dtype, wide.device)).mul_(block**-0.5).flatten(-2)
 
 
 @functools.lru_cache(maxsize=32)
-def _signs(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _kept(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with _disable_current_modes(), torch.inference_mode(False):  # what it is under these is of no use after them
+        return _sylvester(block, dtype, device)
+
+
+def _sylvester(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Sylvester's Hadamard matrix, without 1 / √S."""
     index = torch.arange(block, device=device)
     shared = index[:, None] & index[None, :]

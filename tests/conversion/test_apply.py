@@ -315,7 +315,7 @@ LOW = {"rank": 16}
             ValueError,
             ["exact_dtype='fp8'", "'auto', 'float8', 'int8', 'nvfp4', 'mxfp4', or None"],
         ),
-        ({"exact_dtype": ["int8"]}, ValueError, ["exact_dtype=['int8']", "'auto'"]),
+        ({"exact_dtype": ["int8"]}, TypeError, ["exact_dtype=['int8']", "give a string"]),
         ({"freeze_below": 0.5}, TypeError, ["freeze_below=0.5", "number of layers or a FreezePlan"]),
         ({"backend": "nope"}, ValueError, ["backend='nope'", "'reference'"]),
         # rank is None

@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from models import assert_close
+from models import assert_close, logits, lora
 from situations import REENTRANT, applied, assert_same_gradients, derived, loss_of, pair, trained
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import loge_kernels as loge
 
@@ -175,3 +176,18 @@ def test_gradients_that_a_hook_replaces() -> None:
             stack.callback(block.register_full_backward_hook(halved).remove)
             loss_of(one).backward()
     assert_same_gradients(*models)
+
+
+def test_a_hook_on_all_modules_sees_those_inside_a_fused_layer() -> None:
+    model = lora()
+    loge.apply(model)
+    ends = ("lora_A.default", "lora_B.default", "base_layer")
+    inside = {name for name, _ in model.named_modules() if name.endswith(ends)}
+    names = {module: name for name, module in model.named_modules()}
+    seen: set[str] = set()
+    handle = register_module_forward_hook(lambda module, args, out: seen.add(names[module]))
+    try:
+        logits(model)
+    finally:
+        handle.remove()
+    assert inside <= seen
