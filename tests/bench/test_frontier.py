@@ -154,10 +154,9 @@ def test_the_file_holds_the_table(tmp_path: Path) -> None:
     assert kept["options"]["files"] == ["a.json"]
 
 
-@pytest.mark.parametrize("name", ["frontier", "frontier-lr-1e-3"])
-def test_committed_pages_are_those_of_the_model(name: str) -> None:
-    kept = json.loads((RESULTS / "predicted" / f"{name}.json").read_text())
-    files = [RESULTS / "cpu-amd-milan-2core" / file for file in kept["options"]["files"]]
+def test_the_committed_page_is_that_of_the_model() -> None:
+    kept = json.loads((RESULTS / "predicted" / "frontier.json").read_text())
+    files = [next(RESULTS.glob(f"cpu-*/{file}")) for file in kept["options"]["files"]]
     found = json.loads(json.dumps(frontier.run(FrontierOptions(files=files), Console(file=io.StringIO()))))
     assert found["models"] == kept["models"], "run `bench frontier` on the same files again"
 

@@ -229,7 +229,7 @@ def test_a_report_that_is_none(text: str, words: str, tmp_path: Path) -> None:
 def test_the_committed_prediction(tmp_path: Path) -> None:
     """What docs/distributed.md says of low rank is of this file."""
     report = json.loads((RESULTS / "predicted" / "h200-scale.json").read_text())
-    learning = str(RESULTS / "cpu-amd-milan-2core" / report["options"]["learning"])
+    learning = str(RESULTS / "cpu-amd-epyc-avx512-2core" / report["options"]["learning"])
     now, _ = report_of("--gpus", "8,64,1024", "--learning", learning, folder=tmp_path)
     for kind in ("rows", "sooner"):
         assert len(now[kind]) == len(report[kind])
