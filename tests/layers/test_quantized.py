@@ -92,18 +92,6 @@ def test_inference_repacks_the_weight_and_the_backward_goes_on() -> None:
     assert_near(derive(late[0], x, dy), before, 2e-2)
 
 
-@pytest.mark.parametrize(("n", "k"), [(96, 96), (100, 128)])
-def test_inference_of_a_shape_that_cannot_be_repacked(n: int, k: int) -> None:
-    """On such a CPU bitsandbytes' own layer raises."""
-    model = nn.Sequential(quantised("nf4", n=n, k=k))
-    loge.apply(model)
-    layer: Any = model[0]
-    layer.support_avx512bf16_for_cpu = True
-    x = draw(6, k)
-    with torch.no_grad():
-        assert_near(layer.eval()(x), x @ layer.dense_weight().T + layer.bias, 1e-5)
-
-
 # Backward
 
 
@@ -306,13 +294,6 @@ def test_residual(kind: str) -> None:
 
 
 # Life of a converted layer
-
-
-@pytest.mark.parametrize("rank", [None, 8])
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_single_layer_is_not_taken_for_a_linear_one(kind: str, rank: int | None) -> None:
-    with pytest.raises(TypeError, match=r"linear is a Linear(4bit|8bitLt) .*loge_kernels\.apply"):
-        LoGELinear.from_linear(quantised(kind), rank=rank)
 
 
 @pytest.mark.parametrize("kind", KINDS)
