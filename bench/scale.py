@@ -239,7 +239,11 @@ def _sooner(names: list[str], steps: dict[str, float | None], options: ScaleOpti
     between nodes, in ranges of GB/s a GPU, with which it is there sooner than every exact policy under FSDP2, all by
     this package's kernels. What paper does not know, or this GPU cannot run, is left out."""
     paper = {text: policy for text in steps if (policy := _by_kernels(text, options)) is not None}
-    rivals = [(paper[text], taken) for text, taken in steps.items() if text in paper and _is_rival(text, taken)]
+    rivals = [
+        (paper[text], taken)
+        for text, taken in steps.items()
+        if taken is not None and text in paper and _is_rival(text, taken)
+    ]
     counts = [count for count in options.gpus if count > options.machine.node]
     found = []
     for name, gpus, (text, policy) in product(names, counts, paper.items()):

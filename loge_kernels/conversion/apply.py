@@ -202,7 +202,7 @@ def _whole_weights(model: nn.Module, weights: Mapping[str, Tensor] | None) -> di
                 "the adapter over the 16-bit model and merge there"
             )
         reason = why_not_restored(weight, layer)
-        if reason is not None:
+        if weight is None or reason is not None:
             raise ValueError(f"weights has {reason} for {names[-1]!r}; expected {tuple(layer.weight.shape)}, floating")
         found[layer.path] = weight
     return found

@@ -50,7 +50,8 @@ def check_base(model: nn.Module, chosen: list[TargetLayer], name: str) -> None:
 def without_read_weight(model: nn.Module, target: TargetLayer, base_dtype: str) -> TargetLayer:
     """`target`, left alone where the module around it reads its weight itself: it would meet bits there."""
     path, _, name = target.name.rpartition(".")
-    source = _source(type(model.get_submodule(path)))
+    around: Any = type(model.get_submodule(path))
+    source = _source(around)
     expected = base_dtype == "int8" and "torch.int8" in source  # as T5's feed-forward, which compares dtypes
     if target.why_not is None and name and not expected and re.search(rf"\bself\.{re.escape(name)}\.weight\b", source):
         return replace(target, why_not="base_dtype: the module around it reads its weight itself")
@@ -58,7 +59,7 @@ def without_read_weight(model: nn.Module, target: TargetLayer, base_dtype: str) 
 
 
 @functools.lru_cache(maxsize=512)
-def _source(kind: type) -> str:
+def _source(kind: Any) -> str:
     """The Python that a class is made of; nothing where it was not kept."""
     try:
         return inspect.getsource(kind)
