@@ -121,7 +121,9 @@ class ScaleOptions:
 def run(options: ScaleOptions) -> dict[str, Any]:
     """Print the tables; returns, and writes to `options.json`, the report. Raises ValueError for bad options."""
     names, policies = options.check()
-    learning = None if options.learning is None else _steps(options.learning, options.share)
+    sooner = None
+    if options.learning is not None:
+        sooner = _sooner(names, _steps(options.learning, options.share), options)
     rows = [
         _row(name, count, policy, engine, options.machine, options)
         for name in names
@@ -135,8 +137,8 @@ def run(options: ScaleOptions) -> dict[str, Any]:
     settings = without_files(asdict(options)) | {"machine": asdict(options.machine)}
     settings["learning"] = None if options.learning is None else options.learning.name
     report = {"benchmark": "scale", "measured": False, "options": settings, "rows": rows}
-    if learning is not None:
-        report["sooner"] = _sooner(names, learning, options)
+    if sooner is not None:
+        report["sooner"] = sooner
     _print(report, options)
     write(report, options.json)
     return report
@@ -216,7 +218,7 @@ def _resident(llama: Llama, block: Held, engine: str, gpus: int) -> float:
 
 def _steps(file: Path, share: float) -> dict[str, float | None]:
     """Steps to `share` of exact LoRA's gain by policy, None for one that did not get there. Raises ValueError for a
-    file that is no report of `bench fidelity` with an exact policy in it."""
+    file that is no report of `bench fidelity`."""
     try:
         summary = json.loads(file.read_text())["summary"]
         found = {entry["policy"]: entry["to_loss"][f"{share:g}"]["step"] for entry in summary}
@@ -224,26 +226,23 @@ def _steps(file: Path, share: float) -> dict[str, float | None]:
         raise ValueError(
             f"--learning {file}: no report of bench fidelity with times to {share:g} of the gain ({error!r})"
         ) from error
-    if not any(_is_rival(policy, taken) for policy, taken in found.items()):
-        raise ValueError(f"--learning {file}: no exact policy beside {PEFT} is in it, or got to {share:g} of the gain")
     return found
-
-
-def _is_rival(policy: str, taken: float | None) -> bool:
-    """Whether it is one that low rank must be sooner than: all that is exact and got to the loss, but PEFT's own."""
-    return policy != PEFT and taken is not None and not parse(policy).low_rank
 
 
 def _sooner(names: list[str], steps: dict[str, float | None], options: ScaleOptions) -> list[dict[str, Any]]:
     """For each low-rank policy of `steps` and each number of GPUs over several nodes: its steps, and the networks
     between nodes, in ranges of GB/s a GPU, with which it is there sooner than every exact policy under FSDP2, all by
-    this package's kernels. What paper does not know, or this GPU cannot run, is left out."""
+    this package's kernels. What paper does not know, or this GPU cannot run, is left out; ValueError where that is
+    every exact one."""
     paper = {text: policy for text in steps if (policy := _by_kernels(text, options)) is not None}
     rivals = [
-        (paper[text], taken)
-        for text, taken in steps.items()
-        if taken is not None and text in paper and _is_rival(text, taken)
+        (policy, taken) for text, policy in paper.items() if policy.rank is None and (taken := steps[text]) is not None
     ]
+    if not rivals:
+        raise ValueError(
+            f"--learning {options.learning}: no exact policy beside {PEFT} is in it, or got to {options.share:g} of "
+            "the gain"
+        )
     counts = [count for count in options.gpus if count > options.machine.node]
     found = []
     for name, gpus, (text, policy) in product(names, counts, paper.items()):

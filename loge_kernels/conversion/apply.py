@@ -203,7 +203,9 @@ def _whole_weights(model: nn.Module, weights: Mapping[str, Tensor] | None) -> di
             )
         reason = why_not_restored(weight, layer)
         if weight is None or reason is not None:
-            raise ValueError(f"weights has {reason} for {names[-1]!r}; expected {tuple(layer.weight.shape)}, floating")
+            raise ValueError(
+                f"weights has {reason} for {names[-1]!r}; expected {tuple(layer.weight.shape)} in 16 bits or more"
+            )
         found[layer.path] = weight
     return found
 

@@ -23,7 +23,7 @@ from .linear import LoGELinear
 
 def _hooked(module: nn.Module) -> bool:
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return "forward" in vars(module) or bool(own or _has_any_global_hook())
+    return "forward" in vars(module) or bool(own)
 
 
 class FusedAdapter:
@@ -93,7 +93,7 @@ class FusedAdapter:
         if type(dropout) not in (nn.Dropout, nn.Identity) or getattr(dropout, "p", 0.0) >= 1.0:
             return f"adapter dropout is {dropout}"
         base = self.base_layer  # once: torch looks a module up in Python
-        if not isinstance(base, LoGELinear) or _hooked(base) or _hooked(dropout):
+        if not isinstance(base, LoGELinear) or _has_any_global_hook() or _hooked(base) or _hooked(dropout):
             return "hooks or a wrapper on the base layer or the adapter"
         if A.dtype != B.dtype:
             return f"adapter is {A.dtype} and {B.dtype}"

@@ -99,10 +99,9 @@ class EightBitWeight:
         return quantize_columns(weight, DTYPES[self.dtype])
 
     def _is_stale(self, weight: Tensor) -> bool:
-        if weight.requires_grad or torch.compiler.is_compiling():
-            # Fused optimizers count no version, and a graph cannot read one: a frozen weight is taken as unchanged.
-            return weight.requires_grad
-        return self._made_of.changed(weight)
+        if torch.compiler.is_compiling():
+            return weight.requires_grad  # versions cannot be read; a frozen weight is taken as unchanged
+        return weight.requires_grad or self._made_of.changed(weight)  # fused optimizers count no version
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.dtype!r})"

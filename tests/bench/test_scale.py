@@ -216,7 +216,14 @@ def test_which_network_low_rank_needs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{}", "no report of bench fidelity"), ('{"summary": []}', "no exact policy beside peft is in it, or got to 0.9")],
+    [
+        ("{}", "no report of bench fidelity"),
+        (
+            '{"summary": [{"policy": "freeze_below=3", "to_loss": {"0.9": {"step": 1.0}}}]}',
+            "no exact policy beside peft is in it, or got to 0.9",
+        ),
+        ('{"summary": []}', "no exact policy beside peft is in it, or got to 0.9"),
+    ],
 )
 def test_a_report_that_is_none(text: str, words: str, tmp_path: Path) -> None:
     file = tmp_path / "other.json"
